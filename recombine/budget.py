@@ -1,0 +1,198 @@
+"""Budgets and counts: the only place that counts parameters, bytes and FLOPs, and that solves for ranks.
+
+One word means the same for every method:
+    retained_50      the target layers hold at most 50% of their dense weights
+    trainable_150k   at most 150,000 weights train beside the head (k = 1e3, m = 1e6)
+    energy_95        every factorisation keeps 95% of the squared singular values
+    memory_1200mb    weights + gradients + AdamW state take at most 1200 MiB (2^20 bytes)
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from recombine.errors import UsageError
+from recombine.models import roles
+
+if TYPE_CHECKING:
+    from recombine.methods.base import Method, Site
+
+KINDS = ("none", "retained", "trainable", "energy", "memory")
+ADAM = 8  # bytes of AdamW state for each trained weight: two float32 moments
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """kind: one of KINDS; value: a share for retained and energy, weights for trainable, MiB for memory."""
+
+    kind: str = "none"
+    value: float | None = None
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UsageError(f"budget.kind={self.kind!r}: must be one of {', '.join(KINDS)}")
+        if self.kind == "none":
+            return
+        share = self.kind in ("retained", "energy")
+        if self.value is None or not 0 < self.value <= (1 if share else float("inf")):
+            unit = {"trainable": "weights", "memory": "MiB"}.get(self.kind, "a share in (0, 1]")
+            raise UsageError(f"budget.value={self.value!r}: budget.kind={self.kind} counts {unit}, more than 0")
+
+    @classmethod
+    def parse(cls, word: str) -> "Budget":
+        """retained_50 -> Budget("retained", 0.5)."""
+        match = re.fullmatch(r"(retained|energy)_([\d.]+)|(trainable)_([\d.]+)([km]?)|(memory)_([\d.]+)mb", word)
+        if word == "none":
+            return cls()
+        if match is None:
+            raise UsageError(
+                f"budget={word!r}: no such budget; say retained_50, trainable_150k, energy_95, memory_1200mb or none"
+            )
+        share, percent, trainable, number, unit, _, mib = match.groups()
+        if share:
+            return cls(share, float(percent) / 100)
+        if trainable:
+            return cls(trainable, float(number) * {"": 1, "k": 1e3, "m": 1e6}[unit])
+        return cls("memory", float(mib))
+
+    def __str__(self) -> str:
+        if self.kind == "none":
+            return "none"
+        value = 100 * self.value if self.kind in ("retained", "energy") else self.value
+        return f"{self.kind}_{value:.5g}" + ("mb" if self.kind == "memory" else "")
+
+
+def solve(method: "Method", model: nn.Module, sites: list["Site"], budget: Budget) -> "Method":
+    """The method with its knob at the largest value that meets the budget.
+
+    Raises:
+        UsageError: the method has no knob for it, or its smallest value is already too large.
+    """
+    name, knob = type(method).__name__.lower(), method.knobs.get(budget.kind)
+    if knob is None:
+        can = ", ".join(method.knobs) or "none"
+        raise UsageError(f"budget={budget}: {name} cannot be held to a {budget.kind} budget; it knows: {can}")
+    if budget.kind == "energy":
+        setattr(method, knob, budget.value)
+        method.check(sites)
+        return method
+    choices = method.choices(knob, sites)
+    dense = sum(site.linear.weight.numel() for site in sites)
+    rest = sum(p.numel() for p in model.parameters()) - dense
+    head = sum(p.numel() for p in h.parameters()) if (h := roles.head(model)) is not None else 0
+
+    def measure(value) -> float:
+        setattr(method, knob, value)
+        stored, trained = method.sizes(sites)
+        if budget.kind == "retained":
+            return stored / dense
+        if budget.kind == "trainable":
+            return trained
+        return (4 * (rest + stored) + (4 + ADAM) * (trained + head)) / MIB
+
+    if (least := measure(choices[0])) > budget.value:
+        near = Budget(budget.kind, least)
+        raise UsageError(f"budget={budget}: cannot be met, the nearest that {name} can is {near} ({knob}={choices[0]})")
+    low, high = 0, len(choices)  # choices[low] fits; from high on nothing does
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if measure(choices[middle]) <= budget.value else (low, middle)
+    setattr(method, knob, choices[low])
+    method.check(sites)
+    return method
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a model costs. Parameters are counted once however many layers share them.
+
+    stored, trained: the whole model's; *_without_head the same less the classification head.
+    retained: weights that the target layers hold, as a share of the dense ones. retained_total: the whole model's.
+    bytes_*: of the weights as they lie in memory, of the gradients, and of AdamW's two float32 moments.
+    flops: floating-point operations (2 per multiplication) of one forward of one sample; None if not measured.
+    """
+
+    stored: int
+    trained: int
+    stored_without_head: int
+    trained_without_head: int
+    retained: float
+    retained_total: float
+    bytes_weights: int
+    bytes_gradients: int
+    bytes_optimizer: int
+    flops: int | None = None
+
+    @property
+    def memory_mib(self) -> float:
+        """Weights + gradients + optimizer in MiB, as CERSA Table 14 counts (float32, AdamW)."""
+        return (self.bytes_weights + self.bytes_gradients + self.bytes_optimizer) / MIB
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"memory_mib": self.memory_mib}
+
+
+def count(model: nn.Module, sample: torch.Tensor | None = None) -> Account:
+    """The account of a model as it stands; with `sample` (1, ...) the FLOPs of its forward too."""
+    parameters = dict(model.named_parameters())
+    trained = [p for p in parameters.values() if p.requires_grad]
+    head = list(h.parameters()) if (h := roles.head(model)) is not None else []
+    stored = sum(p.numel() for p in parameters.values())
+    record = getattr(model, "recombined", None)
+    kept = stored_in_targets(model) if record else 0
+    return Account(
+        stored=stored,
+        trained=sum(p.numel() for p in trained),
+        stored_without_head=stored - sum(p.numel() for p in head),
+        trained_without_head=sum(p.numel() for p in trained) - sum(p.numel() for p in head if p.requires_grad),
+        retained=kept / record.dense if record and record.dense else 1.0,
+        retained_total=stored / record.total if record else 1.0,
+        bytes_weights=sum(p.numel() * p.element_size() for p in parameters.values()),
+        bytes_gradients=sum(p.numel() * p.element_size() for p in trained),
+        bytes_optimizer=sum(p.numel() * ADAM for p in trained),
+        flops=None if sample is None else flops(model, sample),
+    )
+
+
+def stored_in_targets(model: nn.Module) -> int:
+    """Weights inside the rewritten layers, biases left out, a shared basis counted once."""
+    held = {
+        id(p): p.numel()
+        for target in model.recombined.targets
+        for name, p in model.get_submodule(target).named_parameters()
+        if not name.endswith("bias")
+    }
+    return sum(held.values())
+
+
+def flops(model: nn.Module, sample: torch.Tensor) -> int:
+    """Of one forward in eval mode, counted by torch on what really runs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        model(sample)  # builds what eval keeps
+        with FlopCounterMode(display=False) as counter:
+            model(sample)
+    model.train(training)
+    return counter.get_total_flops()
+
+
+def layer_report(model: nn.Module) -> list[dict]:
+    """One row a rewritten layer: name, role, shape, kind, ranks, weights stored as a share of dense."""
+    rows = []
+    for name, role in model.recombined.targets.items():
+        layer = model.get_submodule(name)
+        spec = layer.spec() if hasattr(layer, "spec") else {}
+        m, n = layer.out_features, layer.in_features
+        held = sum(p.numel() for key, p in layer.named_parameters() if not key.endswith("bias"))
+        ranks = {k: v for k, v in spec.items() if k in ("rank", "core", "tail", "basis_rank", "chunk") and v is not None}
+        rows.append(
+            {"name": name, "role": role, "shape": [m, n], "kind": type(layer).__name__, **ranks, "held": held / (m * n)}
+        )
+    return rows

@@ -1,0 +1,165 @@
+"""From a composed configuration to a run, and from a run to result.json."""
+
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from recombine import data, models, probe, results
+from recombine.budget import Budget, count, layer_report
+from recombine.data.offline import SUITE, TASKS
+from recombine.errors import UsageError
+from recombine.methods import Method
+from recombine.stages import STAGES, Run
+
+log = logging.getLogger("recombine")
+
+
+def method(cfg: DictConfig) -> Method:
+    """The method that cfg describes. A wrong type or an unknown field is refused in one line."""
+    cls = get_class(cfg._target_)
+    fields = {key: value for key, value in cfg.items() if key != "_target_"}
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), fields)
+        values = OmegaConf.to_container(merged)
+    except OmegaConfBaseException as error:
+        key = error.full_key or error.key
+        known = ", ".join(OmegaConf.structured(cls))
+        reason = str(error).splitlines()[0]
+        given = fields.get(str(key).split(".")[0], "")
+        raise UsageError(f"method.{key}={given}: {reason}; {cls.__name__} takes {known}") from error
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def main(cfg: DictConfig, out: Path) -> float:
+    """Runs the stage on one task, or on a suite of them, and returns the (mean) validation accuracy."""
+    if cfg.data.task != "all":
+        return one(cfg, out)["val"].get("acc", float("nan"))
+    return suite(cfg, out)
+
+
+def suite(cfg: DictConfig, out: Path) -> float:
+    """Every task of the suite, one after the other; group means as VTAB papers print them."""
+    if cfg.data.name != "offline":
+        raise UsageError(f"data.task=all: data={cfg.data.name} has no suite; name one task")
+    scores: dict[str, dict[str, float]] = {}
+    done = []
+    for task in SUITE:
+        with open_dict(cfg):
+            cfg.data.task = task
+        result = one(cfg, out / task)
+        scores.setdefault(TASKS[task].group, {})[task] = result["test"]["acc"]
+        done.append(result)
+        summary = {"groups": {g: sum(s.values()) / len(s) for g, s in scores.items()}, "tasks": scores}
+        summary["mean"] = sum(summary["groups"].values()) / len(summary["groups"])
+        results.write(out / "suite.json", summary | {"complete": len(done) == len(SUITE)})
+    rows = [(f"{g}: {t}", f"{100 * v:.1f}") for g, tasks in scores.items() for t, v in tasks.items()]
+    rows += [(f"mean of {g}", f"{100 * v:.1f}") for g, v in summary["groups"].items()]
+    print("\n" + results.table([*rows, ("mean of the groups", f"{100 * summary['mean']:.1f}"), ("result", out / "suite.json")]))
+    return sum(r["val"]["acc"] for r in done) / len(done)
+
+
+def one(cfg: DictConfig, out: Path) -> dict:
+    """One run: model, data, probe, stage, account, result.json."""
+    start = time.perf_counter()
+    quiet()
+    L.seed_everything(cfg.seed, verbose=False)
+    if cfg.stage.name not in STAGES:
+        raise UsageError(f"stage.name={cfg.stage.name!r}: must be one of {', '.join(STAGES)}")
+    chosen, budget = method(cfg.method), Budget(cfg.budget.kind, cfg.budget.value)
+    module = data.build(**OmegaConf.to_container(cfg.data, resolve=True), seed=cfg.seed)
+    model = models.build(**OmegaConf.to_container(cfg.model, resolve=True))
+    source = model.recombine_source
+    module.image_size = module.image_size or source["image_size"]
+    module.mean, module.std = module.mean or source["mean"], module.std or source["std"]
+    results.write(out / "config.json", OmegaConf.to_container(cfg, resolve=True))  # a folder that cannot be written fails now
+    module.prepare_data()
+    module.setup()
+    model.reset_classifier(module.num_classes)
+    if torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda"):
+        model.cuda()
+    run = Run(cfg, out, model, chosen, budget, module)
+    run.seconds["setup"] = round(time.perf_counter() - start, 3)
+    if cfg.probe:
+        with run.timed("probe"):
+            run.probe = probe.fit(model, module)
+            if cfg.stage.name in ("compress", "joint") or cfg.optim.head == "probe":
+                run.probe.into(model.get_classifier())
+    added = STAGES[cfg.stage.name](run)
+    result = describe(run, added)
+    result["seconds"]["total"] = round(time.perf_counter() - start, 3)
+    results.write(out / "result.json", result)
+    print("\n" + results.table(rows(result, out / "result.json")), flush=True)
+    return result
+
+
+def describe(run: Run, added: dict) -> dict:
+    """Everything that a table, a plot or a doubter may ask of a run."""
+    recombined = getattr(run.model, "recombined", None)
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    overrides = list(hydra.overrides.task) if hydra else []
+    return {
+        "command": " ".join(["python run.py", *(f"'{o}'" if set(o) & set("[]{}() *") else o for o in overrides)]),
+        "stage": run.cfg.stage.name,
+        "model": run.model.recombine_source,
+        "method": {"name": recombined.steps[0][0], **recombined.steps[0][1]} if recombined else None,
+        "budget": str(run.budget),
+        "data": run.data.info,
+        "seed": run.cfg.seed,
+        "val": {},
+        "test": {},
+        "linear_probe": None if run.probe is None else {k: getattr(run.probe, k) for k in ("val", "test", "decay")},
+        **added,
+        "account": count(run.model, run.sample()).as_dict(),
+        "layers": layer_report(run.model) if recombined else [],
+        "seconds": run.seconds,
+        "config": OmegaConf.to_container(run.cfg, resolve=True),
+        "environment": results.environment(),
+    }
+
+
+def rows(result: dict, path: Path) -> list[tuple[str, str]]:
+    """The table that a run ends with."""
+    account, test, linear = result["account"], result["test"], result["linear_probe"]
+    table = [(f"{result['method']['name'].lower()} on {result['data']['task']}", f"stage {result['stage']}, seed {result['seed']}")]
+    if test:
+        table.append(("test accuracy", f"{100 * test['acc']:.1f} %   (balanced {100 * test['balanced_acc']:.1f} %)"))
+    if linear:
+        table.append(("linear probe, same data", f"{100 * linear['test']:.1f} %"))
+    if errors := result.get("weight_error"):
+        worst = max(errors, key=errors.get)
+        mean = sum(errors.values()) / len(errors)
+        table.append(("relative weight error", f"mean {mean:.2g}, worst {errors[worst]:.2g} ({worst})"))
+    if "logit_error" in result:
+        table.append(("logit error", f"{result['logit_error']:.2g} of {result['logit_scale']:.3g}"))
+    mib = {key: account[f"bytes_{key}"] / 2**20 for key in ("weights", "gradients", "optimizer")}
+    memory = " + ".join(f"{key} {value:.1f}" for key, value in mib.items())
+    trained, stored = account["trained"], account["stored"]
+    table += [
+        ("trained", f"{trained:,} parameters ({account['trained_without_head']:,} without the head)"),
+        ("stored", f"{stored:,} parameters ({account['stored_without_head']:,} without the head)"),
+        ("retained", f"{100 * account['retained']:.1f} % of the target layers, {100 * account['retained_total']:.1f} % of all"),
+        ("MiB to train", f"{memory} = {account['memory_mib']:.1f}"),
+        ("GFLOPs a sample", f"{account['flops'] / 1e9:.3f}"),
+        ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items())),
+        ("result", str(path)),
+        ("again with", result["command"]),
+    ]
+    if account["retained"] > 1 and result["stage"] in ("compress", "joint", "retrofit"):
+        table.append(("note", "the target layers store more than dense: these ranks do not compress"))
+    return table
+
+
+def quiet() -> None:
+    """Lightning's hints about loaders and loggers say nothing about a run."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,0 +1,188 @@
+"""Merging into an ordinary model, and checkpoints: one safetensors file that holds what is not the backbone's own.
+
+A checkpoint stores every tensor but the backbone's untouched ones, and how the layers are shaped: loading runs no
+factorisation again, so signs and gauges stay and a resumed model gives the same output. It never unpickles.
+"""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from recombine import methods, models
+from recombine.errors import UsageError
+from recombine.layers import RecombinedLinear
+from recombine.methods.base import Record
+from recombine.models import roles
+from recombine.models.split_qkv import fuse_qkv
+
+FORMAT = 1
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Turns every recombined layer back into an ordinary linear one, in place; outputs stay. Returns the model."""
+    if (record := getattr(model, "recombined", None)) is None:
+        raise UsageError(f"this {type(model).__name__} is not recombined: there is nothing to merge")
+    for name in record.targets:
+        layer = model.get_submodule(name)
+        if isinstance(layer, RecombinedLinear):
+            model.set_submodule(name, layer.merged())
+        elif hasattr(layer, "get_base_layer"):  # peft
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())
+    fuse_qkv(model)
+    del model.recombined
+    return model.requires_grad_(True)
+
+
+def save(model: nn.Module, path: str | Path) -> Path:
+    """Writes the checkpoint of a recombined model, atomically; returns its path."""
+    if (record := getattr(model, "recombined", None)) is None:
+        raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
+    tensors = {name: p for name, p in model.named_parameters() if name not in record.own}
+    tensors |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    meta = {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "source": getattr(model, "recombine_source", None),
+        "steps": record.steps,
+        "classes": None if (head := roles.head(model)) is None else head.out_features,
+        "targets": record.targets,
+        "dense": record.dense,
+        "total": record.total,
+        "trains": sorted(record.trains),
+        "layers": {name: layer_spec(model.get_submodule(name)) for name in record.targets},
+        "shared": {
+            name: canonical[id(p)]
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if canonical[id(p)] != name
+        },
+        "own": {name: probe(p) for name, p in model.named_parameters() if name in record.own},
+    }
+    path = Path(path)
+    with replacing(path) as temporary:
+        data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(data, temporary, {"recombine": json.dumps(meta)})
+    return path
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Rebuilds the recombined model of a checkpoint on `model`, the same pretrained one, in place; None: builds that.
+
+    Raises:
+        UsageError: no such file, truncated or corrupted, made by something else, or for another model.
+    """
+    path = Path(path)
+    meta, tensors = read(path)
+    if model is None:
+        if meta["source"] is None:
+            raise UsageError(f"{path}: made from a model of your own; give the same model: recombine.load(path, model)")
+        model = models.build(**meta["source"])
+    if hasattr(model, "recombined"):
+        raise UsageError(f"{path}: give the pretrained model as it came, this one is already recombined")
+    if type(model).__name__ != meta["model"]:
+        raise UsageError(f"{path}: was saved from a {meta['model']}, not from a {type(model).__name__}")
+    head = roles.head(model)
+    if meta["classes"] is not None and (head is None or head.out_features != meta["classes"]):
+        model.reset_classifier(meta["classes"])
+    try:
+        roles.find(model, tuple(meta["targets"].values()))  # splits a fused qkv where the checkpoint has it split
+        model.requires_grad_(False)
+        for name, config in meta["steps"]:
+            method_class(path, name)(**config).restore(model, {n: s for n, s in meta["layers"].items() if s})
+    except (AttributeError, UsageError) as error:
+        raise UsageError(f"{path}: does not fit this {type(model).__name__}: {error}") from error
+    for name, source in meta["shared"].items():
+        set_parameter(model, name, model.get_parameter(source))
+    fill(path, model, tensors, meta)
+    model.recombined = Record(
+        steps=[tuple(step) for step in meta["steps"]],
+        targets=meta["targets"],
+        dense=meta["dense"],
+        total=meta["total"],
+        own=set(meta["own"]),
+        trains=set(meta["trains"]),
+    )
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in meta["trains"])
+    return model.train(model.training)
+
+
+def fill(path: Path, model: nn.Module, tensors: dict, meta: dict) -> None:
+    """Copies a checkpoint's tensors in, after checking that every one fits and that the backbone is the same."""
+    here = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    for name in here.keys() - tensors.keys() - meta["own"].keys() - meta["shared"].keys():
+        raise UsageError(f"{path}: holds no {name}, so it is from another model; give the one it was saved from")
+    for name, tensor in tensors.items():
+        if name not in here or here[name].shape != tensor.shape:
+            found = tuple(here[name].shape) if name in here else "nothing"
+            raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} in the file and {found} in this model")
+    for name, expected in meta["own"].items():
+        if name not in here or not torch.allclose(torch.tensor(probe(here[name])), torch.tensor(expected), rtol=1e-2):
+            raise UsageError(f"{path}: {name} differs from the backbone it was saved with; load the same pretrained one")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            here[name].copy_(tensor)
+
+
+def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(metadata, tensors) of a checkpoint."""
+    if not path.is_file():
+        raise UsageError(f"checkpoint={path}: no such file; result.json names the checkpoint of a run")
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("recombine", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path}: truncated or corrupted ({reason}); use another checkpoint") from error
+    if meta is None or meta.get("format") != FORMAT:
+        raise UsageError(f"{path}: not a checkpoint of recombine; model.checkpoint=FILE loads a plain model's weights")
+    return meta, tensors
+
+
+def layer_spec(layer: nn.Module) -> dict | None:
+    """How to rebuild a layer: its class and shape; the adapters of peft only by their names; None: left as it was."""
+    if isinstance(layer, RecombinedLinear):
+        return {"kind": type(layer).__name__, "spec": layer.spec()}
+    return {"kind": "peft"} if hasattr(layer, "get_base_layer") else None
+
+
+def probe(tensor: torch.Tensor) -> list[float]:
+    """Four entries by which a backbone's tensor is known again."""
+    flat = tensor.detach().flatten()
+    return flat[torch.linspace(0, len(flat) - 1, 4).long()].float().tolist()
+
+
+def method_class(path: Path, name: str) -> type[methods.Method]:
+    cls = getattr(methods, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, methods.Method)):
+        raise UsageError(f"{path}: was made with the method {name}, which this version does not have")
+    return cls
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)
+
+
+@contextmanager
+def replacing(path: Path):
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror}); free some space or choose another folder") from error
+    except SafetensorError as error:
+        raise UsageError(f"{path}: cannot be written ({error}); free some space or choose another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)

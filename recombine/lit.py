@@ -1,0 +1,140 @@
+"""LitRecombine, the only LightningModule: a model, the method that made it, and a task."""
+
+import math
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from recombine import export
+from recombine.errors import UsageError
+from recombine.methods import Method
+from recombine.models import roles
+from recombine.tasks import Task
+
+
+class LitRecombine(L.LightningModule):
+    """Trains whatever requires a gradient.
+
+    Args:
+        lr, lr_head: peak learning rates of the method's weights and of the classification head.
+        weight_decay: AdamW's, on matrices only.
+        warmup: share of the steps over which the rates rise linearly from 0.
+        schedule: cosine or linear, down to 0; or constant.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        task: Task,
+        *,
+        lr: float = 1e-3,
+        lr_head: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup: float = 0.1,
+        schedule: str = "cosine",
+    ):
+        super().__init__()
+        self.model, self.method, self.task = model, method, task
+        self.lr, self.lr_head, self.weight_decay = lr, lr_head, weight_decay
+        self.warmup, self.schedule = warmup, schedule
+        if schedule not in ("cosine", "linear", "constant"):
+            raise UsageError(f"optim.schedule={schedule!r}: must be cosine, linear or constant")
+        self.train_metrics = task.metrics().clone("train/")
+        self.val_metrics = task.metrics().clone("val/")
+        self.test_metrics = task.metrics().clone("test/")
+        self.last_good: str | None = None  # the checkpoint a user can go back to
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def training_step(self, batch, _):
+        loss, logits = self.task.loss(self.model, batch)
+        loss = loss + self.method.penalty(self.model)
+        if not torch.isfinite(loss):
+            good = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was kept yet"
+            raise UsageError(
+                f"loss={loss.item()} at step {self.global_step} (epoch {self.current_epoch}): training diverged, "
+                f"try a smaller optim.lr than {self.lr:g}; {good}"
+            )
+        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+        self.score(self.train_metrics, logits, batch)
+        return loss
+
+    def validation_step(self, batch, _):
+        loss, logits = self.task.loss(self.model, batch)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch[1]), sync_dist=True)
+        self.score(self.val_metrics, logits, batch)
+
+    def test_step(self, batch, _):
+        loss, logits = self.task.loss(self.model, batch)
+        self.log("test/loss", loss, batch_size=len(batch[1]), sync_dist=True)
+        self.score(self.test_metrics, logits, batch)
+
+    def score(self, metrics, logits: Tensor | None, batch) -> None:
+        if logits is not None and len(metrics):
+            metrics.update(logits, batch[1])
+            bar = {name for name in metrics.keys(keep_base=False) if name.endswith("/acc")}  # noqa: SIM118
+            for name, metric in metrics.items(keep_base=False):
+                self.log(name, metric, prog_bar=name in bar, on_step=False, on_epoch=True, batch_size=len(batch[1]))
+
+    def configure_optimizers(self):
+        head = {id(p) for p in h.parameters()} if (h := roles.head(self.model)) is not None else set()
+        groups: dict[tuple[bool, bool], list] = {}
+        for p in self.model.parameters():
+            if p.requires_grad:
+                groups.setdefault((id(p) in head, p.ndim > 1), []).append(p)
+        optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.lr_head if of_head else self.lr,
+                    "weight_decay": self.weight_decay if matrix else 0.0,
+                }
+                for (of_head, matrix), parameters in groups.items()
+            ]
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        warm = max(1, round(self.warmup * steps))
+
+        def factor(step: int) -> float:
+            if step < warm:
+                return (step + 1) / warm
+            left = max(0.0, (steps - step) / max(1, steps - warm))
+            return {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}[self.schedule]
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class KeepBest(Callback):
+    """Keeps the weights that validation likes best, in memory and as a checkpoint, and puts them back at the end."""
+
+    def __init__(self, monitor: str, mode: str, path):
+        self.monitor, self.sign, self.path = monitor, 1 if mode == "max" else -1, path
+        self.best, self.epoch, self.weights = -math.inf, None, None
+
+    def on_validation_end(self, trainer, lit) -> None:
+        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+            return
+        value = self.sign * trainer.callback_metrics[self.monitor].item()
+        if value > self.best:
+            self.best, self.epoch = value, trainer.current_epoch
+            trained = {n: p for n, p in lit.model.named_parameters() if p.requires_grad}
+            self.weights = {n: p.detach().cpu().clone() for n, p in trained.items()}
+            if trainer.is_global_zero:
+                export.save(lit.model, self.path)
+            lit.last_good = str(self.path)
+
+    def on_fit_end(self, trainer, lit) -> None:
+        if self.weights is not None:
+            here = dict(lit.model.named_parameters())
+            with torch.no_grad():
+                for name, value in self.weights.items():
+                    here[name].copy_(value)
+
+    @property
+    def value(self) -> float:
+        return self.sign * self.best

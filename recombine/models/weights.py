@@ -1,0 +1,115 @@
+"""Reads weights, from a file or timm's hub, and loads them strictly: every tensor, or one line that says which not."""
+
+import logging
+import sys
+from contextlib import suppress
+from pathlib import Path
+from pickle import UnpicklingError
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import get_session
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from recombine.errors import UsageError
+
+log = logging.getLogger(__name__)
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+CONNECT_SECONDS = 3  # the hub's own client would retry for half a minute before it gives up
+WAYS_OUT = "connect once, or give model.checkpoint=FILE, or take model=dinov2_s14 or model.pretrained=false"
+FIX = "give the checkpoint of this architecture, or set model= to the checkpoint's"
+
+
+def hub_file(name: str, arch_tag: str) -> Path:
+    """The weights file of a timm tag: from the hub's cache, else downloaded."""
+    config = get_pretrained_cfg(arch_tag)
+    if config is None or not config.hf_hub_id:
+        raise UsageError(f"model {name}: no hub has {arch_tag}: give model.checkpoint=FILE or model.pretrained=false")
+    repo = f"{config.hf_hub_id}{arch_tag}" if config.hf_hub_id.endswith("/") else config.hf_hub_id
+    files = [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES
+    for file in files:
+        cached = huggingface_hub.try_to_load_from_cache(repo, file)
+        if isinstance(cached, str):
+            return Path(cached)
+    try:
+        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_SECONDS)
+        for file in files:
+            with suppress(EntryNotFoundError):
+                return Path(huggingface_hub.hf_hub_download(repo, file))
+    except Exception as error:  # the transport's own errors, which differ between the client's versions
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UsageError(f"model {name}: {repo} is not cached and the hub fails ({reason}): {WAYS_OUT}") from error
+    raise UsageError(f"model {name}: {repo} holds none of {', '.join(files)}: give model.checkpoint=FILE")
+
+
+def load(model: nn.Module, path: Path, num_classes: int) -> None:
+    """Fills the model from the file, position embeddings resampled as timm does; only the classifier may differ."""
+    state, wanted, head = read(path), model.state_dict(), _head_names(model)
+    patch = "patch_embed.proj.weight"
+    if patch in state and patch in wanted and state[patch].dim() == 4:  # timm would resample it: that is another model
+        _same_shape(path, model, patch, state[patch], wanted[patch])
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = dict(convert(dict(state), model)) if convert else state
+    except Exception as error:  # not this model's tensors: the comparison below names the first
+        log.debug("timm cannot convert %s: %s", path, error)
+
+    for name in sorted(head):
+        if name in state and (name not in wanted or state[name].shape != wanted[name].shape):
+            dropped = f"{name} {_shape(state.pop(name))}"
+            log.info("%s: its classifier %s is dropped (num_classes=%d)", path, dropped, num_classes)
+        if name in wanted and name not in state:
+            log.info("%s gives no %s %s: it starts at random", path, name, _shape(wanted[name]))
+            state[name] = wanted[name]
+    for name, tensor in wanted.items():
+        if name not in state:
+            raise UsageError(f"{path} does not fit {_arch(model)}: it lacks {name} {_shape(tensor)}; {FIX}")
+        _same_shape(path, model, name, state[name], tensor)
+    for name, tensor in state.items():
+        if name not in wanted:
+            raise UsageError(f"{path} does not fit {_arch(model)}: its {name} {_shape(tensor)} is too much; {FIX}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UsageError(f"{path} is damaged: {name} {_shape(tensor)} is not finite; delete or replace the file")
+    model.load_state_dict(state, strict=True)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a torch file that holds nothing but tensors."""
+    if not path.is_file():
+        raise UsageError(f"model.checkpoint={path} is no file: give the path of a .safetensors or torch file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")[:120]
+        raise UsageError(f"{path} is truncated, damaged or no weights file ({reason}): replace it") from error
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"{path} holds no state dict: save model.state_dict(), or convert it to .safetensors")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _same_shape(path: Path, model: nn.Module, name: str, found: Tensor, wanted: Tensor) -> None:
+    if found.shape != wanted.shape:
+        shapes = f"{_shape(found)}, the model needs {_shape(wanted)}"
+        raise UsageError(f"{path} does not fit {_arch(model)}: its {name} is {shapes}; {FIX}")
+
+
+def _head_names(model: nn.Module) -> set[str]:
+    names = model.pretrained_cfg.get("classifier") or ()
+    return {f"{name}.{key}" for name in ([names] if isinstance(names, str) else names) for key in ("weight", "bias")}
+
+
+def _arch(model: nn.Module) -> str:
+    return model.pretrained_cfg["architecture"]
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

@@ -1,0 +1,12 @@
+"""Run folders: named after what was asked for, so that no two runs of a sweep collide."""
+
+import hashlib
+import re
+
+
+def run_name(overrides: str) -> str:
+    """The overrides as a folder name; long ones are cut and keep their hash. No overrides: "default"."""
+    name = re.sub(r"[^\w.=,+-]", "_", overrides) or "default"
+    if len(name) <= 120:
+        return name
+    return f"{name[:110]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"

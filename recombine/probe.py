@@ -1,0 +1,82 @@
+"""The linear probe: logistic regression on the frozen features in front of the classification head."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recombine.models import roles
+
+DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 on standardised features; validation chooses
+
+
+@dataclass(frozen=True)
+class Probe:
+    """weight (classes, d) and bias (classes,) act on the raw features; accuracies in [0, 1]."""
+
+    weight: Tensor
+    bias: Tensor
+    decay: float
+    val: float
+    test: float
+
+    @torch.no_grad()
+    def into(self, head: nn.Linear) -> None:
+        """Starts a head from the probe."""
+        head.weight.copy_(self.weight)
+        head.bias.copy_(self.bias)
+
+
+@torch.no_grad()
+def features(model: nn.Module, data, split: str) -> tuple[Tensor, Tensor]:
+    """(N, d) inputs of the head in eval mode, and labels (N,)."""
+    head, device, caught, labels = roles.head(model), next(model.parameters()).device, [], []
+    hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0].double().cpu()))
+    training = model.training
+    model.eval()
+    try:
+        images = getattr(data, split)
+        for start in range(0, len(images), 64):
+            batch, y = images.__getitems__(list(range(start, min(start + 64, len(images)))))
+            model(data.normalise(batch.to(device)))
+            labels.append(y)
+    finally:
+        hook.remove()
+        model.train(training)
+    return torch.cat(caught), torch.cat(labels)
+
+
+def fit(model: nn.Module, data) -> Probe:
+    """Fits on train for each decay, keeps the best on val, and reads test once."""
+    (x, y), (xv, yv), (xt, yt) = (features(model, data, split) for split in ("train", "val", "test"))
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    best = None
+    for decay in DECAYS:
+        w, b = regress((x - mean) / std, y, data.num_classes, decay)
+        w, b = w / std, b - (w / std) @ mean
+        score = accuracy(xv, yv, w, b)
+        if best is None or score > best.val:
+            best = Probe(w.float(), b.float(), decay, score, accuracy(xt, yt, w, b))
+    return best
+
+
+def accuracy(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> float:
+    return ((x @ w.T + b).argmax(1) == y).double().mean().item()
+
+
+def regress(x: Tensor, y: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression with L2 decay, by L-BFGS in float64: weight (classes, d), bias (classes,)."""
+    w = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
+    b = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        solver.zero_grad()
+        value = F.cross_entropy(x @ w.T + b, y) + decay * w.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        solver.step(loss)
+    return w.detach(), b.detach()

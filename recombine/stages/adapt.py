@@ -1,0 +1,75 @@
+"""Train what the method trains. Validation chooses the weights; the test set is read once, with those."""
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from omegaconf import DictConfig
+
+from recombine.lit import KeepBest, LitRecombine
+from recombine.stages.retrofit import rewrite
+from recombine.stages.run import Run
+from recombine.tasks import Classification, Task
+
+
+def adapt(run: Run) -> dict:
+    rewrite(run)
+    return train_and_test(run)
+
+
+def train_and_test(run: Run) -> dict:
+    """Classification with the run's optimizer, on the model as it stands."""
+    optim = run.cfg.optim
+    task = Classification(run.data.num_classes, optim.label_smoothing)
+    lit, best = fit(run, task, optim, run.cfg.trainer.epochs, "best")
+    return {"best_epoch": best.epoch, "val": {"acc": best.value}, "test": test(run, lit), "checkpoint": str(best.path)}
+
+
+def fit(run: Run, task: Task, optim: DictConfig, epochs: int, name: str) -> tuple[LitRecombine, KeepBest]:
+    """Trains the parameters that require a gradient and leaves the model with the best weights by validation."""
+    knobs = {key: optim[key] for key in ("lr_head", "weight_decay", "warmup", "schedule")}
+    lr = run.method.lr if optim.lr is None else optim.lr
+    lit = LitRecombine(run.model, run.method, task, lr=lr, **knobs)
+    best = KeepBest(task.monitor, task.mode, run.out / f"{name}.safetensors")
+    patience = run.cfg.trainer.patience or epochs
+    stop = EarlyStopping(task.monitor, mode=task.mode, patience=patience, check_finite=False)
+    trainer = make_trainer(run, epochs, [best, stop], optim.clip)
+    with run.timed(f"train_{name}"):
+        trainer.fit(lit, run.data)
+    return lit, best
+
+
+def test(run: Run, lit: LitRecombine) -> dict[str, float]:
+    """Scores the model on the test set."""
+    with run.timed("test"):
+        (scores,) = make_trainer(run, 1, [], None).test(lit, run.data, verbose=False)
+    return {name.removeprefix("test/"): value for name, value in scores.items()}
+
+
+def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None) -> L.Trainer:
+    trainer = run.cfg.trainer
+    return L.Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        strategy=trainer.strategy,
+        precision=precision(trainer.precision),
+        max_epochs=epochs,
+        gradient_clip_val=clip,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=trainer.progress,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        default_root_dir=run.out,
+    )
+
+
+def precision(wanted: str) -> str:
+    """auto: bf16 where the GPU has it, fp16 on older ones, float32 on a CPU."""
+    if wanted != "auto":
+        return wanted
+    if not torch.cuda.is_available():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
