@@ -29,7 +29,9 @@ def main(cfg: DictConfig) -> float:
 def one_line(error: BaseException) -> str:
     """The first thing that went wrong, in one line; Hydra's lists of choices are joined."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    keep = [line for line in lines if not line.startswith(("Config search path", "provider=", "full_key", "object_type"))]
+    keep = [
+        line for line in lines if not line.startswith(("Config search path", "provider=", "full_key", "object_type"))
+    ]
     return " ".join(keep).replace("\t", ", ")
 
 

@@ -1,10 +1,10 @@
 """recombine: compress a pretrained transformer, adapt it, or both at once.
 
-    model = timm.create_model("vit_small_patch16_224", pretrained=True)
-    recombine.apply(model, recombine.Cersa(alpha=0.95))     # now train it with any loop
-    recombine.count(model)                                  # parameters, bytes
-    recombine.save(model, "cersa.safetensors")
-    recombine.merge(model)                                  # an ordinary timm model again
+model = timm.create_model("vit_small_patch16_224", pretrained=True)
+recombine.apply(model, recombine.Cersa(alpha=0.95))     # now train it with any loop
+recombine.count(model)                                  # parameters, bytes
+recombine.save(model, "cersa.safetensors")
+recombine.merge(model)                                  # an ordinary timm model again
 """
 
 from recombine.torchvision_guard import guard

@@ -191,7 +191,9 @@ def layer_report(model: nn.Module) -> list[dict]:
         spec = layer.spec() if hasattr(layer, "spec") else {}
         m, n = layer.out_features, layer.in_features
         held = sum(p.numel() for key, p in layer.named_parameters() if not key.endswith("bias"))
-        ranks = {k: v for k, v in spec.items() if k in ("rank", "core", "tail", "basis_rank", "chunk") and v is not None}
+        ranks = {
+            k: v for k, v in spec.items() if k in ("rank", "core", "tail", "basis_rank", "chunk") and v is not None
+        }
         rows.append(
             {"name": name, "role": role, "shape": [m, n], "kind": type(layer).__name__, **ranks, "held": held / (m * n)}
         )

@@ -62,7 +62,10 @@ def suite(cfg: DictConfig, out: Path) -> float:
         results.write(out / "suite.json", summary | {"complete": len(done) == len(SUITE)})
     rows = [(f"{g}: {t}", f"{100 * v:.1f}") for g, tasks in scores.items() for t, v in tasks.items()]
     rows += [(f"mean of {g}", f"{100 * v:.1f}") for g, v in summary["groups"].items()]
-    print("\n" + results.table([*rows, ("mean of the groups", f"{100 * summary['mean']:.1f}"), ("result", out / "suite.json")]))
+    print(
+        "\n"
+        + results.table([*rows, ("mean of the groups", f"{100 * summary['mean']:.1f}"), ("result", out / "suite.json")])
+    )
     return sum(r["val"]["acc"] for r in done) / len(done)
 
 
@@ -79,7 +82,9 @@ def one(cfg: DictConfig, out: Path) -> dict:
     source = model.recombine_source
     module.image_size = module.image_size or source["image_size"]
     module.mean, module.std = module.mean or source["mean"], module.std or source["std"]
-    results.write(out / "config.json", OmegaConf.to_container(cfg, resolve=True))  # a folder that cannot be written fails now
+    results.write(
+        out / "config.json", OmegaConf.to_container(cfg, resolve=True)
+    )  # a folder that cannot be written fails now
     module.prepare_data()
     module.setup()
     model.reset_classifier(module.num_classes)
@@ -128,7 +133,12 @@ def describe(run: Run, added: dict) -> dict:
 def rows(result: dict, path: Path) -> list[tuple[str, str]]:
     """The table that a run ends with."""
     account, test, linear = result["account"], result["test"], result["linear_probe"]
-    table = [(f"{result['method']['name'].lower()} on {result['data']['task']}", f"stage {result['stage']}, seed {result['seed']}")]
+    table = [
+        (
+            f"{result['method']['name'].lower()} on {result['data']['task']}",
+            f"stage {result['stage']}, seed {result['seed']}",
+        )
+    ]
     if test:
         table.append(("test accuracy", f"{100 * test['acc']:.1f} %   (balanced {100 * test['balanced_acc']:.1f} %)"))
     if linear:
@@ -145,7 +155,10 @@ def rows(result: dict, path: Path) -> list[tuple[str, str]]:
     table += [
         ("trained", f"{trained:,} parameters ({account['trained_without_head']:,} without the head)"),
         ("stored", f"{stored:,} parameters ({account['stored_without_head']:,} without the head)"),
-        ("retained", f"{100 * account['retained']:.1f} % of the target layers, {100 * account['retained_total']:.1f} % of all"),
+        (
+            "retained",
+            f"{100 * account['retained']:.1f} % of the target layers, {100 * account['retained_total']:.1f} % of all",
+        ),
         ("MiB to train", f"{memory} = {account['memory_mib']:.1f}"),
         ("GFLOPs a sample", f"{account['flops'] / 1e9:.3f}"),
         ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items())),

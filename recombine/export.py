@@ -125,7 +125,9 @@ def fill(path: Path, model: nn.Module, tensors: dict, meta: dict) -> None:
             raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} in the file and {found} in this model")
     for name, expected in meta["own"].items():
         if name not in here or not torch.allclose(torch.tensor(probe(here[name])), torch.tensor(expected), rtol=1e-2):
-            raise UsageError(f"{path}: {name} differs from the backbone it was saved with; load the same pretrained one")
+            raise UsageError(
+                f"{path}: {name} differs from the backbone it was saved with; load the same pretrained one"
+            )
     with torch.no_grad():
         for name, tensor in tensors.items():
             here[name].copy_(tensor)
@@ -181,7 +183,9 @@ def replacing(path: Path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); free some space or choose another folder") from error
+        raise UsageError(
+            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder"
+        ) from error
     except SafetensorError as error:
         raise UsageError(f"{path}: cannot be written ({error}); free some space or choose another folder") from error
     finally:

@@ -64,7 +64,9 @@ class Distillation(Task):
         with torch.no_grad():
             target, target_blocks = outputs(self.teacher, images)
         logits, blocks = outputs(model, images)
-        loss = self.kl * F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True)
+        loss = self.kl * F.kl_div(
+            logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True
+        )
         loss = loss + self.mse * relative_mse(logits, target)
         if self.features:
             pairs = zip(blocks, target_blocks, strict=True)

@@ -296,7 +296,9 @@ def test_other_pictures_than_the_pinned_are_refused(cache, monkeypatch):
 
 def test_no_space_and_no_folder(cache, monkeypatch, tmp_path):
     if Path("/dev/full").exists():
-        monkeypatch.setattr("recombine.data.vision.os.fdopen", lambda *args: open("/dev/full", "wb"))  # noqa: SIM115
+        monkeypatch.setattr("recombine.data.vision.uuid4", lambda: SimpleNamespace(hex="x"))
+        (cache / "images").mkdir(parents=True)
+        Path(f"{sprites().path}.x").symlink_to("/dev/full")
         assert "No space left" in refusal(sprites().prepare_data)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RECOMBINE_CACHE", str(tmp_path / "file"))

@@ -14,12 +14,12 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lightning
 import numpy as np
@@ -127,9 +127,9 @@ class VisionData(lightning.LightningDataModule):
         meta = {"classes": source.classes, "licence": source.licence, "note": source.note, "splits": {}}
         seen: dict[str, set[bytes]] = {}
         with writing(path.parent):
-            handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+            scratch = path.with_name(f"{path.name}.{uuid4().hex}")
             try:
-                with os.fdopen(handle, "wb") as file, self._progress(total) as bar:
+                with scratch.open("wb") as file, self._progress(total) as bar:
                     # Written, not mapped: a full disk is then an OSError and not a bus error.
                     shape = (total, self.image_size, self.image_size, 3)
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -148,10 +148,10 @@ class VisionData(lightning.LightningDataModule):
                     self.check({split: part["sha256"] for split, part in meta["splits"].items()})
                 meta["shared_train_test"] = len(seen["train"] & seen["test"])
                 os.replace(scratch, path)  # pictures first: the description says that they are whole
-                Path(scratch).write_text(json.dumps(meta))
+                scratch.write_text(json.dumps(meta))
                 os.replace(scratch, path.with_suffix(".json"))
             finally:
-                Path(scratch).unlink(missing_ok=True)
+                scratch.unlink(missing_ok=True)
 
     def _progress(self, total: int):
         from tqdm import tqdm

@@ -84,5 +84,5 @@ class RecombinedLinear(nn.Module, ABC):
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     """The tensor as a parameter that does not train; a parameter stays the same object."""
-    parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.contiguous(), requires_grad=False)
     return parameter.requires_grad_(False)

@@ -52,4 +52,6 @@ class SharedBasisLinear(RecombinedLinear):
     @classmethod
     def empty(cls, in_features, out_features, basis_rank, chunk, gate, bias) -> "SharedBasisLinear":
         basis = torch.empty(out_features * in_features // chunk, basis_rank)
-        return cls(basis, torch.empty(basis_rank, chunk), in_features, gate, torch.empty(out_features) if bias else None)
+        return cls(
+            basis, torch.empty(basis_rank, chunk), in_features, gate, torch.empty(out_features) if bias else None
+        )

@@ -5,7 +5,6 @@ configuration. What trains is whatever has `requires_grad`.
 """
 
 import copy
-from abc import ABC
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import ClassVar, NamedTuple
@@ -27,7 +26,7 @@ class Site(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Method(ABC):
+class Method:
     """Rewrites a model in place.
 
     Args:

@@ -33,7 +33,9 @@ def joint(run: Run) -> dict:
 def distil(run: Run) -> dict:
     """Rewrites the model and lets it follow the original on the training images; labels are not used."""
     if not run.method.compresses:
-        raise UsageError(f"stage={run.cfg.stage.name}: {type(run.method).__name__.lower()} does not compress; use svd or crisp")
+        raise UsageError(
+            f"stage={run.cfg.stage.name}: {type(run.method).__name__.lower()} does not compress; use svd or crisp"
+        )
     teacher = copy.deepcopy(run.model)
     rewrite(run)
     errors = weight_errors(teacher, run.model)

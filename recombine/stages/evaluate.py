@@ -10,7 +10,9 @@ from recombine.tasks import Classification
 
 def evaluate(run: Run) -> dict:
     if not run.cfg.stage.checkpoint:
-        raise UsageError("stage.checkpoint=null: evaluate needs stage.checkpoint=FILE, which result.json of a run names")
+        raise UsageError(
+            "stage.checkpoint=null: evaluate needs stage.checkpoint=FILE, which result.json of a run names"
+        )
     run.model = export.load(run.cfg.stage.checkpoint, run.model)
     task = Classification(run.data.num_classes)
     return {"test": test(run, LitRecombine(run.model, run.method, task)), "checkpoint": run.cfg.stage.checkpoint}

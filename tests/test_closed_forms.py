@@ -1,0 +1,152 @@
+"""Closed forms against float64 oracles, and the papers' memory accounts."""
+
+import copy
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import recombine
+from recombine import Cersa, Crisp, Full, Peft, Svd, models
+from recombine.layers import FactoredLinear, SharedBasisLinear
+from recombine.linalg import SILU_MIN, energy_rank, silu_inverse
+from recombine.methods import Site
+from recombine.methods.crisp import retrofit
+
+SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 5))
+KINDS = st.sampled_from(["random", "zero", "rank one", "equal", "identity-like", "tiny", "huge"])
+
+
+def matrix(kind: str, m: int, n: int, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(m, n, generator=g, dtype=torch.float64)
+    return {
+        "random": w,
+        "zero": torch.zeros_like(w),
+        "rank one": w[:, :1] @ w[:1],
+        "equal": torch.ones_like(w),
+        "identity-like": torch.eye(m, n, dtype=torch.float64),
+        "tiny": 1e-12 * w,
+        "huge": 1e12 * w,
+    }[kind]
+
+
+def group_of(kind, m, n, g, seed):
+    sites = []
+    for i in range(g):
+        linear = nn.Linear(n, m, dtype=torch.float64)
+        linear.weight.data = matrix(kind, m, n, seed + i)
+        sites.append(Site(f"layer{i}", "up", linear))
+    return sites
+
+
+@settings(max_examples=150, deadline=None)
+@given(SHAPES, st.sampled_from([1, 2, 4, 8]), st.integers(1, 3), KINDS, st.integers(0, 99), st.data())
+def test_crisp_is_the_eckart_young_optimum(shape, chunk, g, kind, seed, data):
+    """|M - B G| equals the tail of M's singular values, whatever the gate and the gauge."""
+    m, n = 4 * shape[0], 8 * shape[1]
+    group = group_of(kind, m, n, g, seed)
+    rank = data.draw(st.integers(1, g * chunk))
+    stacked = np.concatenate([s.linear.weight.detach().numpy().reshape(-1, chunk) for s in group], 1)
+    s = scipy.linalg.svdvals(stacked)
+    optimum, scale = np.sqrt((s[rank:] ** 2).sum()), max(s[0], 1e-300)
+    for gauge in ("svd", "balanced"):
+        for gate in ("silu", "none"):
+            basis, mixers = retrofit(group, rank, chunk, gate, gauge)
+            layers = [SharedBasisLinear(basis, a, n, gate) for a in mixers]
+            built = np.concatenate([layer.dense_weight().detach().numpy().reshape(-1, chunk) for layer in layers], 1)
+            assert np.isfinite(built).all()
+            assert abs(np.linalg.norm(stacked - built) - optimum) <= 1e-6 * scale
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), KINDS, st.integers(0, 99), st.data())
+def test_svd_is_the_eckart_young_optimum(m, n, kind, seed, data):
+    rank = data.draw(st.integers(1, min(m, n)))
+    site = group_of(kind, m, n, 1, seed)[0]
+    for core in (False, True):
+        built = Svd(rank=rank, train_core=core).recombine(site).dense_weight().detach()
+        s = torch.linalg.svdvals(site.linear.weight.detach())
+        error = torch.linalg.norm(built - site.linear.weight.detach())
+        assert abs(error - s[rank:].square().sum().sqrt()) <= 1e-9 * max(s[0].item(), 1e-300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), KINDS, st.integers(0, 99), st.floats(0.05, 1), st.floats(0.05, 1))
+def test_cersa_keeps_the_energy_with_the_fewest_directions(m, n, kind, seed, a, b):
+    site, (beta, alpha) = group_of(kind, m, n, 1, seed)[0], sorted((a, b))
+    layer = Cersa(alpha=alpha, beta=beta).recombine(site)
+    s = scipy.linalg.svdvals(site.linear.weight.detach().numpy())
+    energy = np.cumsum(s**2) / max((s**2).sum(), 1e-300)
+    if s[0] > 0:
+        assert energy[layer.rank - 1] >= alpha - 1e-12 and (layer.rank == 1 or energy[layer.rank - 2] < alpha)
+        assert energy[len(layer.core) - 1] >= beta - 1e-12
+    truncated = Svd(rank=layer.rank).recombine(site).dense_weight()
+    assert torch.allclose(layer.dense_weight(), truncated, atol=1e-9 * max(s[0], 1e-300))
+
+
+def test_silu_inverse_is_exact():
+    y = torch.cat([torch.linspace(-0.278, 30, 5001, dtype=torch.float64), torch.tensor([0.0, SILU_MIN, -0.2])])
+    x = silu_inverse(y)
+    assert torch.allclose(torch.nn.functional.silu(x), y, atol=1e-12) and x.min() >= -1.2785
+
+
+@pytest.mark.parametrize(
+    "s, fraction, rank", [([2, 1, 1], 0.5, 1), ([1, 1, 1, 1], 0.5, 2), ([3, 0], 1.0, 2), ([0, 0], 0.9, 1)]
+)
+def test_energy_rank(s, fraction, rank):
+    assert energy_rank(torch.tensor(s, dtype=torch.float64), fraction) == rank
+
+
+@pytest.mark.parametrize("tokens", [1, 10, 10000])
+def test_flops_rule_counts_what_runs(tokens):
+    """The rule's numbers are those torch counts (2 FLOPs a multiplication), forward, both ways."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layers = [
+        FactoredLinear(torch.randn(12, 5), torch.randn(5, 8), torch.randn(5, 5)),
+        SharedBasisLinear(torch.randn(24, 3), torch.randn(3, 4), 8),
+    ]
+    x = torch.randn(tokens, 8)
+    for layer in layers:
+        layer.train()
+        structured, dense, build = layer.flops(tokens, False)
+        with FlopCounterMode(display=False) as counted:
+            layer.structured(x)
+        inner = 25 * tokens if isinstance(layer, FactoredLinear) else 0  # folded away in eval
+        assert counted.get_total_flops() == 2 * (structured + inner)
+        with FlopCounterMode(display=False) as counted:
+            torch.nn.functional.linear(x, layer.dense_weight())
+        assert counted.get_total_flops() == 2 * (dense + build)
+
+
+@pytest.fixture(scope="module")
+def vit_l():
+    torch.manual_seed(0)
+    return models.build("vit_l16", arch="vit_large_patch16_224", pretrained=False, num_classes=100)
+
+
+@pytest.mark.parametrize(
+    "method, printed",
+    [
+        (Full(), 4629.8),
+        (Peft(targets=("q", "k", "v"), rank=8), 1175.9),
+        (Peft(targets=("q", "k", "v"), rank=32), 1229.9),
+    ],
+    ids=["FT", "LoRA r=8", "LoRA r=32"],
+)
+def test_memory_equals_cersa_table_14(vit_l, method, printed):
+    model = recombine.apply(copy.deepcopy(vit_l), method)
+    assert recombine.count(model).memory_mib == pytest.approx(printed, rel=1e-3)
+
+
+def test_vit_s_counts_equal_crisp(vit_l):
+    """CRISP Sec. 4: ViT-S has 21,233,664 weights in its linear layers; (64, 32) in groups of two trains 98,304."""
+    model = models.build("vit_s16", arch="vit_small_patch16_224", pretrained=False, num_classes=1000)
+    recombine.apply(model, Crisp())
+    account = recombine.count(model)
+    assert model.recombined.dense == 21_233_664 and account.trained_without_head == 98_304
