@@ -15,9 +15,9 @@ setup: $(STAMP) ## .venv with the pinned packages; again only when they change
 # --no-deps for recombine itself: the lock is complete, and nothing may move its versions
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || \
-		{ echo "$(PYTHON) not found: install Python 3.10 or newer, or make PYTHON=/path/to/it"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "$$($(PYTHON) --version) is too old: Python 3.10 or newer is needed, make PYTHON=/path/to/it"; exit 1; }
+		{ echo "$(PYTHON) not found: install Python 3.11 or newer, or make PYTHON=/path/to/it"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$$($(PYTHON) --version) is too old: Python 3.11 or newer is needed, make PYTHON=/path/to/it"; exit 1; }
 	@echo "setting up $(VENV): minutes, once"
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.lock

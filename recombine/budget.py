@@ -62,8 +62,9 @@ class Budget:
     def __str__(self) -> str:
         if self.kind == "none":
             return "none"
-        value = 100 * self.value if self.kind in ("retained", "energy") else self.value
-        return f"{self.kind}_{value:.5g}" + ("mb" if self.kind == "memory" else "")
+        if self.kind == "trainable":
+            return f"trainable_{self.value / 1e3:.5g}k" if self.value >= 1e3 else f"trainable_{self.value:g}"
+        return f"memory_{self.value:.5g}mb" if self.kind == "memory" else f"{self.kind}_{100 * self.value:.5g}"
 
 
 def solve(method: "Method", model: nn.Module, sites: list["Site"], budget: Budget) -> "Method":

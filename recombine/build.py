@@ -55,7 +55,7 @@ def suite(cfg: DictConfig, out: Path) -> float:
         with open_dict(cfg):
             cfg.data.task = task
         result = one(cfg, out / task)
-        scores.setdefault(TASKS[task].group, {})[task] = result["test"]["acc"]
+        scores.setdefault(TASKS[task][0], {})[task] = result["test"]["acc"]
         done.append(result)
         summary = {"groups": {g: sum(s.values()) / len(s) for g, s in scores.items()}, "tasks": scores}
         summary["mean"] = sum(summary["groups"].values()) / len(summary["groups"])
@@ -77,14 +77,12 @@ def one(cfg: DictConfig, out: Path) -> dict:
     if cfg.stage.name not in STAGES:
         raise UsageError(f"stage.name={cfg.stage.name!r}: must be one of {', '.join(STAGES)}")
     chosen, budget = method(cfg.method), Budget(cfg.budget.kind, cfg.budget.value)
-    module = data.build(**OmegaConf.to_container(cfg.data, resolve=True), seed=cfg.seed)
+    module = data.build(**OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True), seed=cfg.seed)
     model = models.build(**OmegaConf.to_container(cfg.model, resolve=True))
     source = model.recombine_source
     module.image_size = module.image_size or source["image_size"]
     module.mean, module.std = module.mean or source["mean"], module.std or source["std"]
-    results.write(
-        out / "config.json", OmegaConf.to_container(cfg, resolve=True)
-    )  # a folder that cannot be written fails now
+    results.reserve(out)
     module.prepare_data()
     module.setup()
     model.reset_classifier(module.num_classes)
@@ -100,8 +98,8 @@ def one(cfg: DictConfig, out: Path) -> dict:
     added = STAGES[cfg.stage.name](run)
     result = describe(run, added)
     result["seconds"]["total"] = round(time.perf_counter() - start, 3)
+    print("\n" + results.table(rows(result, out / "result.json")), flush=True)  # first: a full disk must not eat it
     results.write(out / "result.json", result)
-    print("\n" + results.table(rows(result, out / "result.json")), flush=True)
     return result
 
 

@@ -14,6 +14,16 @@ from recombine.export import replacing
 PACKAGES = ("recombine", "torch", "lightning", "hydra-core", "timm", "peft", "transformers", "torchmetrics", "numpy")
 
 
+def reserve(folder: Path) -> None:
+    """Makes the folder of a run and refuses one that cannot be written, before hours are spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (probe := folder / ".writable").touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror}); choose another hydra.run.dir") from error
+
+
 def write(path: Path, result: dict) -> Path:
     """Writes a result, whole or not at all."""
     text = json.dumps(result, indent=1, default=str, allow_nan=False)

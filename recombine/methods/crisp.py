@@ -132,7 +132,7 @@ def retrofit(group: list[Site], rank: int, chunk: int, gate: str, gauge: str) ->
     sign = gated.gather(1, gated.abs().argmax(1, keepdim=True)).sign()
     gated = gated * torch.where(sign == 0, 1.0, sign)  # the largest entry of each row positive
     if gauge == "balanced":  # rows in proportion to the square root of their singular value
-        gated = gated * values[:rank, None].clamp(min=values[0] * 1e-12).pow(0.25)
+        gated = gated * (values[:rank, None] / values[0].clamp(min=1e-300)).clamp(min=1e-12).pow(0.25)
     low, high = gated.amin(1, keepdim=True), gated.amax(1, keepdim=True)
     if gauge == "balanced":
         low, high = low.amin(), high.amax()

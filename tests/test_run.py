@@ -1,0 +1,283 @@
+"""The command line and the stages, on a tiny ViT and generated pictures; and every bad input in one line."""
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file, save_file
+
+import recombine
+import run
+from recombine import build, export, models, results
+from recombine.stages import Run, adapt, fit
+from recombine.tasks import Classification
+
+ROOT = Path(__file__).parents[1]
+TINY = ["model=tiny_vit", "trainer=cpu", "trainer.progress=false", "trainer.epochs=2", "data.limit=64", "probe=false"]
+CHUNK = "method.chunk=16"
+
+
+def config(*overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", [*TINY, *overrides])
+
+
+def execute(folder, *overrides) -> dict:
+    build.main(config(*overrides), folder)
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["crisp", "cersa", "svd", "lora", "dora", "full", "linear_probe"])
+def test_adapt_with_every_method(name, tmp_path):
+    result = execute(tmp_path, f"method={name}", *([CHUNK] if name == "crisp" else []))
+    assert 0 <= result["test"]["acc"] <= 1 and 0 <= result["val"]["acc"] <= 1
+    account = result["account"]
+    assert account["bytes_optimizer"] == 8 * account["trained"] and account["flops"] > 0
+    assert result["data"]["sizes"] == {"train": 64, "val": 64, "test": 64} and len(result["data"]["sha256"]) == 3
+    assert result["environment"]["versions"]["torch"] and result["command"].startswith("python run.py")
+    assert result["layers"] and set(result["seconds"]) >= {"setup", "retrofit", "train_best", "test", "total"}
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_same_seed_same_result(tmp_path):
+    first, second, other = (execute(tmp_path / n, CHUNK, f"seed={s}") for n, s in (("a", 3), ("b", 3), ("c", 4)))
+    assert first["test"] == second["test"] and first["val"] == second["val"]
+    assert torch.equal(*(load_file(tmp_path / n / "best.safetensors")["head.weight"] for n in "ab"))
+    assert first["test"]["loss"] != other["test"]["loss"]
+
+
+def test_the_test_set_sees_the_weights_that_validation_chose(tmp_path):
+    """An absurd schedule makes later epochs worse; the tested weights are those of the best epoch."""
+    result = execute(tmp_path, "method=full", "optim.lr=1e-3", "optim.schedule=constant", "trainer.epochs=4")
+    best = f"stage.checkpoint={tmp_path}/best.safetensors"
+    again = execute(tmp_path / "again", "method=full", "stage=evaluate", best)
+    assert again["test"]["acc"] == result["test"]["acc"]
+    assert again["test"]["loss"] == pytest.approx(result["test"]["loss"], rel=1e-5)
+
+
+def test_early_stopping_counts_epochs_without_a_better_validation(tmp_path):
+    result = execute(tmp_path, "method=linear_probe", "optim.lr_head=1e-12", "trainer.epochs=9", "trainer.patience=2")
+    assert result["best_epoch"] == 0 and result["seconds"]["train_best"] > 0
+    assert "trainer.patience" not in result["command"]  # composed here, not on a command line
+
+
+@pytest.mark.parametrize("method", [["method=crisp", "method.chunk=16"], ["method=svd", "method.train_core=true"]])
+@pytest.mark.parametrize("stage", ["compress", "joint"])
+def test_compress_then_adapt(method, stage, tmp_path):
+    result = execute(tmp_path, *method, f"stage={stage}", "budget=retained_50", "probe=true", "stage.distil.epochs=3")
+    assert result["account"]["retained"] <= 0.5 and result["distil"]["val_loss"] > 0
+    assert (result["account"]["trained_without_head"] == 0) == (stage == "compress")
+    # what was distilled came back: the checkpoint alone rebuilds the tested model
+    again = execute(tmp_path / "e", *method, "stage=evaluate", f"stage.checkpoint={tmp_path}/best.safetensors")
+    assert again["test"]["acc"] == result["test"]["acc"]
+
+
+def test_distillation_brings_the_student_closer(tmp_path):
+    losses = [
+        execute(tmp_path / str(e), CHUNK, "stage=compress", "budget=retained_50", f"stage.distil.epochs={e}")["distil"]
+        for e in (1, 8)
+    ]
+    assert losses[1]["val_loss"] < losses[0]["val_loss"]
+
+
+def test_retrofit_compares_with_the_original(tmp_path):
+    result = execute(tmp_path, "stage=retrofit", CHUNK)
+    assert max(result["weight_error"].values()) <= 1e-6 and result["logit_error"] <= 1e-3
+    assert len(result["weight_error"]) == 16
+
+
+def test_suite_prints_group_means(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "SUITE", ["dsprites_loc", "dsprites_ori"])
+    mean = build.main(config("data.task=all", "method=linear_probe"), tmp_path)
+    summary = json.loads((tmp_path / "suite.json").read_text())
+    assert summary["complete"] and list(summary["tasks"]["structured"]) == ["dsprites_loc", "dsprites_ori"]
+    assert summary["mean"] == pytest.approx(sum(summary["tasks"]["structured"].values()) / 2) and 0 <= mean <= 1
+    assert "mean of structured" in capsys.readouterr().out and (tmp_path / "dsprites_ori" / "result.json").exists()
+
+
+def test_linear_probe_equals_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    from recombine.probe import regress
+
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(300, 12, generator=g, dtype=torch.float64), torch.randint(4, (300,), generator=g)
+    w, b = regress(x, y, 4, decay=1e-2)
+    sk = LogisticRegression(C=1 / (2 * 1e-2 * 300), tol=1e-10, max_iter=5000).fit(x.numpy(), y.numpy())
+    centred = w - w.mean(0)
+    assert torch.allclose(centred, torch.from_numpy(sk.coef_ - sk.coef_.mean(0)), atol=1e-4)
+
+
+# Bad input: one line with the value, the reason and the fix
+
+
+def line(capsys, monkeypatch, tmp_path, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["run.py", f"hydra.run.dir={tmp_path}/out", *TINY, *arguments])
+    monkeypatch.setattr(run, "DEBUG", False)
+    assert run.cli() == 2
+    err = [text for text in capsys.readouterr().err.splitlines() if text.strip()]
+    assert len(err) == 1 and err[0].startswith("run.py: "), err
+    assert not (tmp_path / "out" / "result.json").exists()
+    return err[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["method=crips"], ["crips", "crisp", "lora"]),
+        (["model=vit_s"], ["vit_s", "vit_s16", "dinov2_s14"]),
+        (["data=vtabb"], ["vtabb", "offline", "folder"]),
+        (["budget=retained_5"], ["retained_5", "retained_50"]),
+        (["stage=adaptt"], ["adaptt", "adapt", "joint"]),
+        (["data.task=dsprite_loc"], ["dsprite_loc", "dsprites_loc"]),
+        (["method.basis_rank=0", CHUNK], ["basis_rank=0", "from 1 to"]),
+        (["method.basis_rank=eight", CHUNK], ["basis_rank", "eight"]),
+        (["method.basis_rank=2.5", CHUNK], ["basis_rank", "2.5"]),
+        (["method.basis_rank=1000", CHUNK], ["basis_rank=1000", "32"]),
+        (["method.chunk=7"], ["chunk=7", "48", "divide"]),
+        (["method=cersa", "method.alpha=1.2"], ["alpha=1.2", "(0, 1]"]),
+        (["method=cersa", "method.alpha=0.8", "method.beta=0.9"], ["beta=0.9", "0.8"]),
+        (["+method.rnak=3"], ["rnak", "chunk"]),
+        (["method.rnak=3"], ["rnak"]),
+        (["method=svd", "budget=retained", "budget.value=0.0001"], ["retained_0.01", "nearest", "retained_"]),
+        (["method=lora", "budget=retained_50"], ["retained_50", "trainable"]),
+        (["budget=retained"], ["budget.value"]),
+        (["budget=retained", "budget.value=7"], ["7", "share"]),
+        (["method.targets=[gate]", CHUNK], ["gate", "qkv"]),
+        (["stage=joint", "method=lora"], ["joint", "does not compress"]),
+        (["stage=evaluate"], ["stage.checkpoint"]),
+        (["stage=evaluate", "stage.checkpoint=nowhere.safetensors"], ["nowhere.safetensors", "no such file"]),
+        (["optim.schedule=exp", CHUNK], ["exp", "cosine"]),
+        (["data=folder", "data.root=nowhere", "data.task=null"], ["nowhere"]),
+        (["data=folder"], ["data.root"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_bad_input_is_one_line(arguments, words, capsys, monkeypatch, tmp_path):
+    message = line(capsys, monkeypatch, tmp_path, *arguments)
+    for word in words:
+        assert word in message, message
+
+
+def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    message = line(capsys, monkeypatch, tmp_path, CHUNK, "optim.lr=1e35", "optim.clip=null")
+    assert "step" in message and "diverged" in message and "optim.lr" in message
+
+    @dataclass(kw_only=True)
+    class Explodes(recombine.LinearProbe):
+        steps: int = 0
+
+        def penalty(self, model):
+            self.steps += 1
+            return float("nan") if self.steps > 3 else 0.0  # two steps an epoch: in the second
+
+    cfg = config("method=linear_probe", "data.limit=64")
+    cfg.trainer.epochs = 5
+    data = recombine.data.build("offline", task="dsprites_loc", image_size=32, limit=64, mean=[0.5] * 3, std=[0.5] * 3)
+    data.prepare_data()
+    data.setup()
+    model = models.build("tiny_vit", arch="vit_tiny_patch16_224", pretrained=False, image_size=32, num_classes=16)
+    work = Run(cfg, tmp_path, recombine.apply(model, Explodes()), Explodes(), recombine.Budget(), data)
+    with pytest.raises(recombine.UsageError, match=r"step 3 \(epoch 1\).*last good checkpoint is .*best.safetensors"):
+        fit(work, Classification(16), cfg.optim, 5, "best")
+    assert (tmp_path / "best.safetensors").exists() and adapt
+
+
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = models.build("tiny_vit", arch="vit_tiny_patch16_224", pretrained=False, image_size=32, num_classes=3)
+    model = recombine.apply(model, recombine.Cersa())
+    return recombine.save(model, tmp_path / "good.safetensors")
+
+
+def fresh(seed=0, arch="vit_tiny_patch16_224", **more):
+    torch.manual_seed(seed)
+    return models.build("tiny_vit", **{"arch": arch, "pretrained": False, "image_size": 32, "num_classes": 3, **more})
+
+
+def test_bad_checkpoints_are_one_line(tmp_path):
+    path = checkpoint(tmp_path)
+    assert recombine.load(path, fresh())
+    whole = path.read_bytes()
+    (tmp_path / "truncated").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "garbage").write_bytes(b"\x93NUMPY" * 100)
+    (tmp_path / "empty").write_bytes(b"")
+    save_file({"a": torch.zeros(2)}, tmp_path / "plain")
+    for name, word, model in [
+        ("truncated", "truncated or corrupted", fresh()),
+        ("garbage", "truncated or corrupted", fresh()),
+        ("empty", "truncated or corrupted", fresh()),
+        ("missing", "no such file", fresh()),
+        ("plain", "not a checkpoint of recombine", fresh()),
+        ("good.safetensors", "differs from the backbone", fresh(seed=1)),
+        ("good.safetensors", "in this model", fresh(arch="vit_small_patch16_224")),
+        ("good.safetensors", "VisionTransformer", fresh(arch="swin_tiny_patch4_window7_224", image_size=224)),
+    ]:
+        with pytest.raises(recombine.UsageError) as error:
+            recombine.load(tmp_path / name, model)
+        assert word in str(error.value) and "\n" not in str(error.value), error.value
+
+
+def test_a_checkpoint_adapts_the_head_of_the_model_it_is_loaded_into(tmp_path):
+    model = fresh()
+    model.reset_classifier(9)
+    assert recombine.load(checkpoint(tmp_path), model).head.out_features == 3
+
+
+def test_full_disk_leaves_nothing_half_written(tmp_path):
+    """A limit on the file size stands in for the full disk: the write fails in the middle."""
+    path = checkpoint(tmp_path)
+    before = path.read_bytes()
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    model = recombine.load(path, fresh())
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+        with pytest.raises(recombine.UsageError, match="cannot be written") as error:
+            recombine.save(model, path)
+        with pytest.raises(recombine.UsageError, match="cannot be written"):
+            results.write(tmp_path / "result.json", {"x": "y" * 100_000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {"good.safetensors"}
+
+
+def test_output_folder_that_cannot_be_made(tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    assert str(tmp_path / "out") in line(capsys, monkeypatch, tmp_path, "method=linear_probe")
+    with pytest.raises(recombine.UsageError, match="cannot be written"):
+        results.reserve(tmp_path / "out" / "deeper")
+
+
+def test_help_teaches():
+    command = [sys.executable, "run.py", "--help"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for group in ("method: ", "model: ", "data: ", "budget: ", "stage: "):
+        assert group in out
+    assert out.count("python run.py") >= 5 and "result.json" in out
+
+
+def test_readme_library_example(tmp_path, monkeypatch):
+    """The README's Python block, run as it stands but for the model's pretrained weights."""
+    import timm
+
+    blocks = (ROOT / "README.md").read_text().split("```python")[1:]
+    code = blocks[0].split("```")[0].replace("pretrained=True", "img_size=32")
+    assert "recombine.apply" in code and "recombine.merge" in code
+    monkeypatch.chdir(tmp_path)
+    g = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, 3, 32, 32, generator=g), torch.randint(10, (4,), generator=g)) for _ in range(3)]
+    scope = {"loader": batches, "timm": timm, "torch": torch}
+    exec(code, scope)
+    assert type(scope["model"]).__name__ == "VisionTransformer" and not hasattr(scope["model"], "recombined")
+    assert export is not None and (tmp_path / "cersa.safetensors").exists()
