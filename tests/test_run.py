@@ -156,6 +156,7 @@ def line(capsys, monkeypatch, tmp_path, *arguments) -> str:
         (["optim.schedule=exp", CHUNK], ["exp", "cosine"]),
         (["data=folder", "data.root=nowhere", "data.task=null"], ["nowhere"]),
         (["data=folder"], ["data.root"]),
+        (["trainer.devices=2", CHUNK], ["trainer.devices=2", "one device"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )

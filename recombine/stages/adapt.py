@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import DictConfig
 
+from recombine.errors import UsageError
 from recombine.lit import KeepBest, LitRecombine
 from recombine.stages.retrofit import rewrite
 from recombine.stages.run import Run
@@ -47,7 +48,7 @@ def test(run: Run, lit: LitRecombine) -> dict[str, float]:
 
 def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None) -> L.Trainer:
     trainer = run.cfg.trainer
-    return L.Trainer(
+    made = L.Trainer(
         accelerator=trainer.accelerator,
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
@@ -64,6 +65,9 @@ def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None) -> 
         log_every_n_steps=1,
         default_root_dir=run.out,
     )
+    if made.world_size > 1:
+        raise UsageError(f"trainer.devices={trainer.devices}: a run takes one device for now; set trainer.devices=1")
+    return made
 
 
 def precision(wanted: str) -> str:
