@@ -12,17 +12,16 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from recombine import data, models, probe, results
+from recombine import data, methods, models, probe, results
 from recombine.budget import Budget, count, layer_report
 from recombine.data.offline import SUITE, TASKS
 from recombine.errors import UsageError
-from recombine.methods import Method
 from recombine.stages import STAGES, Run
 
 log = logging.getLogger("recombine")
 
 
-def method(cfg: DictConfig) -> Method:
+def method(cfg: DictConfig) -> methods.Method:
     """The method that cfg describes. A wrong type or an unknown field is refused in one line."""
     cls = get_class(cfg._target_)
     fields = {key: value for key, value in cfg.items() if key != "_target_"}
@@ -74,6 +73,8 @@ def one(cfg: DictConfig, out: Path) -> dict:
     start = time.perf_counter()
     quiet()
     L.seed_everything(cfg.seed, verbose=False)
+    if cfg.optim.head not in ("random", "probe"):
+        raise UsageError(f"optim.head={cfg.optim.head!r}: must be random or probe")
     if cfg.stage.name not in STAGES:
         raise UsageError(f"stage.name={cfg.stage.name!r}: must be one of {', '.join(STAGES)}")
     chosen, budget = method(cfg.method), Budget(cfg.budget.kind, cfg.budget.value)
@@ -90,10 +91,11 @@ def one(cfg: DictConfig, out: Path) -> dict:
         model.cuda()
     run = Run(cfg, out, model, chosen, budget, module)
     run.seconds["setup"] = round(time.perf_counter() - start, 3)
-    if cfg.probe:
+    teaches = cfg.stage.name in ("compress", "joint")  # the original model needs a head to teach with
+    if cfg.probe or teaches or cfg.optim.head == "probe":
         with run.timed("probe"):
             run.probe = probe.fit(model, module)
-            if cfg.stage.name in ("compress", "joint") or cfg.optim.head == "probe":
+            if teaches or cfg.optim.head == "probe":
                 run.probe.into(model.get_classifier())
     added = STAGES[cfg.stage.name](run)
     result = describe(run, added)
@@ -163,8 +165,8 @@ def rows(result: dict, path: Path) -> list[tuple[str, str]]:
         ("result", str(path)),
         ("again with", result["command"]),
     ]
-    if account["retained"] > 1 and result["stage"] in ("compress", "joint", "retrofit"):
-        table.append(("note", "the target layers store more than dense: these ranks do not compress"))
+    if account["retained"] > 1.01 and getattr(methods, result["method"]["name"]).compresses:
+        table.append(("note", "the target layers store more than dense: these ranks adapt, they do not compress"))
     return table
 
 

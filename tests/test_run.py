@@ -154,6 +154,7 @@ def line(capsys, monkeypatch, tmp_path, *arguments) -> str:
         (["stage=evaluate"], ["stage.checkpoint"]),
         (["stage=evaluate", "stage.checkpoint=nowhere.safetensors"], ["nowhere.safetensors", "no such file"]),
         (["optim.schedule=exp", CHUNK], ["exp", "cosine"]),
+        (["optim.head=zero", CHUNK], ["zero", "probe"]),
         (["data=folder", "data.root=nowhere", "data.task=null"], ["nowhere"]),
         (["data=folder"], ["data.root"]),
         (["trainer.devices=2", CHUNK], ["trainer.devices=2", "one device"]),
