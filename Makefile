@@ -1,6 +1,6 @@
 # Everything runs in .venv, made from requirements.lock. PYTHON=python3.12 make setup chooses the interpreter.
 PYTHON ?= python3
-ARGS ?=
+ARGS ?= experiment=start
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
@@ -24,7 +24,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-run: setup ## the packaged model, then python run.py with ARGS="method=crisp ..."
+run: setup ## the packaged model, then python run.py $(ARGS): ARGS="method=lora ..." runs something else
 	$(BIN)/python -m recombine.assets dinov2_s14
 	$(BIN)/python run.py $(ARGS)
 

@@ -32,6 +32,10 @@ def test_composes(group, choice):
         assert cfg.stage.name == choice and choice in STAGES
     if group == "model":
         assert cfg.model.name == choice and choice in models.list_models()
+    if group == "experiment":  # wins over the defaults, and the command line over it
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            assert compose("config", [f"{group}={choice}", "seed=5"]).seed == 5
+            assert compose("config", [f"{group}={choice}"]) != compose("config", [])
     if group == "data":
         assert cfg.data.name == choice
 
