@@ -8,6 +8,7 @@ One word means the same for every method:
 """
 
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -38,14 +39,15 @@ class Budget:
         if self.kind == "none":
             return
         share = self.kind in ("retained", "energy")
-        if self.value is None or not 0 < self.value <= (1 if share else float("inf")):
+        if not isinstance(self.value, int | float) or not 0 < self.value <= (1 if share else float("inf")):
             unit = {"trainable": "weights", "memory": "MiB"}.get(self.kind, "a share in (0, 1]")
             raise UsageError(f"budget.value={self.value!r}: budget.kind={self.kind} counts {unit}, more than 0")
 
     @classmethod
     def parse(cls, word: str) -> "Budget":
         """retained_50 -> Budget("retained", 0.5)."""
-        match = re.fullmatch(r"(retained|energy)_([\d.]+)|(trainable)_([\d.]+)([km]?)|(memory)_([\d.]+)mb", word)
+        n = r"\d+(?:\.\d+)?"
+        match = re.fullmatch(rf"(retained|energy)_({n})|(trainable)_({n})([km]?)|(memory)_({n})mb", word)
         if word == "none":
             return cls()
         if match is None:
@@ -77,6 +79,9 @@ def solve(method: "Method", model: nn.Module, sites: list["Site"], budget: Budge
     if knob is None:
         can = ", ".join(method.knobs) or "none"
         raise UsageError(f"budget={budget}: {name} cannot be held to a {budget.kind} budget; it knows: {can}")
+    for rival in method.rivals:
+        if rival != knob and (value := getattr(method, rival)) is not None:
+            raise UsageError(f"budget={budget} and method.{rival}={value} both set the size: drop one of them")
     if budget.kind == "energy":
         setattr(method, knob, budget.value)
         method.check(sites)
@@ -96,7 +101,7 @@ def solve(method: "Method", model: nn.Module, sites: list["Site"], budget: Budge
         return (4 * (rest + stored) + (4 + ADAM) * (trained + head)) / MIB
 
     if (least := measure(choices[0])) > budget.value:
-        near = Budget(budget.kind, least)
+        near = Budget(budget.kind, least * 1.0001)  # a word that can be typed, rounded up
         raise UsageError(f"budget={budget}: cannot be met, the nearest that {name} can is {near} ({knob}={choices[0]})")
     low, high = 0, len(choices)  # choices[low] fits; from high on nothing does
     while high - low > 1:
@@ -172,11 +177,12 @@ def stored_in_targets(model: nn.Module) -> int:
 
 def flops(model: nn.Module, sample: torch.Tensor) -> int:
     """Of one forward in eval mode, counted by torch on what really runs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     training = model.training
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the counter knows no fused attention on a CPU
         model(sample)  # builds what eval keeps
         with FlopCounterMode(display=False) as counter:
             model(sample)
@@ -185,17 +191,21 @@ def flops(model: nn.Module, sample: torch.Tensor) -> int:
 
 
 def layer_report(model: nn.Module) -> list[dict]:
-    """One row a rewritten layer: name, role, shape, kind, ranks, weights stored as a share of dense."""
+    """One row a rewritten layer: name, role, shape, kind, ranks, and the share `held` of its dense weights.
+
+    A shared basis is divided among its layers.
+    """
+    layers = {name: model.get_submodule(name) for name in model.recombined.targets}
+    users = Counter(id(p) for layer in layers.values() for p in layer.parameters())
     rows = []
-    for name, role in model.recombined.targets.items():
-        layer = model.get_submodule(name)
+    for name, layer in layers.items():
         spec = layer.spec() if hasattr(layer, "spec") else {}
         m, n = layer.out_features, layer.in_features
-        held = sum(p.numel() for key, p in layer.named_parameters() if not key.endswith("bias"))
+        weights = [p for key, p in layer.named_parameters() if not key.endswith("bias")]
+        held = sum(p.numel() / users[id(p)] for p in weights) / (m * n)
         ranks = {
             k: v for k, v in spec.items() if k in ("rank", "core", "tail", "basis_rank", "chunk") and v is not None
         }
-        rows.append(
-            {"name": name, "role": role, "shape": [m, n], "kind": type(layer).__name__, **ranks, "held": held / (m * n)}
-        )
+        row = {"name": name, "role": model.recombined.targets[name], "shape": [m, n], "kind": type(layer).__name__}
+        rows.append(row | ranks | {"held": held})
     return rows

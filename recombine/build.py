@@ -1,5 +1,6 @@
 """From a composed configuration to a run, and from a run to result.json."""
 
+import copy
 import logging
 import time
 import warnings
@@ -46,6 +47,8 @@ def main(cfg: DictConfig, out: Path) -> float:
 
 def suite(cfg: DictConfig, out: Path) -> float:
     """Every task of the suite, one after the other; group means as VTAB papers print them."""
+    if cfg.stage.name not in ("adapt", "compress", "joint"):
+        raise UsageError(f"data.task=all: stage={cfg.stage.name} scores no suite; use adapt, compress or joint")
     if cfg.data.name != "offline":
         raise UsageError(f"data.task=all: data={cfg.data.name} has no suite; name one task")
     scores: dict[str, dict[str, float]] = {}
@@ -73,16 +76,14 @@ def one(cfg: DictConfig, out: Path) -> dict:
     start = time.perf_counter()
     quiet()
     L.seed_everything(cfg.seed, verbose=False)
-    if cfg.optim.head not in ("random", "probe"):
-        raise UsageError(f"optim.head={cfg.optim.head!r}: must be random or probe")
-    if cfg.stage.name not in STAGES:
-        raise UsageError(f"stage.name={cfg.stage.name!r}: must be one of {', '.join(STAGES)}")
+    check(cfg)
     chosen, budget = method(cfg.method), Budget(cfg.budget.kind, cfg.budget.value)
     module = data.build(**OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True), seed=cfg.seed)
     model = models.build(**OmegaConf.to_container(cfg.model, resolve=True))
     source = model.recombine_source
     module.image_size = module.image_size or source["image_size"]
     module.mean, module.std = module.mean or source["mean"], module.std or source["std"]
+    methods.base.find_sites(copy.deepcopy(model), chosen)  # bad fields are refused before the pictures are made
     results.reserve(out)
     module.prepare_data()
     module.setup()
@@ -92,7 +93,7 @@ def one(cfg: DictConfig, out: Path) -> dict:
     run = Run(cfg, out, model, chosen, budget, module)
     run.seconds["setup"] = round(time.perf_counter() - start, 3)
     teaches = cfg.stage.name in ("compress", "joint")  # the original model needs a head to teach with
-    if cfg.probe or teaches or cfg.optim.head == "probe":
+    if cfg.stage.name != "evaluate" and (cfg.probe or teaches or cfg.optim.head == "probe"):
         with run.timed("probe"):
             run.probe = probe.fit(model, module)
             if teaches or cfg.optim.head == "probe":
@@ -105,11 +106,34 @@ def one(cfg: DictConfig, out: Path) -> dict:
     return result
 
 
+def check(cfg: DictConfig) -> None:
+    """Refuses settings that would fail, or mislead, only after minutes of work."""
+
+    def need(key: str, ok, why: str) -> None:
+        value = OmegaConf.select(cfg, key)
+        if not ok(value):
+            raise UsageError(f"{key}={value}: must be {why}")
+
+    number = lambda x: isinstance(x, int | float) and x >= 0  # noqa: E731
+    whole = lambda x: isinstance(x, int) and x >= 1  # noqa: E731
+    need("stage.name", lambda x: x in STAGES, f"one of {', '.join(STAGES)}")
+    need("optim.head", lambda x: x in ("random", "probe"), "random or probe")
+    need("optim.lr", lambda x: x is None or number(x), "a number from 0, or null for the method's own")
+    for key in ("lr_head", "weight_decay", "warmup", "label_smoothing"):
+        need(f"optim.{key}", number, "a number from 0")
+    need("trainer.epochs", whole, "a whole number from 1")
+    need("trainer.patience", lambda x: x is None or whole(x), "a whole number from 1, or null")
+    if cfg.stage.name == "evaluate":
+        why = "the file of a checkpoint, which result.json of a run names"
+        need("stage.checkpoint", lambda x: x is not None and Path(x).is_file(), f"{why} (no such file)")
+
+
 def describe(run: Run, added: dict) -> dict:
     """Everything that a table, a plot or a doubter may ask of a run."""
     recombined = getattr(run.model, "recombined", None)
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
     overrides = list(hydra.overrides.task) if hydra else []
+    overrides = [f"data.task={run.data.task}" if o == "data.task=all" else o for o in overrides]
     return {
         "command": " ".join(["python run.py", *(f"'{o}'" if set(o) & set("[]{}() *") else o for o in overrides)]),
         "stage": run.cfg.stage.name,

@@ -44,6 +44,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """Writes the checkpoint of a recombined model, atomically; returns its path."""
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
+    record.own -= {name for name, p in model.named_parameters() if p.requires_grad}  # unfrozen by the user since
     tensors = {name: p for name, p in model.named_parameters() if name not in record.own}
     tensors |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
     canonical = {id(p): name for name, p in model.named_parameters()}
@@ -96,7 +97,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         model.requires_grad_(False)
         for name, config in meta["steps"]:
             method_class(path, name)(**config).restore(model, {n: s for n, s in meta["layers"].items() if s})
-    except (AttributeError, UsageError) as error:
+    except (AttributeError, StopIteration, TypeError, UsageError) as error:
         raise UsageError(f"{path}: does not fit this {type(model).__name__}: {error}") from error
     for name, source in meta["shared"].items():
         set_parameter(model, name, model.get_parameter(source))
@@ -124,7 +125,11 @@ def fill(path: Path, model: nn.Module, tensors: dict, meta: dict) -> None:
             found = tuple(here[name].shape) if name in here else "nothing"
             raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} in the file and {found} in this model")
     for name, expected in meta["own"].items():
-        if name not in here or not torch.allclose(torch.tensor(probe(here[name])), torch.tensor(expected), rtol=1e-2):
+        if name not in here or not torch.allclose(
+            torch.tensor(probe(here[name])),
+            torch.tensor(expected),
+            rtol=1e-5 if here[name].dtype == torch.float32 else 1e-2,
+        ):
             raise UsageError(
                 f"{path}: {name} differs from the backbone it was saved with; load the same pretrained one"
             )
@@ -159,14 +164,20 @@ def layer_spec(layer: nn.Module) -> dict | None:
 def probe(tensor: torch.Tensor) -> list[float]:
     """Four entries by which a backbone's tensor is known again."""
     flat = tensor.detach().flatten()
-    return flat[torch.linspace(0, len(flat) - 1, 4).long()].float().tolist()
+    return flat[torch.linspace(0, len(flat) - 1, 4, dtype=torch.float64).long()].float().tolist()
 
 
 def method_class(path: Path, name: str) -> type[methods.Method]:
-    cls = getattr(methods, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, methods.Method)):
-        raise UsageError(f"{path}: was made with the method {name}, which this version does not have")
-    return cls
+    """The method of that name, a user's own included."""
+    known, new = {}, [methods.Method]
+    while new:
+        new = [sub for cls in new for sub in cls.__subclasses__()]
+        known |= {cls.__name__: cls for cls in new}
+    if name not in known:
+        raise UsageError(
+            f"{path}: was made with the method {name}, which is not here; import the module that defines it"
+        )
+    return known[name]
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -5,8 +5,8 @@ import re
 
 
 def run_name(overrides: str) -> str:
-    """The overrides as a folder name; long ones are cut and keep their hash. No overrides: "default"."""
-    name = re.sub(r"[^\w.=,+-]", "_", overrides) or "default"
-    if len(name) <= 120:
+    """The overrides as a folder name; changed or long ones keep their hash. No overrides: "default"."""
+    name = re.sub(r"[^a-zA-Z0-9_.=,+-]", "_", overrides) or "default"
+    if name == (overrides or "default") and len(name) <= 120:
         return name
     return f"{name[:110]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"

@@ -1,6 +1,6 @@
 """The linear probe: logistic regression on the frozen features in front of the classification head."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,8 @@ def fit(model: nn.Module, data) -> Probe:
         w, b = w / std, b - (w / std) @ mean
         score = accuracy(xv, yv, w, b)
         if best is None or score > best.val:
-            best = Probe(w.float(), b.float(), decay, score, accuracy(xt, yt, w, b))
-    return best
+            best = Probe(w.float(), b.float(), decay, score, float("nan"))
+    return replace(best, test=accuracy(xt, yt, best.weight.double(), best.bias.double()))
 
 
 def accuracy(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> float:

@@ -53,4 +53,4 @@ def test_run_names_do_not_collide():
     assert run_name("method.energy=0.9") != run_name("method.energy=0.95") and run_name("") == "default"
     long = [run_name("x=" + "1" * 200 + end) for end in "ab"]
     assert long[0] != long[1] and max(map(len, long)) <= 120
-    assert "/" not in run_name("data.root=/a/b")
+    assert "/" not in run_name("data.root=/a/b") and run_name("data.root=a/b") != run_name("data.root=a_b")

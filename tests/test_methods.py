@@ -254,6 +254,30 @@ def test_bad_knobs_are_refused_in_one_line_and_change_nothing(method, word):
     assert torch.allclose(model(x), before, atol=1e-6) and all(p.requires_grad for p in model.parameters())
 
 
+def test_one_method_object_serves_two_models():
+    method = Cersa(alpha=1.0)
+    for seed in (0, 1):
+        model = build("tiny_vit", seed)
+        before = model(images(model))
+        assert torch.allclose(recombine.apply(model, method)(images(model)), before, atol=2e-5)
+    assert not method._factors  # and keeps none of their factors
+
+
+def test_layer_report_adds_up():
+    model = recombine.apply(build("tiny_vit"), Crisp(chunk=8))
+    rows = layer_report(model)
+    held = sum(row["held"] * row["shape"][0] * row["shape"][1] for row in rows)
+    assert held == pytest.approx(stored_in_targets(model))
+
+
+def test_flops_count_attention_too():
+    model = build("tiny_vit")
+    n, d, depth = 17, 48, 4  # tokens, width, blocks
+    linear = depth * n * 12 * d * d + 48 * 3 * 64 * 16 + d * 5
+    attention = depth * 2 * n * n * d
+    assert recombine.count(model, images(model, 1)).flops == 2 * (linear + attention)
+
+
 def test_twice_and_not_at_all():
     model = recombine.apply(build("tiny_vit"), Svd())
     with pytest.raises(recombine.UsageError, match="already recombined by Svd"):

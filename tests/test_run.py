@@ -131,7 +131,7 @@ def line(capsys, monkeypatch, tmp_path, *arguments) -> str:
     monkeypatch.setattr(sys, "argv", ["run.py", f"hydra.run.dir={tmp_path}/out", *TINY, *arguments])
     monkeypatch.setattr(run, "DEBUG", False)
     assert run.cli() == 2
-    err = [text for text in capsys.readouterr().err.splitlines() if text.strip()]
+    err = [text for text in capsys.readouterr().err.splitlines() if text.strip() and "img/s" not in text]
     assert len(err) == 1 and err[0].startswith("run.py: "), err
     assert not (tmp_path / "out" / "result.json").exists()
     return err[0]
@@ -165,6 +165,14 @@ def line(capsys, monkeypatch, tmp_path, *arguments) -> str:
         (["stage=evaluate", "stage.checkpoint=nowhere.safetensors"], ["nowhere.safetensors", "no such file"]),
         (["optim.schedule=exp", CHUNK], ["exp", "cosine"]),
         (["optim.head=zero", CHUNK], ["zero", "probe"]),
+        (["optim.lr=fast", CHUNK], ["optim.lr=fast", "number"]),
+        (["trainer.epochs=0", CHUNK], ["trainer.epochs=0", "from 1"]),
+        (["trainer.patience=0", CHUNK], ["trainer.patience=0", "null"]),
+        (["trainer.precision=7", CHUNK], ["trainer.precision=7", "bf16-mixed"]),
+        (["trainer.accelerator=abacus", CHUNK], ["trainer", "abacus"]),
+        (["data.batch_size=big", CHUNK], ["batch_size", "big"]),
+        (["data.task=all", "stage=retrofit", CHUNK], ["data.task=all", "retrofit"]),
+        (["method=svd", "method.rank=4", "budget=energy_95"], ["method.rank=4", "energy_95", "drop"]),
         (["data=folder", "data.root=nowhere", "data.task=null"], ["nowhere"]),
         (["data=folder"], ["data.root"]),
         (["trainer.devices=2", CHUNK], ["trainer.devices=2", "one device"]),
@@ -234,6 +242,30 @@ def test_bad_checkpoints_are_one_line(tmp_path):
         with pytest.raises(recombine.UsageError) as error:
             recombine.load(tmp_path / name, model)
         assert word in str(error.value) and "\n" not in str(error.value), error.value
+
+
+def test_evaluate_refuses_a_task_with_other_classes(tmp_path, capsys, monkeypatch):
+    execute(tmp_path, "method=linear_probe")
+    best = f"stage.checkpoint={tmp_path}/best.safetensors"
+    message = line(capsys, monkeypatch, tmp_path / "x", "stage=evaluate", best, "data.task=snorb_elev", CHUNK)
+    assert "16 classes" in message and "9" in message
+
+
+def test_save_keeps_what_the_user_unfroze(tmp_path):
+    model = recombine.apply(fresh(), recombine.Cersa())
+    model.norm.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.norm.weight.mul_(1.001)
+    loaded = recombine.load(recombine.save(model, tmp_path / "m"), fresh())
+    assert torch.equal(loaded.norm.weight, model.norm.weight)
+
+
+def test_a_method_of_the_users_own_is_saved_and_loaded(tmp_path):
+    class Mine(recombine.Svd):
+        pass
+
+    model = recombine.apply(fresh(), Mine(ratio=0.3))
+    assert recombine.load(recombine.save(model, tmp_path / "m"), fresh()).recombined.steps[0][0] == "Mine"
 
 
 def test_a_checkpoint_adapts_the_head_of_the_model_it_is_loaded_into(tmp_path):

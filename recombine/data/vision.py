@@ -78,8 +78,8 @@ class VisionData(lightning.LightningDataModule):
             ("image_size", image_size, 1), ("batch_size", batch_size, 1), ("limit", limit, 1),
             ("num_workers", num_workers, 0),
         ):  # fmt: skip
-            if value is not None and value < least:
-                raise UsageError(f"{key}={value!r} is too small: give {least} or more")
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UsageError(f"{key}={value!r} is no whole number from {least}: give one")
         self.task, self.image_size, self.batch_size = task, image_size, batch_size
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)

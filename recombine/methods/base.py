@@ -4,9 +4,8 @@ A Method rewrites the linear layers of a pretrained model in place. Its dataclas
 configuration. What trains is whatever has `requires_grad`.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from recombine.budget import Budget, solve
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.models import roles
+from recombine.models.split_qkv import fuse_qkv
 
 
 class Site(NamedTuple):
@@ -38,6 +38,7 @@ class Method:
     lr: float = 1e-3
 
     knobs: ClassVar[dict[str, str]] = {}  # kind of budget -> the field that `budget.solve` sets for it
+    rivals: ClassVar[tuple[str, ...]] = ()  # optional fields that each set the size alone
     compresses: ClassVar[bool] = False  # can hold the target layers in fewer weights than they have
 
     def check(self, sites: list[Site]) -> None:
@@ -101,13 +102,15 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
     if hasattr(model, "recombined"):
         done = ", ".join(name for name, _ in model.recombined.steps)
         raise UsageError(f"the model is already recombined by {done}: recombine.merge(model) first, or start afresh")
-    sites = [Site(name, role, model.get_submodule(name)) for name, role in roles.find(model, method.targets).items()]
-    method = copy.copy(method)
-    method.check(sites)
-    if isinstance(budget, str):
-        budget = Budget.parse(budget)
-    if budget is not None and budget.kind != "none":
-        method = solve(method, model, sites, budget)
+    method = replace(method)  # the caller's keeps its fields, and no factors of this model
+    budget = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
+    try:
+        sites = find_sites(model, method)
+        if budget.kind != "none":
+            solve(method, model, sites, budget)
+    except UsageError:
+        fuse_qkv(model)  # split for the targets q, k and v
+        raise
     record = Record(
         steps=[(type(method).__name__, asdict(method))],
         targets={site.name: site.role for site in sites},
@@ -128,6 +131,13 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
     record.trains = {name for name, p in model.named_parameters() if p.requires_grad}
     model.recombined = record
     return model
+
+
+def find_sites(model: nn.Module, method: Method) -> list[Site]:
+    """The method's target layers in model order, checked against its fields; a fused qkv is split for q, k and v."""
+    sites = [Site(name, role, model.get_submodule(name)) for name, role in roles.find(model, method.targets).items()]
+    method.check(sites)
+    return sites
 
 
 def train_only(model: nn.Module, names: set[str]) -> None:

@@ -48,6 +48,7 @@ class Crisp(Method):
     gauge: str = "svd"
 
     compresses: ClassVar[bool] = True
+    rivals: ClassVar[tuple[str, ...]] = ("basis_rank", "energy")
     knobs: ClassVar[dict[str, str]] = {
         "retained": "basis_rank",
         "memory": "basis_rank",

@@ -46,6 +46,8 @@ class Peft(Method):
             need(1 <= self.rank <= most, self, "rank", f"must be from 1 to {most}, the narrowest target layer")
 
     def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
+        if self.rank is None:
+            raise UsageError(f"method.rank=null: {self.config} has no rank that a budget could set; use budget=none")
         return range(1, 1 + min(min(site.linear.weight.shape) for site in sites))
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:

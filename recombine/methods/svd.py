@@ -21,7 +21,7 @@ class Spectral(Method):
     compresses: ClassVar[bool] = True
 
     def __post_init__(self):
-        self._factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # shared by the copies `budget.solve` makes
+        self._factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # by site, for one model
 
     def factors(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """U (m, N), s (N,), Vh (N, n) in float64."""
@@ -45,6 +45,7 @@ class Svd(Spectral):
     train_core: bool = False
 
     knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "energy": "energy", "memory": "ratio"}
+    rivals: ClassVar[tuple[str, ...]] = ("rank", "energy")
 
     def check(self, sites: list[Site]) -> None:
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")

@@ -3,6 +3,7 @@
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from recombine.errors import UsageError
@@ -48,32 +49,38 @@ def test(run: Run, lit: LitRecombine) -> dict[str, float]:
 
 def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None) -> L.Trainer:
     trainer = run.cfg.trainer
-    made = L.Trainer(
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        num_nodes=trainer.num_nodes,
-        strategy=trainer.strategy,
-        precision=precision(trainer.precision),
-        max_epochs=epochs,
-        gradient_clip_val=clip,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=trainer.progress,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        default_root_dir=run.out,
-    )
+    try:
+        made = L.Trainer(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=trainer.strategy,
+            precision=precision(trainer.precision, trainer.accelerator),
+            max_epochs=epochs,
+            gradient_clip_val=clip,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=trainer.progress,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            default_root_dir=run.out,
+        )
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"trainer: {' '.join(str(error).split())}; correct that key of trainer") from error
     if made.world_size > 1:
         raise UsageError(f"trainer.devices={trainer.devices}: a run takes one device for now; set trainer.devices=1")
     return made
 
 
-def precision(wanted: str) -> str:
+def precision(wanted: str, accelerator: str) -> str:
     """auto: bf16 where the GPU has it, fp16 on older ones, float32 on a CPU."""
+    known = ("auto", "32-true", "bf16-mixed", "16-mixed")
+    if wanted not in known:
+        raise UsageError(f"trainer.precision={wanted}: must be one of {', '.join(known)}")
     if wanted != "auto":
         return wanted
-    if not torch.cuda.is_available():
+    if accelerator == "cpu" or not torch.cuda.is_available():
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"

@@ -3,6 +3,7 @@
 from recombine import export
 from recombine.errors import UsageError
 from recombine.lit import LitRecombine
+from recombine.models import roles
 from recombine.stages.adapt import test
 from recombine.stages.run import Run
 from recombine.tasks import Classification
@@ -14,5 +15,8 @@ def evaluate(run: Run) -> dict:
             "stage.checkpoint=null: evaluate needs stage.checkpoint=FILE, which result.json of a run names"
         )
     run.model = export.load(run.cfg.stage.checkpoint, run.model)
+    if (classes := roles.head(run.model).out_features) != run.data.num_classes:
+        why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
+        raise UsageError(f"{run.cfg.stage.checkpoint}: {why}; set data.task to the one it was trained on")
     task = Classification(run.data.num_classes)
     return {"test": test(run, LitRecombine(run.model, run.method, task)), "checkpoint": run.cfg.stage.checkpoint}
