@@ -59,7 +59,7 @@ class LitRecombine(L.LightningModule):
                 f"loss={loss.item()} at step {self.global_step} (epoch {self.current_epoch}): training diverged, "
                 f"try a smaller optim.lr than {self.lr:g}; {good}"
             )
-        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+        self.log("train/loss", loss, prog_bar=True)
         self.score(self.train_metrics, logits, batch)
         return loss
 

@@ -25,6 +25,7 @@ RIVALS = {
     "crisp 50% (32, 64)": recombine.Crisp(chunk=64, basis_rank=32),
     "crisp 25% (16, 64)": recombine.Crisp(chunk=64, basis_rank=16),
     "cersa 95% qkv": recombine.Cersa(),
+    "crisp 50% alone (61, 128)": recombine.Crisp(group_size=1, chunk=128, basis_rank=61),
     "svd 50%": recombine.Svd(targets=("qkv", "o", "up", "down")),
     "svd 25%": recombine.Svd(targets=("qkv", "o", "up", "down"), ratio=0.25),
 }
@@ -55,10 +56,10 @@ def main() -> None:
                 infer[name].append(took[1])
     reference = statistics.median(train["lora r=8 (peft)"]), statistics.median(infer["dense"])
     print(f"{args.model} at {args.size} px, batch {args.batch}, {device}, {torch.get_num_threads()} threads")
-    print(f"{'':24}{'training / lora':>16}{'inference / dense':>20}")
+    print(f"{'':28}{'training / lora':>16}{'inference / dense':>20}")
     for name in rivals:
         ratios = reference[0] / statistics.median(train[name]), reference[1] / statistics.median(infer[name])
-        print(f"{name:24}{ratios[0]:>16.2f}{ratios[1]:>20.2f}")
+        print(f"{name:28}{ratios[0]:>16.2f}{ratios[1]:>20.2f}")
 
 
 def step(model, x, y) -> float:

@@ -23,8 +23,8 @@ def main() -> None:
             writer = csv.DictWriter(file, list(runs[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(runs)
-    print("| command | seeds | test accuracy | linear probe | trained | retained | MiB to train | GFLOPs |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| command | seeds | test accuracy | linear probe | trained | retained | MiB to train |")
+    print("|---|---|---|---|---|---|---|")
     for command in dict.fromkeys(run["command"] for run in runs):
         same = [run for run in runs if run["command"] == command]
         test = [100 * run["test"] for run in same]
@@ -32,7 +32,7 @@ def main() -> None:
         first = same[0]
         print(
             f"| `{command}` | {len(same)} | {statistics.mean(test):.1f}{spread} | {100 * first['linear_probe']:.1f} "
-            f"| {first['trained']:,} | {100 * first['retained']:.0f}% | {first['mib']:.0f} | {first['gflops']:.2f} |"
+            f"| {first['trained']:,} | {100 * first['retained']:.0f}% | {first['mib']:.0f} |"
         )
 
 
@@ -40,9 +40,10 @@ def row(result: dict) -> dict:
     """What the table needs of one run; trained without the head, retained of the target layers."""
     words = result["command"].removeprefix("python run.py").split()
     noise = ("seed=", "hydra.", "trainer.progress")
+    own_lr = [w for w in words if w.startswith("optim.lr=") and float(w.split("=")[1]) == result["method"]["lr"]]
     account = result["account"]
     return {
-        "command": " ".join(w for w in words if not w.startswith(noise)) or "(default)",
+        "command": " ".join(w for w in words if not w.startswith(noise) and w not in own_lr) or "(default)",
         "seed": result["seed"],
         "val": result["val"].get("acc"),
         "test": result["test"].get("acc"),
@@ -50,7 +51,6 @@ def row(result: dict) -> dict:
         "trained": account["trained_without_head"],
         "retained": account["retained"],
         "mib": account["memory_mib"],
-        "gflops": account["flops"] / 1e9,
         "best_epoch": result.get("best_epoch"),
         "seconds": result["seconds"]["total"],
     }
