@@ -93,7 +93,7 @@ def one(cfg: DictConfig, out: Path) -> dict:
     run = Run(cfg, out, model, chosen, budget, module)
     run.seconds["setup"] = round(time.perf_counter() - start, 3)
     teaches = cfg.stage.name in ("compress", "joint")  # the original model needs a head to teach with
-    if cfg.stage.name != "evaluate" and (cfg.probe or teaches or cfg.optim.head == "probe"):
+    if cfg.stage.name not in ("evaluate", "retrofit") and (cfg.probe or teaches or cfg.optim.head == "probe"):
         with run.timed("probe"):
             run.probe = probe.fit(model, module)
             if teaches or cfg.optim.head == "probe":
