@@ -19,8 +19,6 @@ from recombine.data.offline import SUITE, TASKS
 from recombine.errors import UsageError
 from recombine.stages import STAGES, Run
 
-log = logging.getLogger("recombine")
-
 
 def method(cfg: DictConfig) -> methods.Method:
     """The method that cfg describes. A wrong type or an unknown field is refused in one line."""
