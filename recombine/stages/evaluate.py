@@ -10,10 +10,6 @@ from recombine.tasks import Classification
 
 
 def evaluate(run: Run) -> dict:
-    if not run.cfg.stage.checkpoint:
-        raise UsageError(
-            "stage.checkpoint=null: evaluate needs stage.checkpoint=FILE, which result.json of a run names"
-        )
     run.model = export.load(run.cfg.stage.checkpoint, run.model)
     if (classes := roles.head(run.model).out_features) != run.data.num_classes:
         why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
