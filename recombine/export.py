@@ -16,12 +16,11 @@ from torch import nn
 
 from recombine import methods, models
 from recombine.errors import UsageError
-from recombine.layers import RecombinedLinear
-from recombine.methods.base import Record
+from recombine.methods.base import Record, Step
 from recombine.models import roles
 from recombine.models.split_qkv import fuse_qkv
 
-FORMAT = 1
+FORMAT = 2
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -29,15 +28,19 @@ def merge(model: nn.Module) -> nn.Module:
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: there is nothing to merge")
     for name in record.targets:
-        layer = model.get_submodule(name)
-        if isinstance(layer, RecombinedLinear):
-            model.set_submodule(name, layer.merged())
-        elif hasattr(layer, "get_base_layer"):  # peft
-            layer.merge()
-            model.set_submodule(name, layer.get_base_layer())
+        model.set_submodule(name, merged(model.get_submodule(name)))
     fuse_qkv(model)
     del model.recombined
     return model.requires_grad_(True)
+
+
+def merged(layer: nn.Module) -> nn.Module:
+    """The ordinary layer with the same outputs, whatever was put on it, and in which order."""
+    if hasattr(layer, "get_base_layer"):  # peft
+        layer.base_layer = merged(layer.get_base_layer())
+        layer.merge()
+        return layer.get_base_layer()
+    return layer.merged() if callable(getattr(layer, "merged", None)) else layer
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
@@ -58,7 +61,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
         "dense": record.dense,
         "total": record.total,
         "trains": sorted(record.trains),
-        "layers": {name: layer_spec(model.get_submodule(name)) for name in record.targets},
+        "blocks": record.blocks,
         "shared": {
             name: canonical[id(p)]
             for name, p in model.named_parameters(remove_duplicate=False)
@@ -93,22 +96,23 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if meta["classes"] is not None and (head is None or head.out_features != meta["classes"]):
         model.reset_classifier(meta["classes"])
     try:
-        roles.find(model, tuple(meta["targets"].values()))  # splits a fused qkv where the checkpoint has it split
+        roles.find(model, tuple(meta["targets"].values()), nn.Module)  # splits a fused qkv where the checkpoint has it split
         model.requires_grad_(False)
-        for name, config in meta["steps"]:
-            method_class(path, name)(**config).restore(model, {n: s for n, s in meta["layers"].items() if s})
+        for name, config, layers in meta["steps"]:
+            method_class(path, name)(**config).restore(model, layers)
     except (AttributeError, StopIteration, TypeError, UsageError) as error:
         raise UsageError(f"{path}: does not fit this {type(model).__name__}: {error}") from error
     for name, source in meta["shared"].items():
         set_parameter(model, name, model.get_parameter(source))
     fill(path, model, tensors, meta)
     model.recombined = Record(
-        steps=[tuple(step) for step in meta["steps"]],
+        steps=[Step(*step) for step in meta["steps"]],
         targets=meta["targets"],
         dense=meta["dense"],
         total=meta["total"],
         own=set(meta["own"]),
         trains=set(meta["trains"]),
+        blocks=meta["blocks"],
     )
     for name, p in model.named_parameters():
         p.requires_grad_(name in meta["trains"])
@@ -152,13 +156,6 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if meta is None or meta.get("format") != FORMAT:
         raise UsageError(f"{path}: not a checkpoint of recombine; model.checkpoint=FILE loads a plain model's weights")
     return meta, tensors
-
-
-def layer_spec(layer: nn.Module) -> dict | None:
-    """How to rebuild a layer: its class and shape; the adapters of peft only by their names; None: left as it was."""
-    if isinstance(layer, RecombinedLinear):
-        return {"kind": type(layer).__name__, "spec": layer.spec()}
-    return {"kind": "peft"} if hasattr(layer, "get_base_layer") else None
 
 
 def probe(tensor: torch.Tensor) -> list[float]:

@@ -26,6 +26,11 @@ class RecombinedLinear(nn.Module, ABC):
     def dense_weight(self) -> Tensor:
         """(out, in): what forward applies."""
 
+    @property
+    def weight(self) -> Tensor:
+        """The same, under the name that an nn.Linear has: a layer may be adapted again, by peft too."""
+        return self.dense_weight()
+
     @abstractmethod
     def structured(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), without bias and without building the weight."""
@@ -65,6 +70,12 @@ class RecombinedLinear(nn.Module, ABC):
             with torch.autocast(next(self.parameters()).device.type, enabled=False):
                 self._kept = (key, build())
         return self._kept[1]
+
+    def adopt(self, linear: nn.Module) -> "RecombinedLinear":
+        """Takes over the parameters that it shares with the layer it replaces, the bias; returns itself."""
+        if linear.bias is not None:
+            self.bias = linear.bias
+        return self
 
     def train(self, mode: bool = True) -> "RecombinedLinear":
         self._kept = None

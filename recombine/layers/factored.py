@@ -1,4 +1,4 @@
-"""W = left . core . right: CERSA, truncated SVD and their relatives."""
+"""W = left . core . right: CERSA, JACTUS, SVFit, SVFT, truncated SVD and their relatives."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,12 @@ from recombine.layers.base import RecombinedLinear, frozen
 
 
 class FactoredLinear(RecombinedLinear):
-    """y = left (blockdiag(core, diag(tail)) (right x)) + bias.
+    """y = left (K (right x)) + bias, K = blockdiag(core, diag(tail)) + sigmoid(gate) scatter(entries).
 
-    left (m, k), right (k, n); core (c, c) or None; tail (t,) or None; c + t = k, or both None for the
-    identity. Stores k(m + n) + c^2 + t weights beside the bias. All tensors start frozen.
+    left (m, k), right (k, n), either of which several layers may share as one Parameter. core (c, c), or (c,) for a
+    diagonal, or None; tail (t,) or None; c + t = k, or both None for the identity. entries (e,) at the positions
+    `index` (2, e) of K, with the scalar gate, or None. Stores k(m + n) + |core| + t + e + 1 weights beside the bias.
+    All tensors start frozen.
     """
 
     def __init__(
@@ -20,33 +22,52 @@ class FactoredLinear(RecombinedLinear):
         core: Tensor | None = None,
         tail: Tensor | None = None,
         bias: Tensor | None = None,
+        entries: Tensor | None = None,
+        index: Tensor | None = None,
+        gate: Tensor | None = None,
     ):
         super().__init__(right.shape[1], left.shape[0], bias)
         self.rank = left.shape[1]
         self.left, self.right = frozen(left), frozen(right)
-        self.register_parameter("core", None if core is None else frozen(core))
-        self.register_parameter("tail", None if tail is None else frozen(tail))
+        for name, value in (("core", core), ("tail", tail), ("entries", entries), ("gate", gate)):
+            self.register_parameter(name, None if value is None else frozen(value))
+        self.register_buffer("index", index)
         inner = sum(t.shape[0] for t in (core, tail) if t is not None)
         assert inner in (0, self.rank), f"core and tail cover {inner} of {self.rank} directions"
+        assert (entries is None) == (index is None) == (gate is None)
+
+    def _inner(self) -> tuple[Tensor | None, Tensor | None]:
+        """K as (block (c, c) or None, diagonal of the rest (k - c,) or None); both None: the identity."""
+        core, tail = self.core, self.tail
+        if core is not None and core.ndim == 1:
+            core, tail = None, core if tail is None else torch.cat([core, tail])
+        if self.entries is None:
+            return core, tail
+        diagonal = torch.ones_like(self.left[0]) if tail is None else tail
+        block = torch.diag(diagonal) if core is None else torch.block_diag(core, torch.diag(diagonal[len(core) :]))
+        values = self.gate.sigmoid() * self.entries
+        return block.index_put(tuple(self.index), values.to(block.dtype), accumulate=True), None
 
     def _folded(self) -> Tensor:
-        """left . blockdiag(core, diag(tail)), (m, k)."""
-        c = 0 if self.core is None else self.core.shape[0]
-        parts = [] if self.core is None else [self.left[:, :c] @ self.core]
-        if self.tail is not None:
-            parts.append(self.left[:, c:] * self.tail)
+        """left . K, (m, k)."""
+        block, diagonal = self._inner()
+        c = 0 if block is None else len(block)
+        parts = [] if block is None else [self.left[:, :c] @ block]
+        if diagonal is not None:
+            parts.append(self.left[:, c:] * diagonal)
         return torch.cat(parts, 1) if parts else self.left
 
     def structured(self, x: Tensor) -> Tensor:
         z = x @ self.right.T  # (..., k)
         if self.frozen_now:
             return z @ self.keep(self._folded).T
-        if self.core is not None:
-            c = self.core.shape[0]
-            head = z[..., :c] @ self.core.T
-            z = head if self.tail is None else torch.cat([head, z[..., c:] * self.tail], -1)
-        elif self.tail is not None:
-            z = z * self.tail
+        block, diagonal = self._inner()
+        if block is not None:
+            c = len(block)
+            head = z[..., :c] @ block.T
+            z = head if diagonal is None else torch.cat([head, z[..., c:] * diagonal], -1)
+        elif diagonal is not None:
+            z = z * diagonal
         return z @ self.left.T
 
     def dense_weight(self) -> Tensor:
@@ -54,12 +75,12 @@ class FactoredLinear(RecombinedLinear):
 
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
         m, n, k = self.out_features, self.in_features, self.rank
-        c = 0 if self.core is None else self.core.shape[0]
+        c = k if self.entries is not None else 0 if self.core is None or self.core.ndim == 1 else len(self.core)
         if not train:
             return tokens * k * (m + n), tokens * m * n, m * (c * c + n * k)
         # the backward costs one forward for the input's gradient and one product for each trained factor
         outer = self.left.requires_grad or self.right.requires_grad
-        inner = any(t is not None and t.requires_grad for t in (self.core, self.tail))
+        inner = any(t is not None and t.requires_grad for t in (self.core, self.tail, self.entries))
         structured = (3 if outer else 2) * k * (m + n) + (3 if inner else 2) * c * c
         dense = (3 if outer or inner else 2) * m * n
         build = (3 if outer else 2 if inner else 1) * m * (c * c + n * k)
@@ -70,17 +91,23 @@ class FactoredLinear(RecombinedLinear):
             "in_features": self.in_features,
             "out_features": self.out_features,
             "rank": self.rank,
-            "core": None if self.core is None else self.core.shape[0],
+            "core": None if self.core is None else list(self.core.shape),
             "tail": None if self.tail is None else self.tail.shape[0],
             "bias": self.bias is not None,
+            "entries": None if self.entries is None else self.entries.shape[0],
         }
 
     @classmethod
-    def empty(cls, in_features, out_features, rank, core, tail, bias) -> "FactoredLinear":
+    def empty(cls, in_features, out_features, rank, core, tail, bias, entries) -> "FactoredLinear":
+        sparse = entries is not None
         return cls(
             torch.empty(out_features, rank),
             torch.empty(rank, in_features),
-            None if core is None else torch.empty(core, core),
+            None if core is None else torch.empty(core),
             None if tail is None else torch.empty(tail),
             torch.empty(out_features) if bias else None,
+            torch.empty(entries) if sparse else None,
+            torch.zeros(2, entries, dtype=torch.long) if sparse else None,
+            torch.empty(()) if sparse else None,
         )
+

@@ -1,6 +1,6 @@
 """One file for each paper or library; a method's fields are its configuration."""
 
-from recombine.methods.base import Method, Record, Site, apply, train_only
+from recombine.methods.base import Method, Record, Site, Step, apply, finish, train_only
 from recombine.methods.baselines import Full, LinearProbe
 from recombine.methods.cersa import Cersa
 from recombine.methods.crisp import Crisp
@@ -16,7 +16,9 @@ __all__ = [
     "Peft",
     "Record",
     "Site",
+    "Step",
     "Svd",
     "apply",
+    "finish",
     "train_only",
 ]

@@ -4,13 +4,14 @@ A Method rewrites the linear layers of a pretrained model in place. Its dataclas
 configuration. What trains is whatever has `requires_grad`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from recombine.budget import Budget, solve
+from recombine.calibration import Losses, Stats, collect
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.models import roles
@@ -18,7 +19,7 @@ from recombine.models.split_qkv import fuse_qkv
 
 
 class Site(NamedTuple):
-    """One targeted linear layer: its module name, its role (q, k, v, o, up, down, qkv ...) and itself."""
+    """One targeted layer: its module name, its role (q, k, v, o, up, down, gate, qkv ...) and itself."""
 
     name: str
     role: str
@@ -30,19 +31,28 @@ class Method:
     """Rewrites a model in place.
 
     Args:
-        targets: role names: q k v o up down gate, or qkv for the fused projection where there is one.
+        targets: role names: q k v o up down gate, or qkv for the fused projection where there is one. A role that
+            ends in ? is left out where the model has none.
         lr: learning rate of the weights it trains, used where the optimizer's own is not set.
     """
 
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "up", "down")
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "up", "down", "gate?")
     lr: float = 1e-3
 
     knobs: ClassVar[dict[str, str]] = {}  # kind of budget -> the field that `budget.solve` sets for it
     rivals: ClassVar[tuple[str, ...]] = ()  # optional fields that each set the size alone
     compresses: ClassVar[bool] = False  # can hold the target layers in fewer weights than they have
+    on: ClassVar[tuple[type, ...]] = (nn.Linear,)  # the layers it can rewrite
+
+    def __post_init__(self):
+        self.stats: dict[str, Stats] = {}  # what `wants` asked for, by site name, for one model
 
     def check(self, sites: list[Site]) -> None:
         """Raises UsageError for a field that is out of range for these layers."""
+
+    def wants(self) -> set[str]:
+        """The statistics (of `calibration.KINDS`) that are collected into `self.stats` before anything else."""
+        return set()
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         """(stored, trained) weights of the target layers without biases, in closed form: nothing is built."""
@@ -52,8 +62,8 @@ class Method:
         """The values of a knob, from the smallest model to the largest."""
         raise NotImplementedError(type(self).__name__)
 
-    def rewrite(self, model: nn.Module, sites: list[Site], losses: Iterator[Tensor] | None = None) -> None:
-        """Replaces the target layers of a frozen model and marks what trains. Override to share or calibrate."""
+    def rewrite(self, model: nn.Module, sites: list[Site], losses: Losses | None = None) -> None:
+        """Replaces the target layers of a frozen model and marks what trains. Override to share or prune."""
         for site in sites:
             model.set_submodule(site.name, self.recombine(site))
 
@@ -61,68 +71,106 @@ class Method:
         """The replacement of one layer; most methods write only this."""
         raise NotImplementedError(type(self).__name__)
 
+    def describe(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
+        """JSON-able: what `restore` needs to shape the rewritten model again."""
+        layers = {name: model.get_submodule(name) for name in names}
+        return {
+            name: {"kind": type(layer).__name__, "spec": layer.spec()}
+            for name, layer in layers.items()
+            if isinstance(layer, RecombinedLinear)
+        }
+
     def restore(self, model: nn.Module, layers: dict[str, dict]) -> None:
-        """Rebuilds the layers of a checkpoint, empty, from their specs: no factorisation is run again."""
+        """Rebuilds what `describe` described, empty, on the model before it: no factorisation is run again."""
         for name, spec in layers.items():
             linear = model.get_submodule(name)
             layer = spec_class(spec["kind"]).empty(**spec["spec"]).to(linear.weight)
-            if layer.bias is not None:
-                layer.bias = linear.bias
-            model.set_submodule(name, layer)
+            model.set_submodule(name, layer.adopt(linear))
 
     def penalty(self, model: nn.Module) -> Tensor | float:
         """Added to the training loss."""
         return 0.0
+
+    def distils(self, model: nn.Module) -> set[str]:
+        """Names of the parameters that distillation trains: the factors, norms and biases (CRISP Alg. 4)."""
+        factors = {id(p) for m in model.modules() if isinstance(m, RecombinedLinear) for p in m.parameters()}
+        head = {id(p) for p in h.parameters()} if (h := roles.head(model)) is not None else set()
+        return {n for n, p in model.named_parameters() if id(p) in factors or p.ndim <= 1 and id(p) not in head}
+
+    def advance(self, model: nn.Module, share: float) -> bool:
+        """Before every step of the distillation, with the share of it that is done: moves a schedule.
+
+        False while the model has not yet the form that it will be kept in.
+        """
+        return True
+
+    def finish(self, model: nn.Module, alone: bool) -> None:
+        """After the distillation: folds away what only that needed. alone: no other method comes next."""
+
+
+class Step(NamedTuple):
+    """One method that was applied: its class, its fields, and what it says of the layers it made."""
+
+    method: str
+    fields: dict
+    layers: dict
 
 
 @dataclass
 class Record:
     """What was done to a model, kept as `model.recombined`."""
 
-    steps: list[tuple[str, dict]] = field(default_factory=list)  # (method class, its fields), in order
+    steps: list[Step] = field(default_factory=list)  # in order: a compressor, then what adapts
     targets: dict[str, str] = field(default_factory=dict)  # rewritten module -> role
     dense: int = 0  # weights the target layers had, without biases
     total: int = 0  # parameters the whole model had, head included
     own: set[str] = field(default_factory=set)  # parameters that still hold the pretrained values
-    trains: set[str] = field(default_factory=set)  # parameters that the method trains
+    trains: set[str] = field(default_factory=set)  # parameters that the last method trains
+    blocks: list[int] | None = None  # which of the original blocks are left; None: all
 
 
-def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, losses=None) -> nn.Module:
+def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, losses: Losses | None = None):
     """Rewrites `model` in place with `method` and returns it: factors and adapters in, the rest frozen.
 
+    A model that was compressed by one method can be adapted by another: apply the second to what the first returned.
     The classification head, where the model has one, stays trainable. `model.recombined` tells what was done.
 
     Args:
         budget: a `Budget` or its word ("retained_50", "trainable_150k", "energy_95", "memory_1200mb").
-        losses: yields one task loss with its graph per calibration batch, for methods that calibrate.
+        losses: for methods that calibrate: each call yields one task loss with its graph per calibration batch.
 
     Raises:
         UsageError: a bad field, a role the model lacks, a budget that cannot be met; the model is unchanged.
     """
-    if hasattr(model, "recombined"):
-        done = ", ".join(name for name, _ in model.recombined.steps)
-        raise UsageError(f"the model is already recombined by {done}: recombine.merge(model) first, or start afresh")
     method = replace(method)  # the caller's keeps its fields, and no factors of this model
     budget = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
     try:
         sites = find_sites(model, method)
+        if wanted := method.wants():
+            calibrate(model, method, sites, losses, wanted)
         if budget.kind != "none":
             solve(method, model, sites, budget)
     except UsageError:
         fuse_qkv(model)  # split for the targets q, k and v
         raise
+    old = getattr(model, "recombined", None)
     record = Record(
-        steps=[(type(method).__name__, asdict(method))],
-        targets={site.name: site.role for site in sites},
-        dense=sum(site.linear.weight.numel() for site in sites),
+        dense=sum(site.linear.weight.numel() for site in sites if old is None or site.name not in old.targets),
         total=sum(p.numel() for p in model.parameters()),
     )
-    before = {id(p): (p.data_ptr(), p._version) for p in model.parameters()}
+    if old is not None:
+        record = replace(old, dense=old.dense + record.dense, steps=list(old.steps))
+    before = {
+        id(p): (p.data_ptr(), p._version) for n, p in model.named_parameters() if old is None or n in old.own
+    }
     model.requires_grad_(False)
     method.rewrite(model, sites, losses)
     if (head := roles.head(model)) is not None:
         head.requires_grad_(True)
     model.train(model.training)  # the new layers follow
+    targets = roles.find(model, method.targets, nn.Module)
+    record.targets = record.targets | targets
+    record.steps.append(Step(type(method).__name__, asdict(method), method.describe(model, list(targets))))
     record.own = {
         name
         for name, p in model.named_parameters()
@@ -133,9 +181,32 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
     return model
 
 
+def calibrate(model: nn.Module, method: Method, sites: list[Site], losses: Losses | None, wanted: set[str]) -> None:
+    """Collects what the method wants to know of the data."""
+    name = type(method).__name__
+    if losses is None:
+        raise UsageError(f"{name} calibrates: give apply(..., losses=), which yields a task loss per batch when called")
+    method.stats = collect(model, sites, losses, wanted)
+
+
+def finish(model: nn.Module, method: Method, alone: bool) -> None:
+    """After the distillation: lets the method fold away what only that needed, and writes it down.
+
+    alone: no other method comes after it, so the weights it trains are kept apart.
+    """
+    record = model.recombined
+    own = {id(p) for name, p in model.named_parameters() if name in record.own}
+    method.finish(model, alone)
+    targets = roles.find(model, method.targets, nn.Module)
+    record.steps[-1] = record.steps[-1]._replace(layers=method.describe(model, list(targets)))
+    record.own = {name for name, p in model.named_parameters() if id(p) in own}
+    record.trains &= {name for name, _ in model.named_parameters()}
+
+
 def find_sites(model: nn.Module, method: Method) -> list[Site]:
     """The method's target layers in model order, checked against its fields; a fused qkv is split for q, k and v."""
-    sites = [Site(name, role, model.get_submodule(name)) for name, role in roles.find(model, method.targets).items()]
+    found = roles.find(model, method.targets, method.on)
+    sites = [Site(name, role, model.get_submodule(name)) for name, role in found.items()]
     method.check(sites)
     return sites
 

@@ -39,7 +39,7 @@ class Crisp(Method):
     gauge: svd scales every row of G alone (B's columns differ in norm), balanced all rows of a group alike.
     """
 
-    targets: tuple[str, ...] = ("qkv", "o", "up", "down")
+    targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?")
     chunk: int = 32
     group_size: int = 2
     basis_rank: int | None = None

@@ -69,6 +69,9 @@ class Peft(Method):
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         self.inject(model, [site.name for site in sites])
 
+    def describe(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
+        return {name: {} for name in names}
+
     def restore(self, model: nn.Module, layers: dict[str, dict]) -> None:
         with torch.random.fork_rng(devices=[]):
             self.inject(model, list(layers))

@@ -21,6 +21,7 @@ class Spectral(Method):
     compresses: ClassVar[bool] = True
 
     def __post_init__(self):
+        super().__post_init__()
         self._factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # by site, for one model
 
     def factors(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:

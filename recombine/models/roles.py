@@ -1,5 +1,7 @@
 """Role names (q k v o up down gate, or a fused qkv) for the linear layers of each model family.
 
+Beside them: norm (every normalisation), embed (the patch embedding) and reduction (Swin's patch merging).
+
 A family is one row of FAMILIES: its class names -> a regular expression over module names for every role, for its
 blocks and for its head. To add a family, add a row; methods and their YAML files name roles only.
 """
@@ -20,11 +22,17 @@ class Family:
     head: str  # used where the model has no get_classifier()
 
 
-def _fused(block: str) -> Family:
-    """timm: attn.qkv is one layer until it is split; Swin's downsample.reduction is no target."""
+def _fused(block: str, **more: str) -> Family:
+    """timm: attn.qkv is one layer until it is split."""
     parts = {role: rf"{block}\.attn\.qkv\.{role}" for role in "qkv"}
-    rest = {"o": rf"{block}\.attn\.proj", "up": rf"{block}\.mlp\.fc1", "down": rf"{block}\.mlp\.fc2"}
-    return Family({"qkv": rf"{block}\.attn\.qkv", **parts, **rest}, blocks=block, head="head")
+    rest = {
+        "o": rf"{block}\.attn\.proj",
+        "up": rf"{block}\.mlp\.fc1",
+        "down": rf"{block}\.mlp\.fc2",
+        "norm": rf"(?:{block}|layers\.\d+\.downsample|patch_embed)\.norm[12]?|norm|fc_norm",
+        "embed": r"patch_embed\.proj",
+    }
+    return Family({"qkv": rf"{block}\.attn\.qkv", **parts, **rest, **more}, blocks=block, head="head")
 
 
 _BERT, _LLAMA = r"(?:\w+\.)?encoder\.layer\.\d+", r"(?:\w+\.)?layers\.\d+"
@@ -32,11 +40,12 @@ _AFTER_ATTENTION = {
     "o": rf"{_BERT}\.attention\.output\.dense",
     "up": rf"{_BERT}\.intermediate\.dense",
     "down": rf"{_BERT}\.output\.dense",
+    "norm": rf"(?:{_BERT}\.(?:attention\.)?output|(?:\w+\.)?embeddings)\.LayerNorm",
 }
 
 FAMILIES = {  # regex over the names of the model's class and its parents
     r"VisionTransformer": _fused(r"blocks\.\d+"),
-    r"SwinTransformer": _fused(r"layers\.\d+\.blocks\.\d+"),
+    r"SwinTransformer": _fused(r"layers\.\d+\.blocks\.\d+", reduction=r"layers\.\d+\.downsample\.reduction"),
     r"BertPreTrainedModel": Family(
         {
             "q": rf"{_BERT}\.attention\.self\.query",
@@ -45,7 +54,7 @@ FAMILIES = {  # regex over the names of the model's class and its parents
             **_AFTER_ATTENTION,
         },
         blocks=_BERT,
-        head="classifier|cls|qa_outputs",
+        head="classifier|qa_outputs",
     ),
     r"DebertaV2PreTrainedModel": Family(
         {
@@ -55,15 +64,16 @@ FAMILIES = {  # regex over the names of the model's class and its parents
             **_AFTER_ATTENTION,
         },
         blocks=_BERT,
-        head="classifier|cls|qa_outputs",
+        head="classifier|qa_outputs",
     ),
     r"LlamaPreTrainedModel": Family(
         {
             **{role: rf"{_LLAMA}\.self_attn\.{role}_proj" for role in "qkvo"},
             **{role: rf"{_LLAMA}\.mlp\.{role}_proj" for role in ("gate", "up", "down")},
+            "norm": rf"{_LLAMA}\.(?:input|post_attention)_layernorm|(?:\w+\.)?norm",
         },
         blocks=_LLAMA,
-        head="lm_head|score",
+        head="score",
     ),
 }
 
@@ -83,20 +93,23 @@ def find(model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ..
     """{module name: role} of the layers that play these roles, in model order.
 
     Splits a fused qkv first, in place, where q, k or v is named by itself; ``qkv`` is the fused layer, or the three
-    layers q, k, v where there is none. Layers that are not of ``kind`` (already rewritten) are left out.
+    layers q, k, v where there is none. Layers that are not of ``kind`` (already rewritten) are left out. A role that
+    ends in ? may be missing.
     """
     row = family(model)
     if not targets or isinstance(targets, str):
         raise UsageError(f"targets={targets!r} is not a list of roles: name one or more of {_had(model, row)}")
-    if any(role in targets for role in "qkv") and "qkv" in row.roles:
+    if any(role in _bare(targets) for role in "qkv") and "qkv" in row.roles:
         modules = dict(model.named_modules())
         split_qkv(model, [n for n in _named(row, "qkv", modules) if isinstance(modules[n], nn.Linear)])
     modules = dict(model.named_modules())
 
     wanted: dict[str, str] = {}
     for target in targets:
-        names = _play(row, target, modules)
+        names = _play(row, target.removesuffix("?"), modules)
         if not names:
+            if target.endswith("?"):
+                continue
             raise UsageError(f"role {target!r} is not in {type(model).__name__}, which has {_had(model, row)}")
         layers = {name: role for name, role in names.items() if isinstance(modules[name], kind)}
         if not layers:
@@ -106,13 +119,17 @@ def find(model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ..
     return {name: wanted[name] for name in modules if name in wanted}
 
 
+def _bare(targets: tuple[str, ...]) -> set[str]:
+    return {target.removesuffix("?") for target in targets}
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks in order."""
     return [module for name, module in model.named_modules() if re.fullmatch(family(model).blocks, name)]
 
 
 def head(model: nn.Module) -> nn.Module | None:
-    """The classifier; None where the model ends in features."""
+    """The classifier; None where the model ends in features, or in words: a language model's head is pretrained."""
     if hasattr(model, "get_classifier"):
         found = model.get_classifier()
     else:

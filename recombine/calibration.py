@@ -1,0 +1,194 @@
+"""One pass over a few calibration batches: what the methods that look at data need to know of a layer.
+
+Every statistic is a running sum (one d x d matrix a layer, never the activations), in float64. Layers that read the
+same tensor (q, k and v of a block) share their input statistics. Tokens are pooled over batch and sequence; padding,
+where the model is called with an `attention_mask` (B, T), is left out.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from recombine.errors import UsageError
+
+Losses = Callable[[], Iterable[Tensor]]  # each call is a pass: one task loss, with its graph, per calibration batch
+
+KINDS = {  # what can be wanted -> the fields that it fills
+    "inputs": "xx, x4",
+    "magnitudes": "absolute",
+    "outputs": "gg, g4",
+    "cross": "gx",
+    "fisher": "fisher",
+}
+BACKWARD = {"outputs", "cross", "fisher"}  # need the loss's gradient
+
+
+@dataclass
+class Inputs:
+    """Of x (n,), a layer's input at one token."""
+
+    tokens: int = 0
+    xx: Tensor | float = 0.0  # (n, n): E[x x^T]
+    x4: float = 0.0  # E[|x|^4]
+    absolute: Tensor | float = 0.0  # (n,): E[|x_j|]
+
+
+@dataclass
+class Stats:
+    """Of one layer y = W x (m, n), with g = dL/dy; means over tokens (`fisher`: over batches)."""
+
+    inputs: Inputs = field(default_factory=Inputs)
+    tokens: int = 0
+    batches: int = 0
+    gg: Tensor | float = 0.0  # (m, m): E[g g^T]
+    g4: float = 0.0  # E[|g|^4]
+    gx: Tensor | float = 0.0  # (m, n): E[g x^T]
+    fisher: Tensor | float = 0.0  # (m, n): E[(dL/dW)^2]
+    batch: Tensor | float = 0.0  # (m, n): dL/dW of the batch under way
+
+
+def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[str, Stats]:
+    """{site name: Stats} over all batches of `losses`; the model keeps its mode, its flags and its gradients.
+
+    Args:
+        sites: of the model, as `find_sites` gives them.
+        wanted: some of KINDS.
+
+    Raises:
+        UsageError: no batch came, or a statistic is not finite.
+    """
+    assert wanted <= KINDS.keys(), wanted
+    stats = {site.name: Stats() for site in sites}
+    backward = bool(wanted & BACKWARD)
+    seen: dict[int, tuple[Tensor, Inputs]] = {}  # this batch's inputs by identity; held, so that no id is used twice
+    with watching(model) as mask, quiet(model), torch.set_grad_enabled(backward):
+        hooks = [
+            site.linear.register_forward_hook(watcher(stats[site.name], wanted, mask, seen)) for site in sites
+        ]
+        try:
+            for loss in losses():
+                if backward:
+                    loss.backward()
+                for one in stats.values():
+                    end_batch(one, wanted)
+                seen.clear()
+        finally:
+            for hook in hooks:
+                hook.remove()
+    normalise(stats)
+    return stats
+
+
+def watcher(stats: Stats, wanted: set[str], mask: list, seen: dict):
+    """A forward hook that adds one batch to the statistics of a layer."""
+
+    def hook(layer: nn.Module, args: tuple, y: Tensor):
+        source, keep = args[0], valid(mask, args[0])
+        x = tokens(source, keep)
+        if wanted & {"inputs", "magnitudes"}:
+            if id(source) not in seen:
+                seen[id(source)] = (source, stats.inputs)
+                add_inputs(stats.inputs, x, wanted)
+            else:
+                stats.inputs = seen[id(source)][1]
+        if not wanted & BACKWARD:
+            return None
+        if not y.requires_grad:  # all is frozen: the graph begins here
+            y = y.detach().requires_grad_()
+
+        def gradient(g: Tensor) -> None:
+            g = tokens(g, keep)
+            stats.tokens += len(g)
+            if "outputs" in wanted:
+                stats.gg = stats.gg + (g.T @ g).double()
+                stats.g4 += g.double().square().sum(1).square().sum().item()
+            if wanted & {"cross", "fisher"}:
+                stats.batch = stats.batch + (g.T @ x).double()
+
+        y.register_hook(gradient)
+        return y
+
+    return hook
+
+
+def end_batch(stats: Stats, wanted: set[str]) -> None:
+    """A layer may be called more than once in a batch: its gradient is complete only now."""
+    stats.batches += 1
+    if "cross" in wanted:
+        stats.gx = stats.gx + stats.batch
+    if "fisher" in wanted and isinstance(stats.batch, Tensor):
+        stats.fisher = stats.fisher + stats.batch.square()
+    stats.batch = 0.0
+
+
+def add_inputs(inputs: Inputs, x: Tensor, wanted: set[str]) -> None:
+    inputs.tokens += len(x)
+    if "inputs" in wanted:
+        inputs.xx = inputs.xx + (x.T @ x).double()
+        inputs.x4 += x.double().square().sum(1).square().sum().item()
+    if "magnitudes" in wanted:
+        inputs.absolute = inputs.absolute + x.abs().double().sum(0)
+
+
+def tokens(x: Tensor, keep: Tensor | None) -> Tensor:
+    """(..., d) -> (tokens, d), at least float32."""
+    x = x.detach() if keep is None else x.detach()[keep]
+    x = x.flatten(0, -2)
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def valid(mask: list, x: Tensor) -> Tensor | None:
+    """Which (B, T) positions of x are no padding."""
+    keep = mask[0]
+    return keep if keep is not None and x.shape[:2] == keep.shape else None
+
+
+@contextmanager
+def watching(model: nn.Module):
+    """A one-element list that holds the attention mask of the model's last call."""
+    mask: list[Tensor | None] = [None]
+
+    def look(_, args, kwargs):
+        given = kwargs.get("attention_mask")
+        mask[0] = given.bool() if isinstance(given, Tensor) and given.ndim == 2 else None
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield mask
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def quiet(model: nn.Module):
+    """Eval mode and no parameter that takes a gradient, for as long as the block runs."""
+    modes = {module: module.training for module in model.modules()}
+    trains = [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for p in trains:
+            p.requires_grad_(True)
+
+
+def normalise(stats: dict[str, Stats]) -> None:
+    """Sums to means; inputs that layers share once."""
+    for name, one in stats.items():
+        if not one.inputs.tokens and not one.tokens:
+            raise UsageError(f"calibration: no batch reached {name}; give losses that yield at least one")
+    for inputs in {id(one.inputs): one.inputs for one in stats.values()}.values():
+        count = max(inputs.tokens, 1)
+        inputs.xx, inputs.x4, inputs.absolute = inputs.xx / count, inputs.x4 / count, inputs.absolute / count
+    for name, one in stats.items():
+        count = max(one.tokens, 1)
+        one.gg, one.g4, one.gx = one.gg / count, one.g4 / count, one.gx / count
+        one.fisher = one.fisher / max(one.batches, 1)
+        for value in (one.inputs.xx, one.inputs.absolute, one.gg, one.gx, one.fisher):
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                raise UsageError(f"calibration: the statistics of {name} are not finite; use float32 or other batches")

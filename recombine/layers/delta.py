@@ -1,0 +1,84 @@
+"""W = keep . weight + scale . left . right + scatter(entries): what an adapter of ours adds to a frozen weight."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recombine.layers.base import RecombinedLinear, frozen
+
+
+class DeltaLinear(RecombinedLinear):
+    """y = (keep weight + scale left right + S) x + bias.
+
+    weight (m, n), the pretrained one; left (m, r) and right (r, n), or None; S zero but for `entries` (e,) at the flat
+    positions `index` (e,) of the weight, or None. `keep` is a buffer (scalar), 1 unless a schedule fades the weight
+    out. All tensors start frozen.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+        scale: float = 1.0,
+        entries: Tensor | None = None,
+        index: Tensor | None = None,
+        bias: Tensor | None = None,
+    ):
+        super().__init__(weight.shape[1], weight.shape[0], bias)
+        self.base, self.scale = frozen(weight), scale
+        for name, value in (("left", left), ("right", right), ("entries", entries)):
+            self.register_parameter(name, None if value is None else frozen(value))
+        self.register_buffer("index", index)
+        self.register_buffer("keep_base", torch.ones((), device=weight.device))
+        assert (left is None) == (right is None) and (entries is None) == (index is None)
+
+    def _pretrained(self) -> Tensor:
+        """keep weight + S, (m, n)."""
+        weight = self.base * self.keep_base.to(self.base.dtype)
+        if self.entries is None:
+            return weight
+        return weight.flatten().index_add(0, self.index, self.entries).view_as(self.base)
+
+    def dense_weight(self) -> Tensor:
+        weight = self._pretrained()
+        return weight if self.left is None else weight + self.scale * (self.left @ self.right)
+
+    def structured(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.keep(self._pretrained))
+        return y if self.left is None else y + self.scale * ((x @ self.right.T) @ self.left.T)
+
+    def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
+        m, n = self.out_features, self.in_features
+        r = 0 if self.left is None else self.left.shape[1]
+        if not train:
+            return tokens * (m * n + r * (m + n)), tokens * m * n, m * n * r
+        pretrained = (3 if self.entries is not None and self.entries.requires_grad else 2) * m * n
+        low = (3 if r and self.left.requires_grad else 2) * r
+        return tokens * (pretrained + low * (m + n)), tokens * 3 * m * n, low * m * n
+
+    def adopt(self, linear) -> "DeltaLinear":
+        self.base = linear.weight
+        return super().adopt(linear)
+
+    def spec(self) -> dict:
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": None if self.left is None else self.left.shape[1],
+            "scale": self.scale,
+            "entries": None if self.entries is None else self.entries.shape[0],
+            "bias": self.bias is not None,
+        }
+
+    @classmethod
+    def empty(cls, in_features, out_features, rank, scale, entries, bias) -> "DeltaLinear":
+        return cls(
+            torch.empty(out_features, in_features),
+            None if rank is None else torch.empty(out_features, rank),
+            None if rank is None else torch.empty(rank, in_features),
+            scale,
+            None if entries is None else torch.empty(entries),
+            None if entries is None else torch.zeros(entries, dtype=torch.long),
+            torch.empty(out_features) if bias else None,
+        )
