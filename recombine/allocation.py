@@ -1,0 +1,72 @@
+"""Spends one budget over many layers, each of which offers a list of options: a multiple-choice knapsack.
+
+A layer's options are two tensors, costs (ascending) and losses (descending). For ranks 1, 2, ... and then the dense
+layer itself, the cost is what each stores and the loss what each gets wrong. Both functions return the index of the
+option that every layer takes, within the budget; the first option of every layer is always affordable or refused.
+"""
+
+import heapq
+
+from torch import Tensor
+
+from recombine.errors import UsageError
+
+
+def greedy(costs: list[Tensor], losses: list[Tensor], budget: float) -> list[int]:
+    """One option at a time to the layer where it saves most loss per cost (JACTUS Alg. 1), while it still fits."""
+    chosen, left = [0] * len(costs), budget - least(costs, budget)
+    heap: list[tuple[float, int]] = []
+
+    def offer(layer: int) -> None:
+        i = chosen[layer]
+        if i + 1 < len(costs[layer]):
+            gain, cost = losses[layer][i] - losses[layer][i + 1], costs[layer][i + 1] - costs[layer][i]
+            heapq.heappush(heap, (-gain / max(cost, 1e-12), layer))
+
+    costs, losses = [c.tolist() for c in costs], [loss.tolist() for loss in losses]
+    for layer in range(len(costs)):
+        offer(layer)
+    while heap:
+        _, layer = heapq.heappop(heap)
+        step = costs[layer][chosen[layer] + 1] - costs[layer][chosen[layer]]
+        if step <= left:  # a layer whose next option does not fit is done
+            chosen[layer] += 1
+            left -= step
+            offer(layer)
+    return chosen
+
+
+def lagrangian(costs: list[Tensor], losses: list[Tensor], budget: float, steps: int = 60) -> list[int]:
+    """Each layer minimises loss + price * cost; the lowest price that the budget allows, by bisection.
+
+    Optimal for the budget it spends; what remains is given out greedily.
+    """
+    least(costs, budget)
+    costs, losses = [c.double() for c in costs], [loss.double() for loss in losses]
+
+    def at(price: float) -> list[int]:
+        return [int((loss + price * cost).argmin()) for cost, loss in zip(costs, losses, strict=True)]
+
+    def spent(chosen: list[int]) -> float:
+        return sum(float(cost[i]) for cost, i in zip(costs, chosen, strict=True))
+
+    low, high = 0.0, 1e-12
+    if spent(at(low)) <= budget:
+        return at(low)
+    while spent(at(high)) > budget:
+        low, high = high, high * 16
+    for _ in range(steps):
+        middle = (low * high) ** 0.5 if low else high / 16
+        low, high = (low, middle) if spent(at(middle)) <= budget else (middle, high)
+    chosen = at(high)
+    left = [cost[i:] for cost, i in zip(costs, chosen, strict=True)]
+    more = greedy(left, [loss[i:] for loss, i in zip(losses, chosen, strict=True)], budget)
+    return [i + j for i, j in zip(chosen, more, strict=True)]
+
+
+def least(costs: list[Tensor], budget: float) -> float:
+    """The cost of every layer's first option, which the budget must allow."""
+    total = sum(float(cost[0]) for cost in costs)
+    if total > budget:
+        raise UsageError(f"budget: {budget:.0f} weights are fewer than the {total:.0f} that the smallest choice stores")
+    return total
