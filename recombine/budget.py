@@ -10,6 +10,7 @@ One word means the same for every method:
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -142,8 +143,8 @@ class Account:
         return asdict(self) | {"memory_mib": self.memory_mib}
 
 
-def count(model: nn.Module, sample: torch.Tensor | None = None) -> Account:
-    """The account of a model as it stands; with `sample` (1, ...) the FLOPs of its forward too."""
+def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Account:
+    """The account of a model as it stands; with `sample` (1, ...), its input or its keyword arguments, the FLOPs too."""
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
     head = list(h.parameters()) if (h := roles.head(model)) is not None else []
@@ -175,7 +176,7 @@ def stored_in_targets(model: nn.Module) -> int:
     return sum(held.values())
 
 
-def flops(model: nn.Module, sample: torch.Tensor) -> int:
+def flops(model: nn.Module, sample: torch.Tensor | dict) -> int:
     """Of one forward in eval mode, counted by torch on what really runs."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -183,9 +184,10 @@ def flops(model: nn.Module, sample: torch.Tensor) -> int:
     training = model.training
     model.eval()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the counter knows no fused attention on a CPU
-        model(sample)  # builds what eval keeps
+        run = partial(model, **sample) if isinstance(sample, dict) else partial(model, sample)
+        run()  # builds what eval keeps
         with FlopCounterMode(display=False) as counter:
-            model(sample)
+            run()
     model.train(training)
     return counter.get_total_flops()
 

@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -15,8 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recombine import data, methods, models, probe, results
 from recombine.budget import Budget, count, layer_report
+from recombine.calibration import BACKWARD
 from recombine.data.offline import SUITE, TASKS
 from recombine.errors import UsageError
+from recombine.models import roles
 from recombine.stages import STAGES, Run
 
 
@@ -75,33 +78,59 @@ def one(cfg: DictConfig, out: Path) -> dict:
     quiet()
     L.seed_everything(cfg.seed, verbose=False)
     check(cfg)
-    chosen, budget = method(cfg.method), Budget(cfg.budget.kind, cfg.budget.value)
+    chosen, first = pair(cfg)
+    budget = Budget(cfg.budget.kind, cfg.budget.value)
     module = data.build(**OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True), seed=cfg.seed)
     model = models.build(**OmegaConf.to_container(cfg.model, resolve=True))
     source = model.recombine_source
     module.image_size = module.image_size or source["image_size"]
     module.mean, module.std = module.mean or source["mean"], module.std or source["std"]
-    methods.base.find_sites(copy.deepcopy(model), chosen)  # bad fields are refused before the pictures are made
+    for part in filter(None, (first, chosen)):  # bad fields are refused before the data is made
+        methods.base.find_sites(copy.deepcopy(model), part)
     results.reserve(out)
     module.prepare_data()
     module.setup()
-    model.reset_classifier(module.num_classes)
+    if module.num_classes:
+        model.reset_classifier(module.num_classes)
     if torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda"):
         model.cuda()
-    run = Run(cfg, out, model, chosen, budget, module)
+    run = Run(cfg, out, model, chosen, budget, module, first)
     run.seconds["setup"] = round(time.perf_counter() - start, 3)
-    teaches = cfg.stage.name in ("compress", "joint")  # the original model needs a head to teach with
-    if cfg.stage.name not in ("evaluate", "retrofit") and (cfg.probe or teaches or cfg.optim.head == "probe"):
-        with run.timed("probe"):
-            run.probe = probe.fit(model, module)
-            if teaches or cfg.optim.head == "probe":
-                run.probe.into(model.get_classifier())
+    fit_head(run)
     added = STAGES[cfg.stage.name](run)
     result = describe(run, added)
     result["seconds"]["total"] = round(time.perf_counter() - start, 3)
     print("\n" + results.table(rows(result, out / "result.json")), flush=True)  # first: a full disk must not eat it
     results.write(out / "result.json", result)
     return result
+
+
+def pair(cfg: DictConfig) -> tuple[methods.Method, methods.Method | None]:
+    """(the method, the compressor that comes before it or None); a method after itself trains its own factors."""
+    chosen = method(cfg.method)
+    if cfg.get("compressor") is None:
+        return chosen, None
+    first = method(cfg.compressor)
+    if not first.compresses:
+        raise UsageError(f"method@compressor: {type(first).__name__.lower()} does not compress; choose one that does")
+    if type(first) is type(chosen):
+        return replace(first, lr=chosen.lr), None
+    return chosen, first
+
+
+def fit_head(run: Run) -> None:
+    """The linear probe: a row of the result, and where the head starts if the original model has to teach or to give
+    gradients."""
+    stage, head = run.cfg.stage.name, roles.head(run.model)
+    if head is None or run.data.num_classes is None or stage == "evaluate":
+        return
+    gradients = any(part.wants() & BACKWARD for part in filter(None, (run.compressor, run.method)))
+    starts = stage in ("compress", "joint") or gradients or run.cfg.optim.head == "probe"
+    if starts or (run.cfg.probe and stage != "retrofit"):
+        with run.timed("probe"):
+            run.probe = probe.fit(run.model, run.data)
+            if starts:
+                run.probe.into(head)
 
 
 def check(cfg: DictConfig) -> None:
@@ -119,6 +148,8 @@ def check(cfg: DictConfig) -> None:
     need("optim.lr", lambda x: x is None or number(x), "a number from 0, or null for the method's own")
     for key in ("lr_head", "weight_decay", "warmup", "label_smoothing"):
         need(f"optim.{key}", number, "a number from 0")
+    for key in ("samples", "batch_size"):
+        need(f"calibration.{key}", whole, "a whole number from 1")
     need("trainer.epochs", whole, "a whole number from 1")
     need("trainer.patience", lambda x: x is None or whole(x), "a whole number from 1, or null")
     if cfg.stage.name == "evaluate":
@@ -136,7 +167,10 @@ def describe(run: Run, added: dict) -> dict:
         "command": " ".join(["python run.py", *(f"'{o}'" if set(o) & set("[]{}() *") else o for o in overrides)]),
         "stage": run.cfg.stage.name,
         "model": run.model.recombine_source,
-        "method": {"name": recombined.steps[0][0], **recombined.steps[0][1]} if recombined else None,
+        "method": {"name": recombined.steps[-1].method, **recombined.steps[-1].fields} if recombined else None,
+        "compressor": {"name": recombined.steps[0].method, **recombined.steps[0].fields}
+        if recombined and len(recombined.steps) > 1
+        else None,
         "budget": str(run.budget),
         "data": run.data.info,
         "seed": run.cfg.seed,
@@ -157,12 +191,14 @@ def rows(result: dict, path: Path) -> list[tuple[str, str]]:
     account, test, linear = result["account"], result["test"], result["linear_probe"]
     table = [
         (
-            f"{result['method']['name'].lower()} on {result['data']['task']}",
+            " + ".join(part["name"].lower() for part in (result["compressor"], result["method"]) if part)
+            + f" on {result['data']['task']}",
             f"stage {result['stage']}, seed {result['seed']}",
         )
     ]
     if test:
-        table.append(("test accuracy", f"{100 * test['acc']:.1f} %   (balanced {100 * test['balanced_acc']:.1f} %)"))
+        scores = [f"{k} {v:.3g}" if k in ("loss", "ppl") else f"{k} {100 * v:.1f} %" for k, v in test.items()]
+        table.append(("test", ", ".join(scores)))
     if linear:
         table.append(("linear probe, same data", f"{100 * linear['test']:.1f} %"))
     if errors := result.get("weight_error"):

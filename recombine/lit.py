@@ -11,7 +11,7 @@ from recombine import export
 from recombine.errors import UsageError
 from recombine.methods import Method
 from recombine.models import roles
-from recombine.tasks import Task
+from recombine.tasks import Task, labels_of
 
 
 class LitRecombine(L.LightningModule):
@@ -46,9 +46,15 @@ class LitRecombine(L.LightningModule):
         self.val_metrics = task.metrics().clone("val/")
         self.test_metrics = task.metrics().clone("test/")
         self.last_good: str | None = None  # the checkpoint a user can go back to
+        self.settled = True  # the model has the form that it will be kept in
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
+
+    def on_train_batch_start(self, batch, _):
+        if self.task.moves:
+            share = self.global_step / max(1, self.trainer.estimated_stepping_batches - 1)
+            self.settled = self.method.advance(self.model, min(1.0, share))
 
     def training_step(self, batch, _):
         loss, logits = self.task.loss(self.model, batch)
@@ -65,20 +71,21 @@ class LitRecombine(L.LightningModule):
 
     def validation_step(self, batch, _):
         loss, logits = self.task.loss(self.model, batch)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch[1]), sync_dist=True)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(labels_of(batch)), sync_dist=True)
         self.score(self.val_metrics, logits, batch)
 
     def test_step(self, batch, _):
         loss, logits = self.task.loss(self.model, batch)
-        self.log("test/loss", loss, batch_size=len(batch[1]), sync_dist=True)
+        self.log("test/loss", loss, batch_size=len(labels_of(batch)), sync_dist=True)
         self.score(self.test_metrics, logits, batch)
 
     def score(self, metrics, logits: Tensor | None, batch) -> None:
         if logits is not None and len(metrics):
-            metrics.update(logits, batch[1])
-            bar = {name for name in metrics.keys(keep_base=False) if name.endswith("/acc")}  # noqa: SIM118
+            labels = labels_of(batch)
+            metrics.update(logits, labels)
             for name, metric in metrics.items(keep_base=False):
-                self.log(name, metric, prog_bar=name in bar, on_step=False, on_epoch=True, batch_size=len(batch[1]))
+                bar = name.endswith(f"/{self.task.metric}")
+                self.log(name, metric, prog_bar=bar, on_step=False, on_epoch=True, batch_size=len(labels))
 
     def configure_optimizers(self):
         head = {id(p) for p in h.parameters()} if (h := roles.head(self.model)) is not None else set()
@@ -110,26 +117,35 @@ class LitRecombine(L.LightningModule):
 
 
 class KeepBest(Callback):
-    """Keeps the weights that validation likes best, in memory and as a checkpoint, and puts them back at the end."""
+    """Keeps the weights that validation likes best, in memory and as a checkpoint, and puts them back at the end.
+
+    Without validation data the last ones are kept.
+    """
 
     def __init__(self, monitor: str, mode: str, path):
         self.monitor, self.sign, self.path = monitor, 1 if mode == "max" else -1, path
         self.best, self.epoch, self.weights = -math.inf, None, None
 
     def on_validation_end(self, trainer, lit) -> None:
-        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics or not lit.settled:
             return
         value = self.sign * trainer.callback_metrics[self.monitor].item()
         if value > self.best:
             self.best, self.epoch = value, trainer.current_epoch
             trained = {n: p for n, p in lit.model.named_parameters() if p.requires_grad}
             self.weights = {n: p.detach().cpu().clone() for n, p in trained.items()}
-            if trainer.is_global_zero:
-                export.save(lit.model, self.path)
-            lit.last_good = str(self.path)
+            self.write(trainer, lit)
+
+    def write(self, trainer, lit) -> None:
+        if trainer.is_global_zero:
+            export.save(lit.model, self.path)
+        lit.last_good = str(self.path)
 
     def on_fit_end(self, trainer, lit) -> None:
-        if self.weights is not None:
+        if self.weights is None:
+            self.epoch, self.best = trainer.current_epoch - 1, math.nan
+            self.write(trainer, lit)
+        else:
             here = dict(lit.model.named_parameters())
             with torch.no_grad():
                 for name, value in self.weights.items():

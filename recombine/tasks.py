@@ -1,7 +1,13 @@
-"""What a model is trained and judged by: a loss and its metrics."""
+"""What a model is trained and judged by: a loss and its metrics.
+
+A batch is (images, labels), or a dict of input_ids, attention_mask and labels.
+"""
+
+import math
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -9,11 +15,27 @@ from torchmetrics.classification import MulticlassAccuracy
 from recombine.models import roles
 
 
+def call(model: nn.Module, batch) -> Tensor:
+    """The model's logits for a batch."""
+    if isinstance(batch, dict):
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return model(batch[0])
+
+
+def labels_of(batch) -> Tensor:
+    return batch["labels"] if isinstance(batch, dict) else batch[1]
+
+
+def fetch(data, dataset, indices: list[int], device: torch.device):
+    """A batch of those samples of a data module's split as a model takes it."""
+    return data.on_after_batch_transfer(move_data_to_device(dataset.__getitems__(indices), device), 0)
+
+
 class Task(nn.Module):
     """loss(model, batch) -> (scalar loss, logits or None); metrics() -> what logits and labels are scored with."""
 
-    monitor = "val/acc"  # what validation chooses the weights by
-    mode = "max"
+    metric, mode = "loss", "min"  # what validation chooses the weights by
+    moves = False  # lets the method move its schedule
 
     def loss(self, model: nn.Module, batch) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
@@ -21,19 +43,24 @@ class Task(nn.Module):
     def metrics(self) -> MetricCollection:
         return MetricCollection({})
 
+    def report(self, scores: dict[str, float]) -> dict[str, float]:
+        """What a result says of a split, from its loss and metrics."""
+        return scores
+
 
 class Classification(Task):
-    """Cross-entropy; accuracy over images and, where classes are uneven, the mean over classes."""
+    """Cross-entropy; accuracy over samples and, where classes are uneven, the mean over classes."""
+
+    metric, mode = "acc", "max"
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0):
         super().__init__()
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
 
     def loss(self, model: nn.Module, batch) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        logits = model(images)  # (B, classes)
+        logits = call(model, batch)  # (B, classes)
         smoothing = self.label_smoothing if model.training else 0.0
-        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing), logits
+        return F.cross_entropy(logits.float(), labels_of(batch), label_smoothing=smoothing), logits
 
     def metrics(self) -> MetricCollection:
         return MetricCollection(
@@ -44,15 +71,49 @@ class Classification(Task):
         )
 
 
+class Regression(Task):
+    """Mean squared error of the one output, as transformers trains STS-B."""
+
+    def loss(self, model: nn.Module, batch) -> tuple[Tensor, Tensor]:
+        values = call(model, batch).squeeze(-1).float()  # (B,)
+        return F.mse_loss(values, labels_of(batch).float()), values
+
+
+class LanguageModel(Task):
+    """Cross-entropy of the next token; labels (B, T) as the inputs, -100 where none is wanted. exp of it: perplexity."""
+
+    def loss(self, model: nn.Module, batch) -> tuple[Tensor, None]:
+        logits, labels = call(model, batch)[:, :-1], labels_of(batch)[:, 1:]
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100), None
+
+    def report(self, scores: dict[str, float]) -> dict[str, float]:
+        return scores | {"ppl": math.exp(min(scores["loss"], 700.0))}
+
+
+def build(data, label_smoothing: float = 0.0) -> Task:
+    """The task of a data module, scored by the module's own metrics where it has some."""
+    objective = getattr(data, "objective", "classification")
+    task = {
+        "classification": lambda: Classification(data.num_classes, label_smoothing),
+        "regression": Regression,
+        "lm": LanguageModel,
+    }[objective]()
+    if hasattr(data, "metrics"):
+        task.metrics = data.metrics
+        task.metric, task.mode = data.metric, "max"
+    return task
+
+
 class Distillation(Task):
     """The student follows the original model (CRISP Alg. 4): KL and MSE of the logits, MSE of every block's output.
 
     loss = kl KL(teacher || student) + mse |logits|^2 + features mean_l |block_l|^2, each MSE relative to the teacher's
-    mean square, so that deep layers and large logits do not drown the rest. Labels are not used.
+    mean square, so that deep layers and large logits do not drown the rest. Labels are not used, padding is left out.
+    A student that lost blocks is compared with the blocks it kept; one whose width changed, by its logits alone.
     Paper: prints KL(student || teacher) and gives no weights. Here: the usual direction, T = 1, all weights 1.
     """
 
-    monitor, mode = "val/loss", "min"
+    moves = True
 
     def __init__(self, teacher: nn.Module, kl: float = 1.0, mse: float = 1.0, features: float = 1.0):
         super().__init__()
@@ -60,15 +121,21 @@ class Distillation(Task):
         self.kl, self.mse, self.features = kl, mse, features
 
     def loss(self, model: nn.Module, batch) -> tuple[Tensor, None]:
-        images, _ = batch
         with torch.no_grad():
-            target, target_blocks = outputs(self.teacher, images)
-        logits, blocks = outputs(model, images)
+            target, target_blocks = outputs(self.teacher, batch)
+        logits, blocks = outputs(model, batch)
+        kept = model.recombined.blocks
+        if kept is not None:
+            target_blocks = [target_blocks[i] for i in kept]
+        classes = logits.shape[-1]
         loss = self.kl * F.kl_div(
-            logits.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True
+            logits.reshape(-1, classes).log_softmax(-1),
+            target.reshape(-1, classes).log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
         )
         loss = loss + self.mse * relative_mse(logits, target)
-        if self.features:
+        if self.features and blocks[0].shape == target_blocks[0].shape:
             pairs = zip(blocks, target_blocks, strict=True)
             loss = loss + self.features * sum(relative_mse(b, t) for b, t in pairs) / len(blocks)
         return loss, None
@@ -77,12 +144,20 @@ class Distillation(Task):
         return super().train(False)  # the teacher never leaves eval mode
 
 
-def outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """(logits (B, classes), the output of every block in order)."""
+def outputs(model: nn.Module, batch) -> tuple[Tensor, list[Tensor]]:
+    """(logits, the output of every block in order); of texts only at tokens that are no padding: (tokens, d)."""
     blocks: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda *a: blocks.append(a[-1])) for block in roles.blocks(model)]
+    keep = batch["attention_mask"].bool() if isinstance(batch, dict) else None
+
+    def real(x: Tensor) -> Tensor:
+        return x[keep] if keep is not None and x.ndim == 3 and x.shape[:2] == keep.shape else x
+
+    def catch(_, __, y):
+        blocks.append(real(y[0] if isinstance(y, tuple) else y))
+
+    hooks = [block.register_forward_hook(catch) for block in roles.blocks(model)]
     try:
-        return model(images).float(), blocks
+        return real(call(model, batch).float()), blocks
     finally:
         for hook in hooks:
             hook.remove()

@@ -107,6 +107,7 @@ def sizes(model, method):
     sites = find_sites(model, method)
     if wanted := method.wants():
         calibrate(model, method, sites, losses(model), wanted)
+    method.prepare(model, sites, losses(model))
     return method.sizes(sites)
 
 

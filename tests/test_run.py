@@ -205,7 +205,7 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, capsys
     model = models.build("tiny_vit", arch="vit_tiny_patch16_224", pretrained=False, image_size=32, num_classes=16)
     work = Run(cfg, tmp_path, recombine.apply(model, Explodes()), Explodes(), recombine.Budget(), data)
     with pytest.raises(recombine.UsageError, match=r"step 3 \(epoch 1\).*last good checkpoint is .*best.safetensors"):
-        fit(work, Classification(16), cfg.optim, 5, "best")
+        fit(work, Classification(16), cfg.optim, 5, "best", work.method)
     assert (tmp_path / "best.safetensors").exists()
 
 

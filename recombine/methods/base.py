@@ -54,6 +54,9 @@ class Method:
         """The statistics (of `calibration.KINDS`) that are collected into `self.stats` before anything else."""
         return set()
 
+    def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        """After the statistics and before the budget is solved: what has to be learnt on data to know the sizes."""
+
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         """(stored, trained) weights of the target layers without biases, in closed form: nothing is built."""
         raise NotImplementedError(type(self).__name__)
@@ -148,6 +151,7 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
         sites = find_sites(model, method)
         if wanted := method.wants():
             calibrate(model, method, sites, losses, wanted)
+        method.prepare(model, sites, losses)
         if budget.kind != "none":
             solve(method, model, sites, budget)
     except UsageError:

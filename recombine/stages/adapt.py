@@ -6,35 +6,45 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
+from recombine import export
 from recombine.errors import UsageError
 from recombine.lit import KeepBest, LitRecombine
-from recombine.stages.retrofit import rewrite
+from recombine.methods import Method
+from recombine.stages.retrofit import rewrite_all
 from recombine.stages.run import Run
-from recombine.tasks import Classification, Task
+from recombine.tasks import Task
 
 
 def adapt(run: Run) -> dict:
-    rewrite(run)
+    rewrite_all(run)
     return train_and_test(run)
 
 
 def train_and_test(run: Run) -> dict:
-    """Classification with the run's optimizer, on the model as it stands."""
-    optim = run.cfg.optim
-    task = Classification(run.data.num_classes, optim.label_smoothing)
-    lit, best = fit(run, task, optim, run.cfg.trainer.epochs, "best")
-    return {"best_epoch": best.epoch, "val": {"acc": best.value}, "test": test(run, lit), "checkpoint": str(best.path)}
+    """The data's task with the run's optimizer, on the model as it stands."""
+    optim, task = run.cfg.optim, run.task(run.cfg.optim.label_smoothing)
+    if not any(p.requires_grad for p in run.model.parameters()):  # compressed, without a head: there is nothing to fit
+        lit = LitRecombine(run.model, run.method, task)
+        path = export.save(run.model, run.out / "best.safetensors")
+        return {"test": test(run, lit), "checkpoint": str(path)}
+    lit, best = fit(run, task, optim, run.cfg.trainer.epochs, "best", run.method)
+    val = {task.metric: best.value}
+    return {"best_epoch": best.epoch, "val": val, "test": test(run, lit), "checkpoint": str(best.path)}
 
 
-def fit(run: Run, task: Task, optim: DictConfig, epochs: int, name: str) -> tuple[LitRecombine, KeepBest]:
+def fit(
+    run: Run, task: Task, optim: DictConfig, epochs: int, name: str, method: Method
+) -> tuple[LitRecombine, KeepBest]:
     """Trains the parameters that require a gradient and leaves the model with the best weights by validation."""
     knobs = {key: optim[key] for key in ("lr_head", "weight_decay", "warmup", "schedule")}
-    lr = run.method.lr if optim.lr is None else optim.lr
-    lit = LitRecombine(run.model, run.method, task, lr=lr, **knobs)
-    best = KeepBest(task.monitor, task.mode, run.out / f"{name}.safetensors")
-    patience = run.cfg.trainer.patience or epochs
-    stop = EarlyStopping(task.monitor, mode=task.mode, patience=patience, check_finite=False)
-    trainer = make_trainer(run, epochs, [best, stop], optim.clip)
+    lr = method.lr if optim.lr is None else optim.lr
+    lit = LitRecombine(run.model, method, task, lr=lr, **knobs)
+    monitor = f"val/{task.metric}"
+    callbacks = [best := KeepBest(monitor, task.mode, run.out / f"{name}.safetensors")]
+    if run.cfg.trainer.patience:
+        patience = run.cfg.trainer.patience
+        callbacks.append(EarlyStopping(monitor, mode=task.mode, patience=patience, check_finite=False))
+    trainer = make_trainer(run, epochs, callbacks, optim.clip)
     with run.timed(f"train_{name}"):
         trainer.fit(lit, run.data)
     return lit, best
@@ -44,7 +54,7 @@ def test(run: Run, lit: LitRecombine) -> dict[str, float]:
     """Scores the model on the test set."""
     with run.timed("test"):
         (scores,) = make_trainer(run, 1, [], None).test(lit, run.data, verbose=False)
-    return {name.removeprefix("test/"): value for name, value in scores.items()}
+    return lit.task.report({name.removeprefix("test/"): value for name, value in scores.items()})
 
 
 def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None) -> L.Trainer:
@@ -64,6 +74,7 @@ def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None) -> 
             enable_model_summary=False,
             enable_progress_bar=trainer.progress,
             num_sanity_val_steps=0,
+            limit_val_batches=0 if run.data.val is None else 1.0,
             log_every_n_steps=1,
             default_root_dir=run.out,
         )

@@ -3,14 +3,12 @@
 
 import copy
 
-from torch import nn
-
+from recombine import methods
 from recombine.errors import UsageError
-from recombine.layers import RecombinedLinear
 from recombine.methods import train_only
 from recombine.models import roles
 from recombine.stages.adapt import fit, train_and_test
-from recombine.stages.retrofit import rewrite, weight_errors
+from recombine.stages.retrofit import compressor, rewrite, weight_errors
 from recombine.stages.run import Run
 from recombine.tasks import Distillation
 
@@ -18,38 +16,37 @@ from recombine.tasks import Distillation
 def compress(run: Run) -> dict:
     """Compress and distil, then the classifier only."""
     added = distil(run)
-    head = roles.head(run.model)
-    train_only(run.model, {name for name, p in run.model.named_parameters() if any(p is q for q in head.parameters())})
+    head = [] if (found := roles.head(run.model)) is None else list(found.parameters())
+    train_only(run.model, {name for name, p in run.model.named_parameters() if any(p is q for q in head)})
     return added | train_and_test(run)
 
 
 def joint(run: Run) -> dict:
     """Compress and distil, then adapt."""
     added = distil(run)
+    if run.compressor is not None:
+        rewrite(run, run.method)
     train_only(run.model, run.model.recombined.trains)
     return added | train_and_test(run)
 
 
 def distil(run: Run) -> dict:
-    """Rewrites the model and lets it follow the original on the training images; labels are not used."""
-    if not run.method.compresses:
+    """Rewrites the model and lets it follow the original on the training data; labels are not used."""
+    method = compressor(run)
+    if not method.compresses:
         raise UsageError(
-            f"stage={run.cfg.stage.name}: {type(run.method).__name__.lower()} does not compress; use svd or crisp"
+            f"stage={run.cfg.stage.name}: {type(method).__name__.lower()} does not compress; use svd or crisp, "
+            "or put a compressor before it: method@compressor=svd"
         )
     teacher = copy.deepcopy(run.model)
-    rewrite(run)
-    errors = weight_errors(teacher, run.model)
+    rewrite(run, method)
+    added = {"weight_error": weight_errors(teacher, run.model)}
     knobs = run.cfg.stage.distil
     if knobs.epochs:
-        train_only(run.model, distilled(run.model))
+        train_only(run.model, method.distils(run.model))
         task = Distillation(teacher, knobs.kl, knobs.mse, knobs.features)
-        _, best = fit(run, task, knobs, knobs.epochs, "distilled")
-        return {"weight_error": errors, "distil": {"val_loss": best.value, "best_epoch": best.epoch}}
-    return {"weight_error": errors}
-
-
-def distilled(model: nn.Module) -> set[str]:
-    """The factors, norms and biases: all that Alg. 4 trains."""
-    factors = {id(p) for m in model.modules() if isinstance(m, RecombinedLinear) for p in m.parameters()}
-    head = {id(p) for p in roles.head(model).parameters()}
-    return {n for n, p in model.named_parameters() if id(p) in factors or p.ndim <= 1 and id(p) not in head}
+        _, best = fit(run, task, knobs, knobs.epochs, "distilled", method)
+        added["distil"] = {"val_loss": best.value, "best_epoch": best.epoch}
+    method.advance(run.model, 1.0)
+    methods.finish(run.model, method, alone=run.compressor is None)
+    return added

@@ -6,13 +6,12 @@ from recombine.lit import LitRecombine
 from recombine.models import roles
 from recombine.stages.adapt import test
 from recombine.stages.run import Run
-from recombine.tasks import Classification
 
 
 def evaluate(run: Run) -> dict:
     run.model = export.load(run.cfg.stage.checkpoint, run.model)
-    if (classes := roles.head(run.model).out_features) != run.data.num_classes:
+    head = roles.head(run.model)
+    if head is not None and (classes := head.out_features) != run.data.num_classes:
         why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
         raise UsageError(f"{run.cfg.stage.checkpoint}: {why}; set data.task to the one it was trained on")
-    task = Classification(run.data.num_classes)
-    return {"test": test(run, LitRecombine(run.model, run.method, task)), "checkpoint": run.cfg.stage.checkpoint}
+    return {"test": test(run, LitRecombine(run.model, run.method, run.task())), "checkpoint": run.cfg.stage.checkpoint}

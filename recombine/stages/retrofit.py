@@ -1,29 +1,53 @@
-"""Rewrite the model and compare it with the original: weights layer by layer, logits on validation images."""
+"""Rewrite the model and compare it with the original: weights layer by layer, outputs on training samples."""
 
 import copy
 
 import torch
 
-from recombine import layers
-from recombine.methods import apply
+from recombine import layers, methods, tasks
+from recombine.budget import Budget
+from recombine.methods import Method, apply
 from recombine.models import roles
 from recombine.stages.run import Run
 
 
-def rewrite(run: Run) -> None:
-    """Applies the run's method under its budget, timed."""
+def compressor(run: Run) -> Method:
+    """The method that compresses: the run's compressor, or else its method."""
+    return run.compressor or run.method
+
+
+def rewrite(run: Run, method: Method) -> None:
+    """Applies the method, timed; under the run's budget where it is this method's to keep."""
+    pair = run.compressor is not None
+    mine = not pair or (method is run.method) == (run.budget.kind == "trainable")
+    if pair:
+        prepare_pair(run)
     with run.timed("retrofit"):
-        apply(run.model, run.method, run.budget)
+        apply(run.model, method, run.budget if mine else Budget(), run.losses)
+
+
+def rewrite_all(run: Run) -> None:
+    """The compressor, where there is one, then the method on what it left."""
+    if run.compressor is not None:
+        rewrite(run, run.compressor)
+        methods.finish(run.model, run.compressor, alone=False)
+    rewrite(run, run.method)
+
+
+def prepare_pair(run: Run) -> None:
+    """Splits a fused qkv before the compressor sees it, where the method that comes next wants q, k or v."""
+    if not hasattr(run.model, "recombined"):
+        roles.find(run.model, run.method.targets, torch.nn.Module)
 
 
 @torch.no_grad()
 def retrofit(run: Run) -> dict:
     original = copy.deepcopy(run.model).eval()
-    rewrite(run)
+    with torch.enable_grad():
+        rewrite_all(run)
     run.model.eval()
-    images, _ = run.data.val.__getitems__(list(range(min(32, len(run.data.val)))))
-    images = run.data.normalise(images.to(next(run.model.parameters()).device))
-    reference, logits = original(images), run.model(images)
+    batch = run.fetch(run.data.train, list(range(min(32, len(run.data.train)))))
+    reference, logits = tasks.call(original, batch), tasks.call(run.model, batch)
     return {
         "weight_error": weight_errors(original, run.model),
         "logit_error": (logits - reference).abs().max().item(),
@@ -32,12 +56,14 @@ def retrofit(run: Run) -> dict:
 
 
 def weight_errors(original: torch.nn.Module, model: torch.nn.Module) -> dict[str, float]:
-    """|W - W'| / |W| (Frobenius) of every recombined layer."""
-    roles.find(original, tuple(model.recombined.targets.values()))  # splits a fused qkv where the model's was split
+    """|W - W'| / |W| (Frobenius) of every recombined layer that kept its place and its shape."""
+    if model.recombined.blocks is not None:
+        return {}
+    roles.find(original, tuple(model.recombined.targets.values()), torch.nn.Module)  # splits a fused qkv as the model's
     errors = {}
     for name in model.recombined.targets:
-        layer = model.get_submodule(name)
-        if isinstance(layer, layers.RecombinedLinear):
-            dense = original.get_submodule(name).weight.double()
+        layer, before = model.get_submodule(name), original.get_submodule(name).weight
+        if isinstance(layer, layers.RecombinedLinear) and layer.weight.shape == before.shape:
+            dense = before.double()
             errors[name] = ((layer.dense_weight().double() - dense).norm() / dense.norm()).item()
     return errors
