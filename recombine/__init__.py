@@ -15,23 +15,7 @@ from recombine.budget import Account, Budget, count  # noqa: E402
 from recombine.errors import UsageError  # noqa: E402
 from recombine.export import load, merge, save  # noqa: E402
 from recombine.layers import RecombinedLinear  # noqa: E402
-from recombine.methods import Cersa, Crisp, Full, LinearProbe, Method, Peft, Svd, apply  # noqa: E402
+from recombine.methods import *  # noqa: E402, F403
+from recombine.methods import __all__ as _methods  # noqa: E402
 
-__all__ = [
-    "Account",
-    "Budget",
-    "Cersa",
-    "Crisp",
-    "Full",
-    "LinearProbe",
-    "Method",
-    "Peft",
-    "RecombinedLinear",
-    "Svd",
-    "UsageError",
-    "apply",
-    "count",
-    "load",
-    "merge",
-    "save",
-]
+__all__ = ["Account", "Budget", "RecombinedLinear", "UsageError", "count", "load", "merge", "save", *_methods]

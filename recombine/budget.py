@@ -9,6 +9,7 @@ One word means the same for every method:
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -89,14 +90,14 @@ def solve(method: "Method", model: nn.Module, sites: list["Site"], budget: Budge
         return method
     choices = method.choices(knob, sites)
     dense = sum(site.linear.weight.numel() for site in sites)
-    rest = sum(p.numel() for p in model.parameters()) - dense
+    rest = sum(p.numel() for p in model.parameters()) - held(site.linear for site in sites)
     head = sum(p.numel() for p in h.parameters()) if (h := roles.head(model)) is not None else 0
 
     def measure(value) -> float:
         setattr(method, knob, value)
-        stored, trained = method.sizes(sites)
         if budget.kind == "retained":
-            return stored / dense
+            return method.kept(sites) / dense
+        stored, trained = method.sizes(sites)
         if budget.kind == "trainable":
             return trained
         return (4 * (rest + stored) + (4 + ADAM) * (trained + head)) / MIB
@@ -166,14 +167,16 @@ def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Accoun
 
 
 def stored_in_targets(model: nn.Module) -> int:
-    """Weights inside the rewritten layers, biases left out, a shared basis counted once."""
-    held = {
-        id(p): p.numel()
-        for target in model.recombined.targets
-        for name, p in model.get_submodule(target).named_parameters()
-        if not name.endswith("bias")
+    """Weights inside the rewritten layers, as `held` counts them."""
+    return held(model.get_submodule(target) for target in model.recombined.targets)
+
+
+def held(layers: Iterable[nn.Module]) -> int:
+    """Weights inside these layers, biases left out, a shared basis counted once."""
+    weights = {
+        id(p): p.numel() for layer in layers for name, p in layer.named_parameters() if not name.endswith("bias")
     }
-    return sum(held.values())
+    return sum(weights.values())
 
 
 def flops(model: nn.Module, sample: torch.Tensor | dict) -> int:

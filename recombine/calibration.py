@@ -8,6 +8,7 @@ where the model is called with an `attention_mask` (B, T), is left out.
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class Inputs:
     xx: Tensor | float = 0.0  # (n, n): E[x x^T]
     x4: float = 0.0  # E[|x|^4]
     absolute: Tensor | float = 0.0  # (n,): E[|x_j|]
+    version: int = field(default_factory=count().__next__)  # no two are the same
 
 
 @dataclass
@@ -61,9 +63,11 @@ def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[s
         UsageError: no batch came, or a statistic is not finite.
     """
     assert wanted <= KINDS.keys(), wanted
-    stats = {site.name: Stats() for site in sites}
+    start = Inputs()
+    stats = {site.name: Stats(inputs=start) for site in sites}
     backward = bool(wanted & BACKWARD)
-    seen: dict[int, tuple[Tensor, Inputs]] = {}  # this batch's inputs by identity; held, so that no id is used twice
+    # what this batch's inputs, by identity, turned earlier sums into; the inputs are held, so that no id is used twice
+    seen: dict[tuple[int, int], tuple[Tensor, Inputs]] = {}
     with watching(model) as mask, quiet(model), torch.set_grad_enabled(backward):
         hooks = [
             site.linear.register_forward_hook(watcher(stats[site.name], wanted, mask, seen)) for site in sites
@@ -89,11 +93,10 @@ def watcher(stats: Stats, wanted: set[str], mask: list, seen: dict):
         source, keep = args[0], valid(mask, args[0])
         x = tokens(source, keep)
         if wanted & {"inputs", "magnitudes"}:
-            if id(source) not in seen:
-                seen[id(source)] = (source, stats.inputs)
-                add_inputs(stats.inputs, x, wanted)
-            else:
-                stats.inputs = seen[id(source)][1]
+            key = stats.inputs.version, id(source)  # the sums are shared for as long as the layers read the same
+            if key not in seen:
+                seen[key] = (source, add_inputs(stats.inputs, x, wanted))
+            stats.inputs = seen[key][1]
         if not wanted & BACKWARD:
             return None
         if not y.requires_grad:  # all is frozen: the graph begins here
@@ -124,13 +127,15 @@ def end_batch(stats: Stats, wanted: set[str]) -> None:
     stats.batch = 0.0
 
 
-def add_inputs(inputs: Inputs, x: Tensor, wanted: set[str]) -> None:
-    inputs.tokens += len(x)
+def add_inputs(inputs: Inputs, x: Tensor, wanted: set[str]) -> Inputs:
+    """The sums with x (tokens, n) in them; those given stay as they are."""
+    new = Inputs(inputs.tokens + len(x), inputs.xx, inputs.x4, inputs.absolute)
     if "inputs" in wanted:
-        inputs.xx = inputs.xx + (x.T @ x).double()
-        inputs.x4 += x.double().square().sum(1).square().sum().item()
+        new.xx = new.xx + (x.T @ x).double()
+        new.x4 += x.double().square().sum(1).square().sum().item()
     if "magnitudes" in wanted:
-        inputs.absolute = inputs.absolute + x.abs().double().sum(0)
+        new.absolute = new.absolute + x.abs().double().sum(0)
+    return new
 
 
 def tokens(x: Tensor, keep: Tensor | None) -> Tensor:

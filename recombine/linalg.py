@@ -31,3 +31,60 @@ def silu_inverse(y: Tensor, steps: int = 80) -> Tensor:
         below = F.silu(mid) < y
         low, high = torch.where(below, mid, low), torch.where(below, high, mid)
     return (low + high) / 2
+
+
+def weighted_svd(weight: Tensor, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """U (m, N) and s (N,), N = min(m, n), of the weight (m, n) under an inner product of its inputs.
+
+    W' = U_k U_k^T W has the least tr((W - W') M (W - W')^T) of all matrices of rank k, and that is sum(s[k:]^2).
+    With M = E[x x^T] it is the least output error E|W x - W' x|^2: with any M = S S^T, U_k U_k^T W equals
+    svd_k(W S) S^-1, but nothing is inverted, so M may be singular. s is exact to 1e-8 of s[0].
+
+    Args:
+        moment: M (n, n), positive semi-definite, or its diagonal (n,); None: the identity.
+    """
+    weight = weight.detach().double()
+    if moment is None or moment.ndim == 1:
+        return svd(weight if moment is None else weight * moment.sqrt())[:2]
+    q, r = torch.linalg.qr(weight) if len(weight) > weight.shape[1] else (None, weight)  # r (N, n)
+    values, vectors = torch.linalg.eigh(r @ moment @ r.T)  # (N, N): S is never formed
+    u = vectors.flip(1)
+    return u if q is None else q @ u, values.flip(0).clamp(min=0).sqrt()
+
+
+def project(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """left (m, k) and right (k, n) with left right = u u^T W, for an orthonormal u (m, k).
+
+    Balanced: |left[:, i]| = |right[i]|, as in U S^1/2 and S^1/2 V^T; where right is 0, left keeps the length 1.
+    """
+    right = u.T @ weight.detach().double()
+    size = right.norm(dim=1).sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    return u * size, right / size[:, None]
+
+
+def orthonormal_union(base: Tensor, extra: Tensor, tolerance: float = 1e-6) -> Tensor:
+    """An orthonormal basis (d, r) of the span of both; base (d, a) is orthonormal and comes first.
+
+    Directions of extra (d, b) that lie in the span of base but for a share `tolerance` of their length are dropped.
+    """
+    for _ in range(2):  # the second pass takes away what rounding left
+        extra = extra - base @ (base.T @ extra)
+    u, s, _ = svd(extra)
+    new = u[:, s > tolerance]
+    new = torch.linalg.qr(new - base @ (base.T @ new))[0]
+    return torch.cat([base, new], 1)
+
+
+def shrink(second: Tensor, fourth: float, count: int, floor: float = 0.0) -> Tensor:
+    """(1 - rho) C + rho tr(C)/d I with the rho of Ledoit & Wolf (2004), from streamed moments; at least `floor`.
+
+    C (d, d) = mean x x^T, fourth = mean |x|^4, over `count` samples taken as centred:
+    rho = min(1, (fourth - |C|^2) / count / |C - tr(C)/d I|^2).
+    """
+    mean = second.diagonal().mean()
+    target = mean * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    spread, noise = (second - target).square().sum(), (fourth - second.square().sum()).clamp(min=0) / count
+    rho = 1.0 if spread <= noise else float(noise / spread)
+    rho = max(rho, floor)
+    return (1 - rho) * second + rho * target

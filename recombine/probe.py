@@ -1,4 +1,4 @@
-"""The linear probe: logistic regression on the frozen features in front of the classification head."""
+"""The linear probe: logistic (or ridge) regression on the frozen features in front of the head."""
 
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 on standardised features; validati
 
 @dataclass(frozen=True)
 class Probe:
-    """weight (classes, d) and bias (classes,) act on the raw features; accuracies in [0, 1]."""
+    """weight (classes, d) and bias (classes,) act on the raw features; scores are accuracies, or Pearson's r."""
 
     weight: Tensor
     bias: Tensor
@@ -61,17 +61,31 @@ def fit(model: nn.Module, data) -> Probe:
         xv, yv = features(model, data, "val")
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     best = None
+    numbers = getattr(data, "objective", "classification") == "regression"
+    score_of = pearson if numbers else accuracy
     for decay in DECAYS:
-        w, b = regress((x - mean) / std, y, data.num_classes, decay)
+        z = (x - mean) / std
+        w, b = ridge(z, y, decay) if numbers else regress(z, y, data.num_classes, decay)
         w, b = w / std, b - (w / std) @ mean
-        score = accuracy(xv, yv, w, b)
+        score = score_of(xv, yv, w, b)
         if best is None or score > best.val:
             best = Probe(w.float(), b.float(), decay, score, float("nan"))
-    return replace(best, test=accuracy(xt, yt, best.weight.double(), best.bias.double()))
+    return replace(best, test=score_of(xt, yt, best.weight.double(), best.bias.double()))
 
 
 def accuracy(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> float:
     return ((x @ w.T + b).argmax(1) == y).double().mean().item()
+
+
+def pearson(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> float:
+    return torch.corrcoef(torch.stack([(x @ w.T + b).squeeze(1), y.double()]))[0, 1].nan_to_num(0.0).item()
+
+
+def ridge(x: Tensor, y: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Least squares with L2 decay in float64: weight (1, d), bias (1,); x is centred."""
+    gram = x.T @ x / len(x) + decay * torch.eye(x.shape[1], dtype=x.dtype)
+    mean = y.double().mean()
+    return torch.linalg.solve(gram, x.T @ (y.double() - mean) / len(x))[None], mean[None]
 
 
 def regress(x: Tensor, y: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:

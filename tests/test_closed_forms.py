@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import recombine
-from recombine import Cersa, Crisp, Full, Peft, Svd, models
+from recombine import Cersa, Crisp, Full, Peft, Svd, Svfit, Svft, models
 from recombine.layers import FactoredLinear, SharedBasisLinear
 from recombine.linalg import SILU_MIN, energy_rank, silu_inverse
 from recombine.methods import Site
@@ -164,3 +164,42 @@ def test_vit_s_counts_equal_crisp():
     recombine.apply(model, Crisp())
     account = recombine.count(model)
     assert model.recombined.dense == 21_233_664 and account.trained_without_head == 98_304
+
+
+def test_cersa_uniform_memory_equals_table_5(vit_l):
+    """Rank 287 in q, k and v of every block: printed 1122.5 MiB, of which the head's width (unstated) is the rest."""
+    model = recombine.apply(copy.deepcopy(vit_l), FlatCersa(rank=287))
+    assert recombine.count(model).memory_mib == pytest.approx(1122.5, rel=1e-3)
+
+
+class FlatCersa(Cersa):
+    """Cersa on a weight whose SVD is known, the identity's, for counts alone."""
+
+    def factors(self, site):
+        m, n = site.linear.weight.shape
+        return torch.eye(m, min(m, n)), torch.ones(min(m, n)), torch.eye(min(m, n), n)
+
+
+@pytest.mark.parametrize("m, n", [(48, 48), (96, 48), (48, 80)])
+@pytest.mark.parametrize(
+    "method, weights, trained",
+    [  # CERSA Table 1, in floats; its 2mn for SVFit and SVFT holds for square layers: N (m + n) in general
+        (Full(), lambda m, n: m * n, lambda m, n: m * n),
+        (Cersa(rank=7), lambda m, n: 7 * (m + n) + 49, lambda m, n: 49),
+        (Peft(rank=7), lambda m, n: m * n + 7 * (m + n), lambda m, n: 7 * (m + n)),
+        (Svfit(rank=7), lambda m, n: min(m, n) * (m + n) + min(m, n), lambda m, n: 7),
+        (
+            Svft(pattern="banded", band=2),
+            lambda m, n: min(m, n) * (m + n) + min(m, n) + svft_entries(min(m, n), 2),
+            lambda m, n: svft_entries(min(m, n), 2),
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, recombine.Method) else "",
+)
+def test_counts_equal_cersa_table_1(method, weights, trained, m, n):
+    site = Site("layer", "q", nn.Linear(n, m))
+    assert method.sizes([site]) == (weights(m, n), trained(m, n))
+
+
+def svft_entries(size: int, d: int) -> int:
+    return size * (2 * d + 1) - d * (d + 1) + 1  # and the gate

@@ -15,6 +15,7 @@ from recombine.stages import STAGES
 
 CONF = Path(__file__).parents[1] / "conf"
 CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml"))]
+CHOICES += [("experiment", f"{p.parent.name}/{p.stem}") for p in sorted(CONF.glob("experiment/*/*.yaml"))]
 
 
 @pytest.mark.parametrize("group, choice", CHOICES, ids=[f"{g}={c}" for g, c in CHOICES])

@@ -9,7 +9,9 @@ from torch import nn
 from zoo import ARCHS, batch, build, losses, outputs, train
 
 import recombine
-from recombine import Cersa, Crisp, Full, LinearProbe, Peft, Svd
+from recombine import Cersa, Crisp, Full, Jactus, LinearProbe, Peft, Rosa, Ssf, Svd, Svfit, Svft
+from recombine import Asvd, Balf, BasisSharing, Dfjr, DobiSvd, Fwsvd, SvdLlm
+from recombine import Dgmr, Isomorphic, PcLora, PruneNet, WeCoLora
 from recombine.budget import Budget, layer_report, stored_in_targets
 from recombine.linalg import energy_rank
 from recombine.methods.base import calibrate, find_sites
@@ -24,7 +26,7 @@ QKV = ("q", "k", "v")
 class Row:
     method: recombine.Method
     exact: bool  # equals the pretrained output at init
-    sizes: object  # [(out, in, role, s)] -> (stored, trained) in the target layers, written out again
+    sizes: object  # [(out, in, role, s)] -> (stored, trained) in the target layers, written out again; None: by data
     where: tuple[str, ...] = ARCHS  # the families it is defined on; refused in one line elsewhere
     same_shape: bool = True  # merging gives back the modules of the pretrained model
 
@@ -57,7 +59,9 @@ def svd_sizes(rank, core=0):
 
 def cersa_sizes(alpha, beta):
     def sizes(layers):
-        ranks = [(energy_rank(s, alpha), energy_rank(s, beta)) for *_, s in layers]
+        ranks = [
+            tuple(share(s) if callable(share) else energy_rank(s, share) for share in (alpha, beta)) for *_, s in layers
+        ]
         outer = sum(ka * (m + n) + ka - kb for (ka, kb), (m, n, *_) in zip(ranks, layers, strict=True))
         trained = sum(kb * kb for _, kb in ranks)
         return outer + trained, trained
@@ -73,8 +77,105 @@ def lora_sizes(r, magnitude):
     return sizes
 
 
+def added_sizes(weights, shared=0):
+    """An adapter that stores and trains so many weights a layer beside it, and `shared` ones for all layers."""
+
+    def sizes(layers):
+        added = shared + sum(weights(m, n, role) for m, n, role, _ in layers)
+        return dense(layers) + added, added
+
+    return sizes
+
+
+def svfit_sizes(rank):
+    def sizes(layers):
+        return sum(min(m, n) * (m + n + 1) for m, n, *_ in layers), sum(min(rank, m, n) for m, n, *_ in layers)
+
+    return sizes
+
+
+def svft_sizes(d):
+    def sizes(layers):
+        trained = sum(min(m, n) * (2 * d + 1) - d * (d + 1) + 1 for m, n, *_ in layers)
+        return sum(min(m, n) * (m + n + 1) for m, n, *_ in layers) + trained, trained
+
+    return sizes
+
+
+def ssf_sizes(layers):
+    rms = any(role == "gate" for *_, role, _ in layers)  # Llama: its norms have no bias and get no shift
+    trained = sum(m if rms and role == "norm" else 2 * m for m, _, role, _ in layers)
+    return dense(layers) + trained, trained
+
+
+def mlp_sizes(ratio):
+    def sizes(layers):
+        mlp = sum(m * n for m, n, role, _ in layers if role in ("up", "down", "gate"))
+        share = (ratio * dense(layers) - dense(layers) + mlp) / mlp
+        into = sum(int(m * share) * n for m, n, role, _ in layers if role in ("up", "gate"))
+        return dense(layers) - mlp + into + sum(m * int(n * share) for m, n, role, _ in layers if role == "down"), 0
+
+    return sizes
+
+
+def isomorphic_sizes(width):
+    """Of the tiny ViT, 4 blocks of 3 heads of 16 and 192 neurons: half of the neurons and the heads."""
+    return lambda layers: (width * (2 * 4 * 192 // 2 + 4 * 4 * 3 * 16 // 2), 0)
+
+
+def wecolora_sizes(r):
+    def sizes(layers):
+        seen, left = {}, []
+        for m, n, role, _ in layers:
+            seen[role] = seen.get(role, -1) + 1
+            left += [(m, n)] * (seen[role] % 2 == 0)
+        trained = sum(r * (m + n) for m, n in left)
+        return sum(m * n for m, n in left) + trained, trained
+
+    return sizes
+
+
+def pc_lora_sizes(ratio):
+    def sizes(layers):
+        added = sum(max(1, int(ratio * m * n / (m + n))) * (m + n) for m, n, *_ in layers)
+        return dense(layers) + added, added
+
+    return sizes
+
+
+def group_sizes(key, size):
+    """Half of the weights, in groups of `size` layers that follow each other among those of one key(shape, role)."""
+
+    def sizes(layers):
+        alike = {}
+        for m, n, role, _ in layers:
+            alike.setdefault(key(m, n, role), []).append((m, n))
+        runs = [run[i : i + size(k)] for k, run in alike.items() for i in range(0, len(run), size(k))]
+        shapes = [(sum(m for m, _ in run), run[0][1]) for run in runs]
+        return sum(int(0.5 * m * n / (m + n)) * (m + n) for m, n in shapes), 0
+
+    return sizes
+
+
+def dfjr_sizes(layers):
+    """Half of the weights of q with k, of gate with up, and of the rest alone."""
+    shapes = {}
+    for i, (m, n, role, _) in enumerate(layers):
+        before = sum(r == role for *_, r, _ in layers[:i])
+        shapes.setdefault((role.replace("k", "q").replace("up", "gate"), before), []).append((m, n))
+    stacks = [(sum(m for m, _ in group), group[0][1]) for group in shapes.values()]
+    return sum(int(0.5 * m * n / (m + n)) * (m + n) for m, n in stacks), 0
+
+
 LORA = {"lora_alpha": 8}
+VBLORA = {"num_vectors": 6, "vector_length": 12, "init_vector_bank_bound": 0.3}
 CLASSIFIERS = ARCHS[:3]
+
+
+def peft(config, targets, **options):
+    return Peft(config=config, targets=targets, rank=None, options=options)
+
+
 ROWS = {
     "crisp": Row(Crisp(chunk=8), True, crisp_sizes(16, 8, 2)),
     "crisp alone": Row(Crisp(chunk=8, group_size=1), True, crisp_sizes(8, 8, 1)),
@@ -84,13 +185,70 @@ ROWS = {
     "crisp split": Row(Crisp(targets=SPLIT, chunk=8), True, crisp_sizes(16, 8, 2)),
     "cersa": Row(Cersa(targets=SPLIT, alpha=0.9, beta=0.7), False, cersa_sizes(0.9, 0.7)),
     "cersa whole": Row(Cersa(targets=QKV, alpha=1.0), True, cersa_sizes(1, 1)),
+    "cersa bottom": Row(
+        Cersa(targets=SPLIT, alpha=0.9, trained_share=0.5, part="bottom"),
+        False,
+        cersa_sizes(0.9, lambda s: max(1, energy_rank(s, 0.9) // 2)),
+    ),
+    "cersa array": Row(Cersa(targets=SPLIT, alpha=0.9, core="array"), False, svd_sizes(lambda m, n, s: energy_rank(s, 0.9), core=1)),
+    "cersa uniform": Row(Cersa(targets=SPLIT, rank=9), False, cersa_sizes(lambda s: 9, lambda s: 9)),
+    "jactus": Row(Jactus(ratio=0.6, top_k=4), False, None),
+    "jactus paper": Row(Jactus(ratio=0.6, dense="none", gain="weight+grad"), False, None),
     "svd": Row(Svd(targets=ALL, ratio=0.5), False, svd_sizes(lambda m, n, s: max(1, int(0.5 * m * n / (m + n))))),
     "svd energy": Row(Svd(targets=ALL, energy=0.8), False, svd_sizes(lambda m, n, s: energy_rank(s, 0.8))),
     "svd core": Row(Svd(targets=SPLIT, rank=7, train_core=True), False, svd_sizes(lambda m, n, s: 7, core=1)),
+    "fwsvd": Row(Fwsvd(targets=ALL), False, svd_sizes(lambda m, n, s: max(1, int(0.5 * m * n / (m + n))))),
+    "asvd": Row(Asvd(targets=ALL, rank=7), False, svd_sizes(lambda m, n, s: 7)),
+    "svd_llm": Row(SvdLlm(targets=SPLIT, rank=7), False, svd_sizes(lambda m, n, s: 7)),
+    "basis_sharing": Row(
+        BasisSharing(), False, group_sizes(lambda m, n, role: (m, n, role), lambda k: 1 if k[2] in ("o", "down") else 2)
+    ),
+    "basis_sharing blind": Row(
+        BasisSharing(targets=ALL, whiten=False, group_size=3, shared=("qkv", "up")),
+        False,
+        group_sizes(lambda m, n, role: (m, n, role), lambda k: 3 if k[2] in ("qkv", "up") else 1),
+    ),
+    "dfjr": Row(Dfjr(), False, dfjr_sizes),
+    "balf": Row(Balf(targets=ALL), False, None),
+    "balf whole": Row(Balf(targets=SPLIT, ratio=1.0), True, lambda layers: (dense(layers), 0)),
+    "dobi_svd": Row(DobiSvd(targets=ALL, steps=6), False, None),
     "lora": Row(Peft(targets=QKV, rank=4, options=LORA), True, lora_sizes(4, 0)),
     "lora all": Row(Peft(targets=SPLIT, rank=2, options=LORA), True, lora_sizes(2, 0)),
     "dora": Row(Peft(targets=QKV, rank=4, options=LORA | {"use_dora": True}), True, lora_sizes(4, 1)),
+    "pissa": Row(Peft(targets=QKV, rank=4, options=LORA | {"init_lora_weights": "pissa"}), True, lora_sizes(4, 0)),
+    "boft": Row(peft("BOFTConfig", QKV, boft_block_size=4), True, added_sizes(lambda m, n, role: 4 * n + m)),
+    "ia3": Row(
+        peft("IA3Config", ("k", "v", "down"), feedforward_modules=["down"]),
+        True,
+        added_sizes(lambda m, n, role: n if role == "down" else m),
+    ),
+    "road_1": Row(peft("RoadConfig", ALL, variant="road_1", group_size=8), True, added_sizes(lambda m, n, role: m)),
+    "road_2": Row(peft("RoadConfig", ALL, variant="road_2", group_size=8), True, added_sizes(lambda m, n, role: 2 * m)),
+    "road_4": Row(peft("RoadConfig", ALL, variant="road_4", group_size=8), True, added_sizes(lambda m, n, role: 4 * m)),
+    "vblora": Row(
+        Peft(config="VBLoRAConfig", targets=QKV, rank=2, options=VBLORA),
+        False,
+        added_sizes(lambda m, n, role: 2 * 6 * (m + n) // 12, shared=6 * 12),
+    ),
+    "hira": Row(Peft(config="HiraConfig", targets=QKV, rank=4), True, lora_sizes(4, 0)),
+    "svfit": Row(Svfit(rank=7), True, svfit_sizes(7)),
+    "svfit whole": Row(Svfit(targets=ALL), True, svfit_sizes(768)),
+    "svft": Row(Svft(), True, svft_sizes(3)),
+    "svft plain": Row(Svft(pattern="plain"), True, svft_sizes(0)),
+    "svft random": Row(Svft(targets=SPLIT, pattern="random", band=2), True, svft_sizes(2)),
+    "svft top_k": Row(Svft(pattern="top_k"), True, svft_sizes(3), CLASSIFIERS),  # Llama's v is not square
+    "ssf": Row(Ssf(), True, ssf_sizes, same_shape=False),  # layers without a bias get one
+    "rosa": Row(Rosa(rank=4, density=0.01), True, added_sizes(lambda m, n, role: 4 * (m + n) + round(0.01 * m * n))),
+    "rosa low-rank": Row(Rosa(rank=4, density=0.0), True, lora_sizes(4, 0)),
+    "rosa sparse": Row(Rosa(rank=0, density=0.05), True, added_sizes(lambda m, n, role: round(0.05 * m * n))),
     "linear_probe": Row(LinearProbe(targets=ALL), True, lambda layers: (dense(layers), 0), CLASSIFIERS),
+    "dgmr": Row(Dgmr(), False, mlp_sizes(0.5)),
+    "dgmr beside attention": Row(Dgmr(targets=ALL, ratio=0.6), False, mlp_sizes(0.6)),
+    "prunenet": Row(PruneNet(ratio=0.3, episodes=2), False, mlp_sizes(0.3)),
+    "isomorphic": Row(Isomorphic(head_dims=0.0), False, isomorphic_sizes(24), ("tiny_vit",)),
+    "isomorphic split": Row(Isomorphic(targets=SPLIT, head_dims=0, width=False), False, isomorphic_sizes(48), ("tiny_vit",)),
+    "wecolora": Row(WeCoLora(rank=5), False, wecolora_sizes(5), same_shape=False),
+    "pc_lora": Row(PcLora(ratio=0.4), True, pc_lora_sizes(0.4)),
     "full": Row(Full(targets=ALL), True, lambda layers: (dense(layers), dense(layers))),
 }
 
@@ -98,6 +256,7 @@ ROWS = {
 def layers_of(model, method):
     found = roles.find(model, method.targets, nn.Module)
     weights = {name: model.get_submodule(name).weight.detach() for name in found}
+    weights = {name: w.reshape(len(w), -1) for name, w in weights.items()}  # of a norm and a convolution too
     return [(*w.shape[:2], found[name], torch.linalg.svdvals(w.double())) for name, w in weights.items()]
 
 
@@ -108,6 +267,7 @@ def sizes(model, method):
     if wanted := method.wants():
         calibrate(model, method, sites, losses(model), wanted)
     method.prepare(model, sites, losses(model))
+    method.learn(model, sites, losses(model))
     return method.sizes(sites)
 
 
@@ -135,7 +295,7 @@ def test_contract(row, pretrained, request, tmp_path):
     else:
         assert not torch.allclose(before, after, atol=1e-3)
 
-    stored, trained = row.sizes(layers)
+    stored, trained = row.sizes(layers) if row.sizes else sizes(copy.deepcopy(pretrained), row.method)
     account = recombine.count(model)
     assert stored_in_targets(model) == stored and account.retained == stored / dense(layers)
     assert sizes(copy.deepcopy(pretrained), row.method) == (stored, trained)
@@ -225,10 +385,53 @@ BAD = {
     "ratio": (Svd(ratio=0), "ratio=0"),
     "rank": (Svd(rank=999), "rank=999"),
     "lora rank": (Peft(rank=0), "rank=0"),
+    "fwsvd losses": (Fwsvd(), "losses="),
+    "asvd alpha": (Asvd(alpha=-0.5), "alpha=-0.5"),
+    "svd_llm ratio": (SvdLlm(ratio=1.5), "ratio=1.5"),
+    "basis_sharing group": (BasisSharing(group_size=0), "group_size=0"),
+    "basis_sharing rank": (BasisSharing(rank=49), "48"),
+    "dfjr ratio": (Dfjr(ratio=0.0), "ratio=0.0"),
+    "balf ratio": (Balf(ratio=0.01), "ratio=0.01"),
+    "dobi_svd beta": (DobiSvd(beta=0.0), "beta=0.0"),
+    "dobi_svd steps": (DobiSvd(steps=-1), "steps=-1"),
+    "dobi_svd step": (DobiSvd(step_size=0.0), "step_size=0.0"),
+    "dobi_svd weight": (DobiSvd(weight=-1.0), "weight=-1.0"),
     "peft class": (Peft(config="LoraConfg"), "LoraConfig"),
     "peft option": (Peft(options={"lora_alpa": 3}), "lora_alpha"),
+    "peft no linear": (peft("PromptTuningConfig", QKV), "LoraConfig"),
+    "peft no rank": (Peft(config="IA3Config"), "rank=null"),
+    "ia3 role": (peft("IA3Config", ("k", "v"), feedforward_modules=["down"]), "down"),
+    "boft block": (peft("BOFTConfig", QKV, boft_block_size=5), "divisible"),
+    "road variant": (peft("RoadConfig", QKV, variant="road_3", group_size=8), "road_1"),
+    "road group": (peft("RoadConfig", QKV), "group_size"),
+    "vblora length": (Peft(config="VBLoRAConfig", options=VBLORA | {"vector_length": 10}), "divisible"),
+    "vblora topk": (Peft(config="VBLoRAConfig", options=VBLORA | {"topk": 7}), "k"),
+    "svfit rank": (Svfit(rank=0), "rank=0"),
+    "svft pattern": (Svft(pattern="dense"), "banded"),
+    "svft band": (Svft(band=48), "47"),
+    "svft band<0": (Svft(band=-1), "band=-1"),
+    "svft top_k": (Svft(targets=("up",), pattern="top_k"), "192 x 48"),
+    "rosa rank": (Rosa(rank=-1), "rank=-1"),
+    "rosa density": (Rosa(density=1.5), "density=1.5"),
+    "rosa nothing": (Rosa(rank=0, density=0.0), "nothing"),
+    "rosa losses": (Rosa(), "losses="),
     "role": (Svd(targets=("gate",)), "gate"),
     "no role": (Svd(targets=()), "targets"),
+    "prune ratio=0": (Dgmr(ratio=0.0), "ratio=0.0"),
+    "prune ratio too small": (Dgmr(targets=ALL, ratio=0.3), "at least 0.337"),
+    "prune up alone": (Dgmr(targets=("up",)), "down"),
+    "episodes=0": (PruneNet(episodes=0), "episodes=0"),
+    "policy_lr=0": (PruneNet(policy_lr=0.0), "policy_lr=0"),
+    "isomorphic share": (Isomorphic(heads=1.0), "heads=1.0"),
+    "isomorphic nothing": (Isomorphic(channels=0.0, heads=0.0, head_dims=0.0), "more than 0"),
+    "isomorphic targets": (Isomorphic(targets=("up", "down")), "qkv, o, up and down"),
+    "isomorphic without losses": (Isomorphic(), "losses="),
+    "keep_every=0": (WeCoLora(keep_every=0), "keep_every=0"),
+    "wecolora rank=0": (WeCoLora(rank=0), "rank=0"),
+    "pc_lora ratio": (PcLora(ratio=1.5), "ratio=1.5"),
+    "pc_lora rank": (PcLora(rank=99), "rank=99"),
+    "decay": (PcLora(decay=0.0), "decay=0.0"),
+    "fade": (PcLora(schedule="step"), "sine"),
 }
 
 
@@ -279,10 +482,20 @@ BUDGETS = [
     (Crisp(chunk=16), "retained_50", "retained"),
     (Crisp(chunk=16), "retained_20", "retained"),
     (Svd(), "retained_50", "retained"),
+    (Dgmr(), "retained_50", "retained"),
+    (Dgmr(targets=ALL), "retained_50", "retained"),
+    (PruneNet(episodes=1), "retained_20", "retained"),
+    (Dfjr(), "retained_50", "retained"),
+    (Dfjr(), "memory_0.4mb", "memory_mib"),
+    (BasisSharing(whiten=False), "retained_30", "retained"),
     (Cersa(), "retained_60", "retained"),
     (Crisp(chunk=16), "trainable_5k", "trained_without_head"),
     (Cersa(), "trainable_5k", "trained_without_head"),
     (Peft(), "trainable_5k", "trained_without_head"),
+    (Svfit(), "trainable_200", "trained_without_head"),
+    (Svft(), "trainable_5k", "trained_without_head"),
+    (Rosa(density=0.0), "trainable_20k", "trained_without_head"),
+    (Svft(), "memory_0.65mb", "memory_mib"),
     (Crisp(chunk=16), "memory_0.4mb", "memory_mib"),
     (Svd(), "memory_0.4mb", "memory_mib"),
     (Cersa(), "memory_0.65mb", "memory_mib"),

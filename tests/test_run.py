@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import recombine
 import run
 from recombine import build, models, results
+from recombine.data.offline import Offline
 from recombine.stages import Run, fit
 from recombine.tasks import Classification
 
@@ -96,11 +97,12 @@ def test_retrofit_compares_with_the_original(tmp_path):
 
 
 def test_suite_prints_group_means(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(build, "SUITE", ["dsprites_loc", "dsprites_ori"])
+    monkeypatch.setattr(Offline, "suite", dict.fromkeys(["dsprites_loc", "dsprites_ori"], "structured"))
     mean = build.main(config("data.task=all", "method=linear_probe"), tmp_path)
     summary = json.loads((tmp_path / "suite.json").read_text())
     assert summary["complete"] and list(summary["tasks"]["structured"]) == ["dsprites_loc", "dsprites_ori"]
     assert summary["mean"] == pytest.approx(sum(summary["tasks"]["structured"].values()) / 2) and 0 <= mean <= 1
+    assert summary["mean_of_tasks"] == summary["mean"]
     assert "mean of structured" in capsys.readouterr().out and (tmp_path / "dsprites_ori" / "result.json").exists()
 
 

@@ -7,7 +7,6 @@ refused; drawings are rasterised by resvg, whose pixels may move with its versio
 from __future__ import annotations
 
 import csv
-import sys
 import warnings
 from difflib import get_close_matches
 from functools import cache
@@ -16,7 +15,7 @@ from itertools import permutations
 from recombine.assets import cache_dir
 from recombine.data import packaged, structured
 from recombine.data.source import Source
-from recombine.data.vision import VisionData
+from recombine.data.vision import VisionData, announce
 from recombine.errors import UsageError
 
 TASKS = {  # name: group, classes, what builds it
@@ -31,7 +30,7 @@ TASKS = {  # name: group, classes, what builds it
     "snorb_azim": ("structured", 18, structured.build),
     "snorb_elev": ("structured", 9, structured.build),
 }
-SUITE = tuple(TASKS)  # data.task=all, in this order
+SUITE = tuple(TASKS)
 TASKS |= {f"emoji_{vendor}": ("natural", 19, packaged.emoji) for vendor in packaged.VENDORS}
 TASKS |= {f"emoji_{a}_{b}": ("shift", 19, packaged.emoji) for a, b in permutations(packaged.VENDORS, 2)}
 DRAWN = (packaged.emoji, packaged.openclipart)  # by resvg
@@ -46,6 +45,7 @@ def pins() -> dict[str, dict[str, str]]:
 
 class Offline(VisionData):
     name = "offline"
+    suite = {task: TASKS[task][0] for task in SUITE}
 
     def __init__(self, *, task: str, **kwargs):
         if task not in TASKS:
@@ -79,10 +79,4 @@ class Offline(VisionData):
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         if "non-commercial" in self.meta["licence"]:
-            _announce(f"{self.task}: licence {self.meta['licence']}")
-
-
-@cache
-def _announce(line: str) -> None:
-    """Once a process."""
-    print(line, file=sys.stderr)
+            announce(f"{self.task}: licence {self.meta['licence']}")

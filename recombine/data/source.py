@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from recombine.errors import UsageError
 
 SIZES = {"train": 800, "val": 200, "test": 1000}  # VTAB-1K's form; test sets may be smaller
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """Pictures made when asked for: ``make(items[i])`` is uint8 (H, W) or (H, W, 3)."""
+    """Things made when asked for: ``make(items[i])``; pictures are uint8 (H, W) or (H, W, 3)."""
 
-    make: Callable[[Any], np.ndarray]
+    make: Callable[[Any], Any]
     items: Sequence
 
     def __len__(self) -> int:
@@ -31,6 +35,46 @@ class Source:
     licence: str
     splits: dict[str, tuple[Sequence[np.ndarray], np.ndarray]]  # pictures and their int64 labels
     note: str = ""
+    differences: tuple[str, ...] = ()  # from what papers print of this data, one line each
+
+
+@dataclass(frozen=True)
+class Part:
+    """Encoded pictures and their labels, int64 (N,). An item is a path, or (where it is from, bytes)."""
+
+    items: Sequence[Path] | Sequence[tuple[str, bytes]]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> Part:
+        items = self.items
+        kept = [items[i] for i in rows] if isinstance(items, list) else Lazy(items.__getitem__, rows)
+        return Part(kept, self.labels[rows])
+
+
+def join(parts: Sequence[Part]) -> Part:
+    """One after the other."""
+    labels = np.concatenate([part.labels for part in parts])
+    if all(isinstance(part.items, list) for part in parts):
+        return Part([item for part in parts for item in part.items], labels)
+    where = [(part.items, i) for part in parts for i in range(len(part))]
+    return Part(Lazy(lambda at: at[0][at[1]], where), labels)
+
+
+def decode(item: Path | tuple[str, bytes]) -> np.ndarray:
+    """uint8 (H, W, 3); a picture that Pillow cannot read is refused in one line."""
+    from PIL import Image, UnidentifiedImageError
+
+    where, file = (item, item) if isinstance(item, Path) else (item[0], io.BytesIO(item[1]))
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on bad files
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image" if unknown else (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"cannot read the picture {where}: {reason}; replace or remove it") from error
 
 
 def shuffled(count: int, seed: int) -> np.ndarray:

@@ -3,49 +3,66 @@
 A subclass says where pictures come from (``source``) and what identifies them (``identity``). They are decoded and
 resized once (Pillow, bicubic, to a square as VTAB does) into one file a task and size under ``cache_dir()/images``,
 and mapped from then on, so an epoch costs no decoding. Batches leave the loaders as uint8 (B, 3, H, W) and are
-normalised on the device.
+normalised, and augmented where that is asked for, on the device.
 
-Protocol: train on 800, choose on the 200 of val, look at test once.
+Any number of processes may ask for the same pictures at once: one builds, the others wait for it, and a builder that
+dies leaves a temporary file that the next one removes.
+
+Protocol: train on 800, choose on the 200 of val, look at test once. With ``select="last"`` there is no validation
+(``val`` is None) and the last epoch counts.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import lightning
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from recombine.assets import cache_dir, writing
+from recombine.data import augment as augmentation
 from recombine.data.source import Source
 from recombine.errors import UsageError
 
 SPLITS = ("train", "val", "test")
+STALE = 600  # seconds after which a temporary file that nobody writes to is a dead builder's
 
 
 class Images(Dataset):
-    """A split: uint8 (N, H, W, 3) out of the map, int64 (N,)."""
+    """A split: uint8 (N, 3, H, W) mapped from row ``start`` of a cached file, and labels int64 (N,)."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
-        self.images, self.labels = images, labels
+    def __init__(self, path: Path, start: int, labels: np.ndarray):
+        self.path, self.start, self.labels = path, start, labels
+        self.images = np.load(path, mmap_mode="r")[start : start + len(labels)]
+
+    def __reduce__(self):
+        return Images, (self.path, self.start, self.labels)  # a loader's worker maps the file anew
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(self.images[indices])  # fancy indexing copies out of the map: (B, H, W, 3)
-        return images.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(self.labels[indices])
+        images = torch.from_numpy(self.images[indices])  # fancy indexing copies out of the map: (B, 3, H, W)
+        return images, torch.from_numpy(self.labels[indices])
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([index])
@@ -59,6 +76,9 @@ def _batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 class VisionData(lightning.LightningDataModule):
     name: str
     group: str
+    suite: ClassVar[dict[str, str]] = {}  # task -> group: what data.task=all runs
+    select = "val"  # what chooses the weights: val, or last for the last epoch
+    joined = False  # train is train and val together
 
     def __init__(
         self,
@@ -71,6 +91,7 @@ class VisionData(lightning.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         limit: int | None = None,
+        augment: str = "none",
     ):
         """``image_size``, ``mean`` and ``std`` belong to the model and may be set later; ``limit`` cuts every split."""
         super().__init__()
@@ -80,7 +101,9 @@ class VisionData(lightning.LightningDataModule):
         ):  # fmt: skip
             if value is not None and (not isinstance(value, int) or value < least):
                 raise UsageError(f"{key}={value!r} is no whole number from {least}: give one")
-        self.task, self.image_size, self.batch_size = task, image_size, batch_size
+        if augment not in augmentation.KINDS:
+            raise UsageError(f"data.augment={augment}: must be one of {', '.join(augmentation.KINDS)}")
+        self.task, self.image_size, self.batch_size, self.augment = task, image_size, batch_size, augment
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
         self.seed, self.num_workers, self.limit = seed, num_workers, limit
@@ -105,7 +128,7 @@ class VisionData(lightning.LightningDataModule):
             raise UsageError(
                 f"image_size is not set for data {self.name!r}: set data.image_size to the model's, e.g. 98"
             )
-        key = hashlib.sha256(f"1 {self.identity()} {self.limit} {self.image_size}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"2 {self.identity()} {self.limit} {self.image_size} bicubic".encode()).hexdigest()[:16]
         return cache_dir() / "images" / f"{self.task or self.name}-{self.image_size}-{key}.npy"
 
     def _meta(self) -> dict | None:
@@ -118,35 +141,39 @@ class VisionData(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         if self._meta() is None:
-            self._build()
+            with building(self.path.stem):
+                if self._meta() is None:  # still, and not built by another while this one waited
+                    self._build()
 
     def _build(self) -> None:
         source, path = self.source(), self.path
         splits = {s: (images, labels[: self.limit]) for s, (images, labels) in source.splits.items()}
         total = sum(len(labels) for _, labels in splits.values())
+        shape = (total, 3, self.image_size, self.image_size)
         meta = {"classes": source.classes, "licence": source.licence, "note": source.note, "splits": {}}
-        seen: dict[str, set[bytes]] = {}
+        meta["differences"] = list(source.differences)
+        digests: dict[str, list[bytes]] = {}
         with writing(path.parent):
+            sweep(path.parent)
+            room(path.parent, int(np.prod(shape, dtype=np.int64)))
             scratch = path.with_name(f"{path.name}.{uuid4().hex}")
             try:
                 with scratch.open("wb") as file, self._progress(total) as bar:
                     # Written, not mapped: a full disk is then an OSError and not a bus error.
-                    shape = (total, self.image_size, self.image_size, 3)
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
                     for split, (images, labels) in splits.items():
-                        digests = []
+                        digests[split] = []
                         for digest, pixels in _decode(images, len(labels), self.image_size):
-                            digests.append(digest)
+                            digests[split].append(digest)
                             file.write(pixels)
                             bar.update()
-                        digest = hashlib.sha256(b"".join(digests) + labels.astype("<i8").tobytes()).hexdigest()
+                        digest = hashlib.sha256(b"".join(digests[split]) + labels.astype("<i8").tobytes()).hexdigest()
                         meta["splits"][split] = {"size": len(labels), "sha256": digest, "labels": labels.tolist()}
-                        seen[split] = set(digests)
                     meta["bytes"] = file.tell()
                 if self.limit is None:
                     self.check({split: part["sha256"] for split, part in meta["splits"].items()})
-                meta["shared_train_test"] = len(seen["train"] & seen["test"])
+                meta["shared"] = {split: _shared(digests[split], digests["test"]) for split in ("train", "val")}
                 os.replace(scratch, path)  # pictures first: the description says that they are whole
                 scratch.write_text(json.dumps(meta))
                 os.replace(scratch, path.with_suffix(".json"))
@@ -166,17 +193,42 @@ class VisionData(lightning.LightningDataModule):
         if meta is None:
             raise UsageError(f"no pictures for {self.task or self.name} in {self.path}: call prepare_data() first")
         self.meta, self.classes, self.num_classes = meta, meta["classes"], len(meta["classes"])
-        images, start = np.load(self.path, mmap_mode="r"), 0
+        path, start = self.path, 0
         for split in SPLITS:
             part = meta["splits"][split]
-            setattr(self, split, Images(images[start : start + part["size"]], np.array(part["labels"], np.int64)))
+            setattr(self, split, Images(path, start, np.array(part["labels"], np.int64)))
             start += part["size"]
-        if shared := meta["shared_train_test"]:
-            warnings.warn(f"{self.task or self.name}: {shared} pictures of train are in test too", stacklevel=2)
+        if self.joined:  # they are neighbours in the file
+            self.train = Images(path, 0, np.concatenate([self.train.labels, self.val.labels]))
+        if self.select == "last":
+            self.val = None
+        title = self.task or self.name
+        for line in meta["differences"]:
+            announce(f"{title}: {line}")
+        if shared := self.shared:
+            train, test = self.first_shared
+            line = f"{shared} pictures of train are in test too, the first is train {train} and test {test}"
+            warnings.warn(f"{title}: {line}", stacklevel=2)
+
+    @property
+    def shared(self) -> int:
+        """Pictures that train, as it is used, has in common with test, by the hash of what was decoded."""
+        return sum(self.meta["shared"][split][0] for split in ("train", "val")[: 1 + self.joined])
+
+    @property
+    def first_shared(self) -> tuple[int, int] | None:
+        """Where the first of them lies in train and in test."""
+        for split in ("train", "val")[: 1 + self.joined]:
+            if self.meta["shared"][split][0]:
+                _, mine, theirs = self.meta["shared"][split]
+                return mine + (self.meta["splits"]["train"]["size"] if split == "val" else 0), theirs
+        return None
 
     @property
     def info(self) -> dict[str, Any]:
         """What a result must record about its data."""
+        sizes = {split: len(getattr(self, split) or ()) for split in SPLITS}
+        chosen = "last epoch" if self.val is None else f"choose on val {sizes['val']}"
         return {
             "name": self.name,
             "task": self.task,
@@ -184,12 +236,15 @@ class VisionData(lightning.LightningDataModule):
             "classes": self.num_classes,
             "licence": self.meta["licence"],
             "note": self.meta["note"],
-            "sizes": {split: part["size"] for split, part in self.meta["splits"].items()},
+            "differences": self.meta["differences"],
+            "sizes": sizes,
             "sha256": {split: part["sha256"] for split, part in self.meta["splits"].items()},
-            "shared_train_test": self.meta["shared_train_test"],
-            "protocol": f"train {len(self.train)}, choose on val {len(self.val)}, test once",
+            "shared_train_test": self.shared,
+            "first_shared": self.first_shared,
+            "protocol": f"train {sizes['train']}, {chosen}, test once",
             "image_size": self.image_size,
-            "resize": "bicubic to a square, no augmentation",
+            "resize": "bicubic to a square",
+            "augment": self.augment,
             "mean": self.mean,
             "std": self.std,
             "seed": self.seed,
@@ -213,8 +268,8 @@ class VisionData(lightning.LightningDataModule):
         """Another order every epoch, the same ones for the same seed."""
         return self._loader(self.train, shuffle=True, generator=torch.Generator().manual_seed(self.seed))
 
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val)
+    def val_dataloader(self) -> DataLoader | list:
+        return [] if self.val is None else self._loader(self.val)
 
     def test_dataloader(self) -> DataLoader:
         return self._loader(self.test)
@@ -231,11 +286,68 @@ class VisionData(lightning.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        return (self.normalise(images) if images.dtype == torch.uint8 else images), labels
+        if images.dtype != torch.uint8:
+            return batch
+        draws = self._draws() if self.augment != "none" and self.trainer and self.trainer.training else None
+        if draws and self.augment == "flip":
+            images = augmentation.flip(images, draws)
+        images = self.normalise(images)
+        return (augmentation.crop(images, draws) if draws and self.augment == "crop" else images), labels
+
+    def _draws(self) -> torch.Generator:
+        """Starts anew at every epoch of every rank, so that an epoch's draws depend on nothing before it."""
+        state = (self.seed, self.trainer.current_epoch, self.trainer.global_rank)
+        if getattr(self, "_state", None) != state:
+            self._state = state
+            self._generator = torch.Generator().manual_seed(int(np.random.SeedSequence(state).generate_state(1)[0]))
+        return self._generator
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Lets one process at a time through. The lock dies with its process."""
+    with writing(folder := cache_dir() / "locks"):
+        lock = FileLock(folder / f"{what}.lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            announce(f"{what}: another process builds it, waiting")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed builders left."""
+    for path in folder.glob("*.npy.*"):
+        with suppress(OSError):  # another sweeper was first
+            if time.time() - path.lstat().st_mtime > STALE:
+                path.unlink()
+
+
+def room(folder: Path, needed: int) -> None:
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+
+
+@cache
+def announce(line: str) -> None:
+    """Once a process, and of several ranks only the first."""
+    if rank_zero_only.rank == 0:
+        print(line, file=sys.stderr)
+
+
+def _shared(mine: list[bytes], theirs: list[bytes]) -> tuple[int, int, int] | tuple[int]:
+    """(how many different pictures are in both, where the first is in mine, and in theirs)"""
+    where = {digest: i for i, digest in reversed(list(enumerate(theirs)))}
+    both = [i for i, digest in enumerate(mine) if digest in where]
+    return (len({mine[i] for i in both}), both[0], where[mine[both[0]]]) if both else (0,)
 
 
 def _decode(images: Sequence[np.ndarray], count: int, size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Per picture, in order: sha256 of what was decoded, and the bytes of (size, size, 3)."""
+    """Per picture, in order: sha256 of what was decoded, and the bytes of (3, size, size)."""
     from PIL import Image
 
     def one(index: int) -> tuple[bytes, bytes]:
@@ -244,7 +356,7 @@ def _decode(images: Sequence[np.ndarray], count: int, size: int) -> Iterator[tup
         picture = Image.fromarray(pixels).convert("RGB")
         if picture.size != (size, size):
             picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-        return digest, picture.tobytes()
+        return digest, np.asarray(picture).transpose(2, 0, 1).tobytes()
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, count, 128):  # in portions: what is decoded but not written stays small

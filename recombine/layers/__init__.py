@@ -3,6 +3,7 @@
 from recombine.layers.base import RecombinedLinear
 from recombine.layers.delta import DeltaLinear
 from recombine.layers.factored import FactoredLinear
+from recombine.layers.scale_shift import ScaleShift
 from recombine.layers.shared_basis import SharedBasisLinear
 
-__all__ = ["DeltaLinear", "FactoredLinear", "RecombinedLinear", "SharedBasisLinear"]
+__all__ = ["DeltaLinear", "FactoredLinear", "RecombinedLinear", "ScaleShift", "SharedBasisLinear"]

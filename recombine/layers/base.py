@@ -65,7 +65,8 @@ class RecombinedLinear(nn.Module, ABC):
         if not self.frozen_now:
             self._kept = None
             return build()
-        key = (build.__name__, *((p.data_ptr(), p._version, p.dtype) for p in self.parameters(recurse=False)))
+        tensors = (*self.parameters(recurse=False), *self.buffers(recurse=False))
+        key = (build.__name__, *((t.data_ptr(), t._version, t.dtype) for t in tensors))
         if self._kept is None or self._kept[0] != key:
             with torch.autocast(next(self.parameters()).device.type, enabled=False):
                 self._kept = (key, build())

@@ -1,4 +1,4 @@
-"""W = keep . weight + scale . left . right + scatter(entries): what an adapter of ours adds to a frozen weight."""
+"""W = keep . weight + scale . left . core . right + scatter(entries): what our adapters add to a frozen weight."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,11 @@ from recombine.layers.base import RecombinedLinear, frozen
 
 
 class DeltaLinear(RecombinedLinear):
-    """y = (keep weight + scale left right + S) x + bias.
+    """y = (keep weight + scale left core right + S) x + bias.
 
-    weight (m, n), the pretrained one; left (m, r) and right (r, n), or None; S zero but for `entries` (e,) at the flat
-    positions `index` (e,) of the weight, or None. `keep` is a buffer (scalar), 1 unless a schedule fades the weight
-    out. All tensors start frozen.
+    weight (m, n), the pretrained one; left (m, r) and right (r, n), or None; core (r, r), None: the identity; S zero
+    but for `entries` (e,) at the flat positions `index` (e,) of the weight, or None. `keep` is a buffer (scalar), 1
+    unless a schedule fades the weight out. All tensors start frozen.
     """
 
     def __init__(
@@ -24,10 +24,11 @@ class DeltaLinear(RecombinedLinear):
         entries: Tensor | None = None,
         index: Tensor | None = None,
         bias: Tensor | None = None,
+        core: Tensor | None = None,
     ):
         super().__init__(weight.shape[1], weight.shape[0], bias)
         self.base, self.scale = frozen(weight), scale
-        for name, value in (("left", left), ("right", right), ("entries", entries)):
+        for name, value in (("left", left), ("right", right), ("core", core), ("entries", entries)):
             self.register_parameter(name, None if value is None else frozen(value))
         self.register_buffer("index", index)
         self.register_buffer("keep_base", torch.ones((), device=weight.device))
@@ -42,11 +43,17 @@ class DeltaLinear(RecombinedLinear):
 
     def dense_weight(self) -> Tensor:
         weight = self._pretrained()
-        return weight if self.left is None else weight + self.scale * (self.left @ self.right)
+        if self.left is None:
+            return weight
+        left = self.left if self.core is None else self.left @ self.core
+        return weight + self.scale * (left @ self.right)
 
     def structured(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.keep(self._pretrained))
-        return y if self.left is None else y + self.scale * ((x @ self.right.T) @ self.left.T)
+        if self.left is None:
+            return y
+        z = x @ self.right.T  # (..., r)
+        return y + self.scale * ((z if self.core is None else z @ self.core.T) @ self.left.T)
 
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
         m, n = self.out_features, self.in_features
@@ -54,7 +61,7 @@ class DeltaLinear(RecombinedLinear):
         if not train:
             return tokens * (m * n + r * (m + n)), tokens * m * n, m * n * r
         pretrained = (3 if self.entries is not None and self.entries.requires_grad else 2) * m * n
-        low = (3 if r and self.left.requires_grad else 2) * r
+        low = (3 if r and (self.left if self.core is None else self.core).requires_grad else 2) * r
         return tokens * (pretrained + low * (m + n)), tokens * 3 * m * n, low * m * n
 
     def adopt(self, linear) -> "DeltaLinear":
@@ -69,10 +76,11 @@ class DeltaLinear(RecombinedLinear):
             "scale": self.scale,
             "entries": None if self.entries is None else self.entries.shape[0],
             "bias": self.bias is not None,
+            "core": self.core is not None,
         }
 
     @classmethod
-    def empty(cls, in_features, out_features, rank, scale, entries, bias) -> "DeltaLinear":
+    def empty(cls, in_features, out_features, rank, scale, entries, bias, core) -> "DeltaLinear":
         return cls(
             torch.empty(out_features, in_features),
             None if rank is None else torch.empty(out_features, rank),
@@ -81,4 +89,5 @@ class DeltaLinear(RecombinedLinear):
             None if entries is None else torch.empty(entries),
             None if entries is None else torch.zeros(entries, dtype=torch.long),
             torch.empty(out_features) if bias else None,
+            torch.empty(rank, rank) if core else None,
         )

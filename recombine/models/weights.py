@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -45,6 +46,31 @@ def hub_file(name: str, arch_tag: str) -> Path:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(f"model {name}: {repo} is not cached and the hub fails ({reason}): {WAYS_OUT}") from error
     raise UsageError(f"model {name}: {repo} holds none of {', '.join(files)}: give model.checkpoint=FILE")
+
+
+def hub_folder(name: str, repo: str, revision: str, choose: Callable[[Sequence[str]], list[str]], ways: str) -> Path:
+    """The chosen files of a repository at a pinned revision: from the hub's cache, else downloaded.
+
+    Args:
+        choose: names of files there are -> those to take; none where a needed one is missing.
+        ways: what a user without this repository can do.
+    """
+    what = f"model {name}: {repo}@{revision[:8]}"
+    with suppress(OSError):  # not cached
+        cached = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        if choose([str(path.relative_to(cached)) for path in cached.rglob("*") if path.is_file()]):
+            return cached
+    try:
+        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_SECONDS)
+        if files := choose(huggingface_hub.HfApi().list_repo_files(repo, revision=revision)):
+            return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files))
+    except Exception as error:  # the transport's own errors, which differ between the client's versions
+        raise UsageError(f"{what} is not cached and the hub fails ({first_line(error)}): {ways}") from error
+    raise UsageError(f"{what} lacks weights or config.json: {ways}")
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")[:160]
 
 
 def load(model: nn.Module, path: Path, num_classes: int) -> None:

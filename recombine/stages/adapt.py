@@ -28,7 +28,7 @@ def train_and_test(run: Run) -> dict:
         path = export.save(run.model, run.out / "best.safetensors")
         return {"test": test(run, lit), "checkpoint": str(path)}
     lit, best = fit(run, task, optim, run.cfg.trainer.epochs, "best", run.method)
-    val = {task.metric: best.value}
+    val = {} if run.data.val is None else {task.metric: best.value}
     return {"best_epoch": best.epoch, "val": val, "test": test(run, lit), "checkpoint": str(best.path)}
 
 
@@ -41,6 +41,11 @@ def fit(
     lit = LitRecombine(run.model, method, task, lr=lr, **knobs)
     monitor = f"val/{task.metric}"
     callbacks = [best := KeepBest(monitor, task.mode, run.out / f"{name}.safetensors")]
+    if run.cfg.trainer.patience and run.data.val is None:
+        raise UsageError(
+            f"trainer.patience={run.cfg.trainer.patience}: without validation data nothing says when to stop; "
+            "set trainer.patience=null, or data.select=val"
+        )
     if run.cfg.trainer.patience:
         patience = run.cfg.trainer.patience
         callbacks.append(EarlyStopping(monitor, mode=task.mode, patience=patience, check_finite=False))

@@ -46,7 +46,7 @@ def distil(run: Run) -> dict:
         train_only(run.model, method.distils(run.model))
         task = Distillation(teacher, knobs.kl, knobs.mse, knobs.features)
         _, best = fit(run, task, knobs, knobs.epochs, "distilled", method)
-        added["distil"] = {"val_loss": best.value, "best_epoch": best.epoch}
+        added["distil"] = {"val_loss": None if run.data.val is None else best.value, "best_epoch": best.epoch}
     method.advance(run.model, 1.0)
     methods.finish(run.model, method, alone=run.compressor is None)
     return added

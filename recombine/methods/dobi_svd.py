@@ -1,0 +1,128 @@
+"""Dobi-SVD: truncation points learnt on activations (arXiv 2502.02723).
+
+While the ranks are learnt, a layer gives y = P diag(t) P^T W x + b, t_i = (1 + tanh(beta (k - i))) / 2, i = 1, 2, ...,
+with one real number k per layer and P the eigenvectors of E[W x x^T W^T]. Adam moves all k on the task loss plus
+weight * |kept - ratio|, kept the share of the weights that ranks k store, from the same ratio in every layer. Then the
+ranks are rounded under the exact budget and W' = P_k P_k^T W, which is the whitened optimum, as in SVD-LLM.
+
+Stored: left (m, k), right (k, n). Trains: nothing.
+
+Paper: P is the SVD of each batch's activations, differentiated with care for close singular values, and incremental PCA
+pools it afterwards. Here: P is pooled over the calibration batches from the start, so only the k need gradients. Paper:
+k moves in steps of ranks. Here: Adam moves k (m + n) / (m n), the layer's own ratio, so one step size fits all widths.
+Paper: k may pass the rank from which dense is smaller, which remapped (quantised) storage makes worthwhile. Here: that
+storage is not used, and k stops there.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from recombine.calibration import Losses, quiet
+from recombine.methods.balf import Whitened, dims, most
+from recombine.methods.base import Site, need
+from recombine.methods.weighted_svd import truncated
+
+
+@dataclass(kw_only=True)
+class DobiSvd(Whitened):
+    """Args:
+    steps: of Adam, one calibration batch each; 0 keeps the same ratio in every layer.
+    step_size: of Adam, in units of a layer's own ratio.
+    beta: sharpness of the truncation, per rank.
+    weight: of the distance to the budget.
+    """
+
+    steps: int = 30
+    step_size: float = 0.02
+    beta: float = 10.0
+    weight: float = 1.0
+
+    judges: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._ranks: list[int] | None = None  # of the sites, once they are learnt
+
+    def check(self, sites: list[Site]) -> None:
+        super().check(sites)
+        need(self.steps >= 0, self, "steps", "must be 0 or more")
+        need(self.step_size > 0, self, "step_size", "must be more than 0")
+        need(self.beta > 0, self, "beta", "must be more than 0: the gate falls from 1 to 0 at k")
+        need(self.weight >= 0, self, "weight", "must be 0 or more")
+
+    def learn(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        dense = torch.tensor([site.linear.weight.numel() for site in sites], dtype=torch.float64)
+        share = torch.full((len(sites),), self.ratio, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.Adam([share], lr=self.step_size)
+        batches = chain.from_iterable(iter(losses, None))  # pass after pass
+        with quiet(model), torch.enable_grad(), self.softly(sites, share):
+            for loss in islice(batches, self.steps):
+                kept = (share * dense).sum() / dense.sum()
+                optimizer.zero_grad()
+                (loss + self.weight * (kept - self.ratio).abs()).backward()
+                optimizer.step()
+                share.data.clamp_(0, 1)
+        self._ranks = spend(share.detach(), sites, self.ratio)
+
+    @contextmanager
+    def softly(self, sites: list[Site], share: Tensor) -> Iterator[None]:
+        """Truncates what the layers give, as far as `share` (layers,) says."""
+
+        def hook(site: Site, i: int):
+            m, n = dims(site)
+            basis = self.factors(site)[0].to(site.linear.weight)
+            index = torch.arange(1, basis.shape[1] + 1, device=basis.device, dtype=basis.dtype)
+
+            def truncate(linear: nn.Linear, args: tuple, y: Tensor) -> Tensor:
+                k = (share[i] * m * n / (m + n)).to(basis)
+                gate = (1 + torch.tanh(self.beta * (k - index))) / 2
+                y = y if linear.bias is None else y - linear.bias
+                y = (y @ basis * gate) @ basis.T
+                return y if linear.bias is None else y + linear.bias
+
+            return site.linear.register_forward_hook(truncate)
+
+        hooks = [hook(site, i) for i, site in enumerate(sites)]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        if self._ranks is None:  # the budget is not spent yet: at most this
+            return int(self.ratio * sum(site.linear.weight.numel() for site in sites)), 0
+        return sum(k * sum(dims(site)) for k, site in zip(self._ranks, sites, strict=True)), 0
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        for site, k in zip(sites, self._ranks, strict=True):
+            model.set_submodule(site.name, truncated(site, self._factors.pop(site.name)[0][:, :k]))
+
+
+def spend(share: Tensor, sites: list[Site], ratio: float) -> list[int]:
+    """Whole ranks nearest to the layers' own ratios `share`, moved up or down together until they just fit `ratio`."""
+    dense = torch.tensor([site.linear.weight.numel() for site in sites], dtype=torch.float64)
+    cost = torch.tensor([sum(dims(site)) for site in sites], dtype=torch.float64)
+    top = torch.tensor([most(site) for site in sites], dtype=torch.float64)
+    budget = ratio * float(dense.sum())
+
+    def moved(by: float) -> Tensor:
+        return ((share + by) * dense / cost).clamp(min=1).minimum(top)  # real ranks
+
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if moved(middle) @ cost <= budget else (low, middle)
+    ranks = moved(low).floor()
+    left = budget - float(ranks @ cost)
+    for i in (moved(low) - ranks).argsort(descending=True, stable=True).tolist():  # the nearest to the next rank first
+        if cost[i] <= left and ranks[i] < top[i]:
+            ranks[i] += 1
+            left -= float(cost[i])
+    return [int(k) for k in ranks]

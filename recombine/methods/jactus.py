@@ -1,0 +1,200 @@
+"""JACTUS: joint adaptation and compression with a task-aware union of subspaces (arXiv 2605.02829, Alg. 1).
+
+Calibration gives C_x = E[x x^T] and C_g = E[g g^T], g = dL/dy, each scaled to a mean eigenvalue of 1 and shrunk
+(Ledoit & Wolf 2004). U_w, V_w hold the share alpha of the energy of W = U S V^T, V_x the share beta of C_x, U_g the
+share gamma of C_g; Q_L = orth[U_w, U_g], Q_R = orth[V_w, V_x]. Inside the union, W_k minimises
+|C_g^1/2 (W - W_k) C_x^1/2|_F: with Q_L^T C_g Q_L = R_L^T R_L, Q_R^T C_x Q_R = R_R^T R_R (Cholesky),
+
+    T = R_L^-T Q_L^T C_g W C_x Q_R R_R^-1 = P L R^T,   W_k = (Q_L R_L^-1 P_k) L_k (Q_R R_R^-1 R_k)^T.
+
+Ranks are allocated over all layers by marginal gain L_j^2 per weight. QR of the outer factors leaves orthonormal
+left (m, k) and right (k, n), frozen, and a dense core (k, k), which trains. Stored: k (m + n) + k^2; after training
+the core folds away, which leaves k (m + n).
+
+Paper (read from its abstract, figures and reviews; no code): the caption gives the gradient directions to the input
+side. Here: C_g weighs the output side, where g lives. Paper: every layer is factored. Here: a layer may stay dense
+where that is cheaper (`dense`), or not, as the paper has it: dense="none".
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from recombine.allocation import greedy, lagrangian
+from recombine.layers import DeltaLinear, FactoredLinear
+from recombine.linalg import energy_rank, orthonormal_union, shrink, svd
+from recombine.methods.base import Method, Site, need
+
+SHARES = ("alpha", "beta", "gamma", "ratio")
+
+
+@dataclass(kw_only=True)
+class Jactus(Method):
+    """Args:
+    alpha, beta, gamma: shares of the energy of W, C_x and C_g that the union keeps, in (0, 1].
+    ratio: share of the target layers' weights that is kept.
+    counted: stored counts the core's k^2 as well, deployed what is left once it is folded away.
+    allocation: greedy (the paper's) or lagrangian.
+    gain: weight, or weight+grad, which turns the subspaces towards the gradient E[g x^T] as well.
+    eta: how much: the gradient's share relative to the weight's, both as Frobenius norms of the whitened matrices.
+    dense: a layer left dense trains nothing (frozen), itself (full) or a core on its top directions (core_on_top_k);
+        none: no layer is left dense.
+    top_k: the size of that core.
+    floor: least shrinkage of the covariances.
+    """
+
+    alpha: float = 0.95
+    beta: float = 0.99
+    gamma: float = 0.99
+    ratio: float = 0.8
+    counted: str = "stored"
+    allocation: str = "greedy"
+    gain: str = "weight"
+    eta: float = 0.3
+    dense: str = "core_on_top_k"
+    top_k: int = 32
+    floor: float = 0.01
+
+    compresses: ClassVar[bool] = True
+    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._whole: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}  # by site, for one model
+        self._eigen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of C_x, by the statistics that layers share
+
+    def check(self, sites: list[Site]) -> None:
+        for name in SHARES:
+            need(0 < getattr(self, name) <= 1, self, name, "is a share, so it must lie in (0, 1]")
+        need(self.counted in ("stored", "deployed"), self, "counted", "must be stored or deployed")
+        need(self.allocation in ("greedy", "lagrangian"), self, "allocation", "must be greedy or lagrangian")
+        need(self.gain in ("weight", "weight+grad"), self, "gain", "must be weight or weight+grad")
+        need(self.eta >= 0, self, "eta", "must be at least 0")
+        rules = ("none", "frozen", "full", "core_on_top_k")
+        need(self.dense in rules, self, "dense", f"must be one of {', '.join(rules)}")
+        need(self.top_k >= 1, self, "top_k", "a core has at least one direction")
+        need(0 < self.floor <= 1, self, "floor", "must lie in (0, 1], or a covariance may be singular")
+
+    def wants(self) -> set[str]:
+        return {"inputs", "outputs"} | ({"cross"} if self.gain == "weight+grad" else set())
+
+    def choices(self, knob: str, sites: list[Site]) -> list[float]:
+        dense = sum(site.linear.weight.numel() for site in sites)
+        least = sum(self.cost(*site.linear.weight.shape, 1) for site in sites) / dense
+        return [i / 1000 for i in range(int(1000 * least) + 1, 1001)]
+
+    def whole(self, site: Site) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(left (m, r), inner (r, r), right (r, n), gains (r,)) at the largest rank r that may be asked for."""
+        if site.name not in self._whole:
+            weight, stats = site.linear.weight.detach().double(), self.stats[site.name]
+            m, n = weight.shape
+            key = id(stats.inputs)
+            if key not in self._eigen:
+                self._eigen[key] = covariance(stats.inputs.xx, stats.inputs.x4, stats.inputs.tokens, self.floor)
+            cx, ex, vx = self._eigen[key]
+            cg, eg, vg = covariance(stats.gg, stats.g4, stats.tokens, self.floor)
+            u, s, vh = svd(weight)
+            kept = energy_rank(s, self.alpha)
+            ql = orthonormal_union(u[:, :kept], vg[:, : energy_rank(eg.sqrt(), self.gamma)])
+            qr = orthonormal_union(vh[:kept].T, vx[:, : energy_rank(ex.sqrt(), self.beta)])
+            rl = torch.linalg.cholesky(ql.T @ cg @ ql, upper=True)
+            rr = torch.linalg.cholesky(qr.T @ cx @ qr, upper=True)
+            t = whiten(rl, ql.T @ cg @ weight @ cx @ qr, rr)
+            turned = t
+            if self.gain == "weight+grad":
+                grad = whiten(rl, ql.T @ stats.gx @ qr, rr)
+                turned = t - self.eta * t.norm() / grad.norm().clamp(min=1e-300) * grad  # where a step would go
+            p, gains, rh = svd(turned)
+            r = min(len(gains), self.most(m, n))
+            left = torch.linalg.solve_triangular(rl, p[:, :r], upper=True)
+            right = torch.linalg.solve_triangular(rr, rh[:r].T, upper=True)
+            inner = torch.diag(gains[:r]) if turned is t else p[:, :r].T @ t @ rh[:r].T
+            keep = torch.promote_types(site.linear.weight.dtype, torch.float32)  # float64 of all layers is too much
+            self._whole[site.name] = ((ql @ left).to(keep), inner.to(keep), (qr @ right).T.to(keep), gains.square())
+        return self._whole[site.name]
+
+    def cost(self, m: int, n: int, k: int) -> int:
+        return k * (m + n) + (k * k if self.counted == "stored" else 0)
+
+    def dense_cost(self, m: int, n: int) -> int:
+        core = min(self.top_k, m, n) if self.dense == "core_on_top_k" and self.counted == "stored" else 0
+        return m * n + self.cost(m, n, core)
+
+    def most(self, m: int, n: int) -> int:
+        """The largest rank that is worth its weights."""
+        if self.dense == "none":
+            return min(m, n)
+        return max(k for k in range(1, min(m, n) + 1) if k == 1 or self.cost(m, n, k) < self.dense_cost(m, n))
+
+    def ranks(self, sites: list[Site]) -> list[int | None]:
+        """The rank of every layer; None: it stays dense."""
+        costs, losses, top = [], [], []
+        for site in sites:
+            m, n = site.linear.weight.shape
+            gains = self.whole(site)[3]
+            tail = gains.sum() - gains.cumsum(0)
+            r = len(self.whole(site)[0].T)
+            costs.append([self.cost(m, n, k) for k in range(1, r + 1)])
+            losses.append(tail[:r].tolist())
+            if self.dense != "none":
+                costs[-1].append(self.dense_cost(m, n))
+                losses[-1].append(0.0)
+            top.append(r)
+        budget = self.ratio * sum(site.linear.weight.numel() for site in sites)
+        spend = {"greedy": greedy, "lagrangian": lagrangian}[self.allocation]
+        chosen = spend([torch.tensor(c) for c in costs], [torch.tensor(x) for x in losses], budget)
+        return [None if i == r else i + 1 for i, r in zip(chosen, top, strict=True)]
+
+    def kept(self, sites: list[Site]) -> int:
+        pairs = [(site.linear.weight.shape, k) for site, k in zip(sites, self.ranks(sites), strict=True)]
+        return sum(self.dense_cost(*shape) if k is None else self.cost(*shape, k) for shape, k in pairs)
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        stored = trained = 0
+        for site, k in zip(sites, self.ranks(sites), strict=True):
+            m, n = site.linear.weight.shape
+            core = k or (min(self.top_k, m, n) if self.dense == "core_on_top_k" else 0)
+            stored += core * (m + n) + core * core + (m * n if k is None else 0)
+            trained += m * n if k is None and self.dense == "full" else core * core
+        return stored, trained
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        for site, k in zip(sites, self.ranks(sites), strict=True):
+            model.set_submodule(site.name, self.layer(site, k))
+            del self._whole[site.name]
+
+    def layer(self, site: Site, k: int | None) -> nn.Module:
+        """Rank k as orthonormal factors around a core; None: the dense layer, under the rule for those."""
+        linear, weight = site.linear, site.linear.weight
+        if k is None and self.dense in ("frozen", "full"):
+            weight.requires_grad_(self.dense == "full")
+            return linear
+        left, inner, right, _ = self.whole(site)
+        k_top = min(self.top_k, len(right)) if k is None else k
+        ql, tl = torch.linalg.qr(left[:, :k_top].double())
+        qr, tr = torch.linalg.qr(right[:k_top].T.double())
+        if k is None:
+            core = torch.zeros(k_top, k_top, dtype=weight.dtype)
+            layer = DeltaLinear(weight, ql.to(weight), qr.T.to(weight), bias=linear.bias, core=core.to(weight))
+        else:
+            core = tl @ inner[:k, :k].double() @ tr.T
+            layer = FactoredLinear(ql.to(weight), qr.T.to(weight), core=core.to(weight), bias=linear.bias)
+        layer.core.requires_grad_(True)
+        return layer
+
+
+def covariance(second: Tensor, fourth: float, tokens: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(C, shrunk and with mean eigenvalue 1; the eigenvalues of what was measured, descending; its eigenvectors)."""
+    shrunk = shrink(second, fourth, tokens, floor)
+    scale = shrunk.diagonal().mean()
+    shrunk = shrunk / scale if scale > 0 else torch.eye(len(shrunk), dtype=shrunk.dtype, device=shrunk.device)
+    values, vectors = torch.linalg.eigh(second)  # shrinking moves no eigenvector
+    return shrunk, values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def whiten(rl: Tensor, inner: Tensor, rr: Tensor) -> Tensor:
+    """R_L^-T inner R_R^-1 for upper triangular R_L, R_R."""
+    half = torch.linalg.solve_triangular(rl.T, inner, upper=False)
+    return torch.linalg.solve_triangular(rr, half, upper=True, left=False)

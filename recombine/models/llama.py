@@ -1,0 +1,171 @@
+"""Causal language models of the Llama architecture behind the same `build` as the others, each with its tokenizer.
+
+smollm2_135m  SmolLM2-135M-Instruct (arXiv 2502.02737) out of a package
+llama32_1b    meta-llama/Llama-3.2-1B, gated on the hub
+llama2_7b     meta-llama/Llama-2-7b-hf (arXiv 2307.09288), gated on the hub
+tiny_llama    random, over bytes
+
+Weights, config.json and tokenizer lie in one folder: a local ``checkpoint``, the package (``tag: packaged``), or the
+hub's ``id`` at its ``revision``. ``pretrained=False`` takes the sizes of the YAML and torch's current seed, so that
+counts, FLOPs and speed of the gated models need no access.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from recombine.errors import UsageError
+from recombine.models import packaged
+from recombine.models.text import UNREADABLE, model_files, silence
+from recombine.models.weights import first_line, hub_folder
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SPECIAL = ("<unk>", "<s>", "</s>")  # of the byte tokenizer, before the 256 bytes
+WAYS = "accept its licence on the hub and `hf auth login`, or model.checkpoint=FOLDER, or model=smollm2_135m"
+
+
+def build(
+    name: str,
+    *,
+    arch: str,
+    id: str | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    dtype: str = "float32",
+    gradient_checkpointing: bool = False,
+    **sizes,
+) -> nn.Module:
+    """A LlamaForCausalLM; ``model.recombine_source`` says where it came from.
+
+    Args:
+        dtype: float32, bfloat16 or float16, of the stored weights.
+        gradient_checkpointing: the backward pass computes each block again; only its input was kept.
+        sizes: of LlamaConfig; pretrained weights must have them.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"model.dtype={dtype}: must be one of {', '.join(DTYPES)}")
+    where = {"id": id, "revision": revision, "tag": tag, "pretrained": pretrained, "checkpoint": checkpoint}
+    path = folder(name, **where)
+    config = configuration(name, sizes)
+    if path is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    else:
+        model = load(name, path, sizes, DTYPES[dtype])
+    model.config.use_cache = False  # training needs no keys and values; generate() turns its cache on by itself
+    if gradient_checkpointing:
+        checkpointing = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # v5.23
+        checkpointing({"use_reentrant": False})
+        model.disable_input_require_grads()  # only the other kind needs a gradient at a block's input
+    model.recombine_source = {
+        "name": name,
+        "library": "transformers",
+        "arch": arch,
+        **where,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "dtype": dtype,
+        "gradient_checkpointing": gradient_checkpointing,
+        **sizes,
+    }
+    return model.train()
+
+
+def configuration(name: str, sizes: Mapping) -> LlamaConfig:
+    known = LlamaConfig()
+    for key, value in sizes.items():
+        if not hasattr(known, key):
+            raise UsageError(f"model.{key}={value}: LlamaConfig has no such key; drop it")
+    try:
+        config = LlamaConfig(**sizes)
+        assert config.num_attention_heads % config.num_key_value_heads == 0, "heads must be a multiple of kv heads"
+        return config
+    except (AssertionError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"model {name}: {' '.join(str(error).split())[:200]}; correct that key") from error
+
+
+def load(name: str, path: Path, sizes: Mapping, dtype: torch.dtype) -> nn.Module:
+    """The folder's weights, strictly: every tensor of the model and no other, all finite."""
+    try:
+        found = LlamaConfig.from_pretrained(path, local_files_only=True)
+    except UNREADABLE as error:
+        raise UsageError(
+            f"model {name}: {path}/config.json cannot be read ({first_line(error)}); replace it"
+        ) from error
+    for key, value in sizes.items():
+        if key != "rope_parameters" and getattr(found, key, None) != value:
+            has = f"{key}={getattr(found, key, None)}"
+            raise UsageError(f"model.{key}={value}: the weights in {path} have {has}; set model.{has} or take others")
+    try:
+        with silence():
+            model, told = LlamaForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except UNREADABLE as error:
+        reason = first_line(error)
+        raise UsageError(f"model {name}: the weights in {path} cannot be read ({reason}); replace the file") from error
+    surplus = {key for key in told["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")}
+    for keys, what in ((told["missing_keys"], "lacks"), (surplus, "has too much:")):
+        if keys:
+            raise UsageError(f"model {name}: {path} {what} {min(keys)}; give the folder of this architecture's weights")
+    for key, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise UsageError(f"model {name}: the weights in {path} are damaged: {key} is not finite; replace the file")
+    return model
+
+
+def folder(
+    name: str,
+    *,
+    id: str | None,
+    revision: str | None,
+    tag: str | None,
+    pretrained: bool,
+    checkpoint: str | Path | None,
+) -> Path | None:
+    """Where weights, config.json and tokenizer lie; None: nowhere, the model is random."""
+    if checkpoint is not None:
+        if not (Path(checkpoint) / "config.json").is_file():
+            raise UsageError(
+                f"model.checkpoint={checkpoint} holds no config.json: give a folder that transformers saved"
+            )
+        return Path(checkpoint)
+    if not pretrained:
+        return None
+    if tag == "packaged":
+        if name not in packaged.FOLDERS:
+            raise UsageError(f"model.tag=packaged: no package holds {name}: take model=smollm2_135m")
+        return packaged.FOLDERS[name]()
+    return hub_folder(name, id, revision, model_files, WAYS)
+
+
+def tokenizer(source: Mapping) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model by its ``recombine_source``; a random model reads bytes."""
+    name, where = source["name"], {k: source[k] for k in ("id", "revision", "tag", "pretrained", "checkpoint")}
+    path = folder(name, **where)
+    if path is None:
+        return byte_tokenizer()
+    try:
+        with silence():
+            made = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (*UNREADABLE, ImportError) as error:
+        raise UsageError(f"model {name}: no tokenizer in {path} ({first_line(error)}); complete the folder") from error
+    if made.pad_token is None:  # Llama has none; what is padded is masked
+        made.pad_token = made.eos_token
+    return made
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes are tokens 3 to 258, after <unk>, <s> and </s>; every text can be written in them."""
+    unknown, begin, end = SPECIAL
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(BPE({token: i for i, token in enumerate([*SPECIAL, *alphabet])}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token=unknown, bos_token=begin, eos_token=end, pad_token=unknown
+    )

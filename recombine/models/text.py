@@ -1,0 +1,286 @@
+"""Text encoders of transformers with a classifier, behind the same `build` as timm's models.
+
+minilm           all-MiniLM-L6-v2 (arXiv 2002.10957) out of a package: a sentence encoder, so tokens are averaged
+deberta_v3_base  microsoft/deberta-v3-base (arXiv 2111.09543)
+tiny_bert        random, over bytes
+
+Weights, config.json and tokenizer lie in one folder: a local ``checkpoint``, the package (``tag: packaged``), or the
+hub's ``id`` at its ``revision``. ``pretrained=False`` takes the sizes of the YAML and torch's current seed.
+
+The tokenizer is transformers', which reads DeBERTa's spm.model with NFC for its NFKC: rare characters may differ.
+Where the weights lack DeBERTa's pooler, it is drawn from a seed of its own: part of the backbone, the same in every
+run. Paper (CERSA Tab. 8): 730.5 MiB for LoRA r=32, which leaves the pooler frozen. Here: the same; `full` trains it.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from omegaconf import ListConfig
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertModel,
+    BertPreTrainedModel,
+    DebertaV2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import logging as transformers_logging
+
+from recombine.errors import UsageError
+from recombine.models import packaged
+from recombine.models.weights import first_line, hub_folder
+
+log = logging.getLogger(__name__)
+
+
+class MeanPooled(BertPreTrainedModel):
+    """BERT whose classifier sees the mean over the tokens that are no padding, as sentence encoders are trained."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        given = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if given is None else given)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, T)
+        tokens = self.bert(input_ids, attention_mask=mask, token_type_ids=token_type_ids).last_hidden_state
+        keep = mask[..., None].to(tokens.dtype)
+        pooled = (tokens * keep).sum(1) / keep.sum(1)  # (B, d)
+        return SequenceClassifierOutput(logits=self.classifier(self.dropout(pooled)))
+
+
+MODELS = {  # arch, pooling -> class; cls is the family's own pooler on the first token
+    ("bert", "cls"): BertForSequenceClassification,
+    ("bert", "mean"): MeanPooled,
+    ("deberta-v2", "cls"): DebertaV2ForSequenceClassification,
+}
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "cls_dropout")
+UNDECLARED = ("cls_dropout", "position_buckets", "norm_rel_ebd", "share_att_key")  # DeBERTa reads them all the same
+OTHERS_HEADS = ("pooler.", "bert.pooler.", "cls.", "lm_predictions.", "mask_predictions.", "classifier.")
+SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")  # of the byte tokenizer, before the 256 bytes
+UNREADABLE = (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError)
+
+
+def build(
+    name: str,
+    *,
+    arch: str,
+    pooling: str = "cls",
+    id: str | None = None,
+    revision: str | None = None,
+    tag: str | None = None,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    num_classes: int = 0,
+    **config,
+) -> nn.Module:
+    """A transformers model for sequence classification; ``model.recombine_source`` says where it came from.
+
+    Args:
+        pooling: cls, or mean for a sentence encoder.
+        num_classes: outputs of the classifier; 0: none, its input comes out.
+        config: of the transformers configuration. Sizes say what the weights must have; dropouts hold in their stead.
+    """
+    if (arch, pooling) not in MODELS:
+        known = ", ".join(f"arch={a} pooling={p}" for a, p in MODELS)
+        raise UsageError(f"model {name}: arch={arch} pooling={pooling} is not known: choose from {known}")
+    cls = MODELS[arch, pooling]
+    config = {key: list(value) if isinstance(value, ListConfig) else value for key, value in config.items()}
+    where = {"id": id, "revision": revision, "tag": tag, "pretrained": pretrained, "checkpoint": checkpoint}
+    path = folder(name, **where)
+    wanted = configuration(name, cls, config)
+    if path is None:
+        wanted.num_labels = num_classes or 1
+        model = cls(wanted)
+    else:
+        model = load(name, cls, path, wanted, config, num_classes)
+    if not num_classes:
+        reset_head(model, 0)
+    model.recombine_source = {
+        "name": name,
+        "library": "transformers",
+        "arch": arch,
+        "pooling": pooling,
+        **where,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "num_classes": num_classes,
+        **config,
+    }
+    return model.train()  # as a new module is; transformers loads into eval mode
+
+
+def configuration(name: str, cls: type, config: dict):
+    """What the YAML says, as transformers reads it."""
+    known = cls.config_class()
+    for key, value in config.items():
+        if not hasattr(known, key) and key not in UNDECLARED:
+            raise UsageError(f"model.{key}={value}: {cls.config_class.__name__} has no such key; drop it")
+    try:
+        return cls.config_class(**config)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model {name}: {' '.join(str(error).split())[:200]}; correct that key") from error
+
+
+def load(name: str, cls: type, path: Path, wanted, config: dict, num_classes: int) -> nn.Module:
+    """The folder's weights, strictly: every tensor of the backbone; only heads may be missing or too much."""
+    try:
+        found = AutoConfig.from_pretrained(path, local_files_only=True)
+    except UNREADABLE as error:
+        reason = first_line(error)
+        raise UsageError(f"model {name}: {path}/config.json cannot be read ({reason}); replace it") from error
+    if found.model_type != wanted.model_type:
+        arch = f"a {found.model_type}, not a {wanted.model_type}"
+        raise UsageError(f"model {name}: {path} holds {arch}: set model= to the one that the weights are of")
+    for key in DROPOUTS:
+        if config.get(key) is not None:
+            setattr(found, key, config[key])
+    theirs = {key: getattr(found, key, None) for key in config if key not in DROPOUTS}
+    if differ := [f"model.{k}={v}" for k, v in theirs.items() if v != getattr(wanted, k, None)]:
+        raise UsageError(f"model {name}: {path} holds a model of other sizes; to take it, say {' '.join(differ)}")
+    found.num_labels = num_classes or 1
+    try:
+        with silence():
+            model, told = cls.from_pretrained(
+                path,
+                config=found,
+                dtype=torch.float32,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except UNREADABLE as error:
+        reason = first_line(error)
+        raise UsageError(f"model {name}: the weights in {path} cannot be read ({reason}); replace the file") from error
+    backbone = f"{cls.base_model_prefix}."
+    lacking = {key for key in told["missing_keys"] if key.startswith(backbone)}
+    misfits = {key for key, *_ in told["mismatched_keys"] if not key.startswith("classifier.")}
+    surplus = {key for key in told["unexpected_keys"] if not key.startswith(OTHERS_HEADS) and "position_ids" not in key}
+    for keys, what in ((lacking, "lacks"), (misfits, "has another shape of"), (surplus, "has too much:")):
+        if keys:
+            raise UsageError(f"model {name}: {path} {what} {min(keys)}; give the folder of this architecture's weights")
+    for key, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise UsageError(f"model {name}: the weights in {path} are damaged: {key} is not finite; replace the file")
+    if any(key.startswith("pooler.") for key in told["missing_keys"]):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            fresh(model, model.pooler.dense)
+    log.info("%s: fresh %s", path, ", ".join(sorted(told["missing_keys"])) or "nothing")
+    return model
+
+
+def reset_head(model: nn.Module, num_classes: int) -> None:
+    """A fresh classifier, as the family draws it; 0 classes: none."""
+    width = model.config.hidden_size
+    old = next(model.parameters())
+    model.classifier = nn.Linear(width, num_classes).to(old) if num_classes else nn.Identity()
+    if num_classes:
+        fresh(model, model.classifier)
+        model.num_labels = model.config.num_labels = num_classes
+
+
+@torch.no_grad()
+def fresh(model: nn.Module, linear: nn.Linear) -> None:
+    linear.weight.normal_(0.0, model.config.initializer_range)
+    linear.bias.zero_()
+
+
+# The folder, and the tokenizer that lies in it
+
+
+def folder(
+    name: str,
+    *,
+    id: str | None,
+    revision: str | None,
+    tag: str | None,
+    pretrained: bool,
+    checkpoint: str | Path | None,
+) -> Path | None:
+    """Where weights, config.json and tokenizer lie; None: nowhere, the model is random."""
+    if checkpoint is not None:
+        if not (Path(checkpoint) / "config.json").is_file():
+            raise UsageError(
+                f"model.checkpoint={checkpoint} holds no config.json: give a folder that transformers saved, with the "
+                f"tokenizer beside the weights"
+            )
+        return Path(checkpoint)
+    if not pretrained:
+        return None
+    if tag == "packaged":
+        if name not in packaged.FOLDERS:
+            raise UsageError(f"model.tag=packaged: no package holds {name}: take model={' or '.join(packaged.FOLDERS)}")
+        return packaged.FOLDERS[name]()
+    ways = "connect once, or give model.checkpoint=FOLDER, or take model=minilm or model.pretrained=false"
+    return hub_folder(name, id, revision, model_files, ways)
+
+
+def model_files(names: Sequence[str]) -> list[str]:
+    """The config, the tokenizer, and the weights in one form, safetensors where there are any."""
+    weights = [n for n in names if fnmatch(n, "model*.safetensors")] or [n for n in names if n == "pytorch_model.bin"]
+    rest = [n for n in names if "/" not in n and n.endswith((".json", ".model", ".txt"))]
+    return weights + rest if weights and "config.json" in names else []
+
+
+def tokenizer(source: Mapping) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model by its ``recombine_source``; a random model reads bytes."""
+    name, where = source["name"], {k: source[k] for k in ("id", "revision", "tag", "pretrained", "checkpoint")}
+    path = folder(name, **where)
+    if path is None:
+        return byte_tokenizer(source.get("max_position_embeddings", 512))
+    try:
+        with silence():
+            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (*UNREADABLE, ImportError, json.JSONDecodeError) as error:
+        raise UsageError(f"model {name}: no tokenizer in {path} ({first_line(error)}); complete the folder") from error
+
+
+def byte_tokenizer(longest: int) -> PreTrainedTokenizerFast:
+    """Bytes are tokens 4 to 259, after [PAD], [CLS], [SEP] and [MASK]; every text can be written in them."""
+    pad, begin, end, mask = SPECIAL
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(BPE({token: i for i, token in enumerate([*SPECIAL, *alphabet])}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}", pair=f"{begin} $A {end} $B:1 {end}:1", special_tokens=[(begin, 1), (end, 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        model_max_length=longest,
+        pad_token=pad,
+        cls_token=begin,
+        sep_token=end,
+        mask_token=mask,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+@contextmanager
+def silence():
+    """transformers draws bars and prints a table of what a head lacks; `load` says it in the project's words."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

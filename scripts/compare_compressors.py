@@ -1,0 +1,144 @@
+"""What each compressor does to a real model before any training: layer-output error, accuracy, seconds.
+
+    python scripts/compare_compressors.py [--budget retained_50] [--task dsprites_loc] [--out experiments/compressors]
+
+For every method: the relative error |(W - W') X| / |W X| of each layer on the original model's inputs, averaged over the
+layers, on the calibration images and on images never seen; and the test accuracy with the head that a linear probe
+fitted on the original features, then with a head fitted on its own.
+"""
+
+import argparse
+import copy
+import csv
+import time
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import recombine
+from recombine import build, data, models, probe, tasks
+from recombine.calibration import collect
+from recombine.layers import RecombinedLinear
+from recombine.methods import Site
+from recombine.models import roles
+from recombine.stages import Run
+
+ROLES = ["q", "k", "v", "o", "up", "down"]
+RIVALS = {  # label -> overrides
+    "svd": ["method=svd"],
+    "fwsvd": ["method=fwsvd"],
+    "asvd": ["method=asvd"],
+    "svd_llm": ["method=svd_llm"],
+    "basis_sharing": ["method=basis_sharing"],
+    "dfjr": ["method=dfjr"],
+    "balf": ["method=balf"],
+    "dobi_svd": ["method=dobi_svd"],
+    "crisp, truncated": ["method=crisp", "method.group_size=1", "method.chunk=128"],
+    "crisp, aware": ["method=crisp", "method.group_size=1", "method.chunk=128", "method.fit=aware"],
+    "jactus": ["method=jactus"],
+    "jactus, lagrangian": ["method=jactus", "method.allocation=lagrangian"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", default="retained_50")
+    parser.add_argument("--task", default="dsprites_loc")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--only", nargs="*", default=list(RIVALS))
+    parser.add_argument("--out", type=Path, default=Path("experiments/compressors"))
+    args = parser.parse_args()
+    original, module, cfg = prepare(args)
+    head = probe.fit(original, module)
+    head.into(roles.head(original))
+    roles.find(original, tuple(ROLES))  # the same layers for every method
+    sites = [Site(n, r, original.get_submodule(n)) for n, r in roles.find(original, tuple(ROLES)).items()]
+    order = torch.randperm(len(module.train), generator=torch.Generator().manual_seed(cfg.seed))[: args.samples].tolist()
+    moments = [
+        collect(original, sites, lambda s=s, i=i: passes(original, module, s, i), {"inputs"})
+        for s, i in ((module.train, order), (module.val, list(range(len(module.val)))))
+    ]
+    rows = [row("original", original, original, sites, moments, module, 0.0, head.test)]
+    print(line(rows[0]), flush=True)
+    for label in args.only:
+        rows.append(compress(label, original, module, sites, moments, args))
+        print(line(rows[-1]), flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.task}_{args.budget}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(path)
+
+
+def prepare(args):
+    with initialize_config_dir(str(models.CONF.parent), version_base="1.3"):
+        cfg = compose("config", [f"data.task={args.task}", f"calibration.samples={args.samples}"])
+    torch.manual_seed(cfg.seed)
+    model = models.build(**OmegaConf.to_container(cfg.model))
+    module = data.build(**OmegaConf.to_container(cfg.data), seed=cfg.seed)
+    source = model.recombine_source
+    module.image_size, module.mean, module.std = source["image_size"], source["mean"], source["std"]
+    module.prepare_data()
+    module.setup()
+    model.reset_classifier(module.num_classes)
+    return model.eval(), module, cfg
+
+
+def passes(model, module, split, indices):
+    """One loss a batch: what the hooks see is what counts."""
+    task = tasks.build(module)
+    for start in range(0, len(indices), 32):
+        yield task.loss(model, tasks.fetch(module, split, indices[start : start + 32], torch.device("cpu")))[0]
+
+
+def compress(label, original, module, sites, moments, args) -> dict:
+    with initialize_config_dir(str(models.CONF.parent), version_base="1.3"):
+        overrides = [*RIVALS[label], f"calibration.samples={args.samples}", "method.targets=[q,k,v,o,up,down]"]
+        cfg = compose("config", overrides)
+    method, model = build.method(cfg.method), copy.deepcopy(original)
+    run = Run(cfg, Path(), model, method, recombine.Budget.parse(args.budget), module)
+    start = time.perf_counter()
+    recombine.apply(model, method, run.budget, run.losses)
+    seconds = time.perf_counter() - start
+    return row(label, model, original, sites, moments, module, seconds, probe.fit(model.eval(), module).test)
+
+
+@torch.no_grad()
+def row(label, model, original, sites, moments, module, seconds, refitted) -> dict:
+    errors = [[layer_error(site, model.get_submodule(site.name), m[site.name].inputs.xx) for site in sites] for m in moments]
+    hits = total = 0
+    for start in range(0, len(module.test), 64):
+        indices = list(range(start, min(start + 64, len(module.test))))
+        batch = tasks.fetch(module, module.test, indices, torch.device("cpu"))
+        hits += (tasks.call(model, batch).argmax(1) == batch[1]).sum().item()
+        total += len(batch[1])
+    account = recombine.count(model)
+    return {
+        "method": label,
+        "retained": round(account.retained, 4),
+        "error_calibration": round(sum(errors[0]) / len(sites), 4),
+        "error_heldout": round(sum(errors[1]) / len(sites), 4),
+        "accuracy": round(100 * hits / total, 1),
+        "accuracy_new_head": round(100 * refitted, 1),
+        "seconds": round(seconds, 1),
+    }
+
+
+def layer_error(site: Site, layer, second: torch.Tensor) -> float:
+    """|(W - W') X| / |W X| from E[x x^T]."""
+    weight = site.linear.weight.double()
+    dense = layer.dense_weight() if isinstance(layer, RecombinedLinear) else layer.weight
+    delta = weight - dense.double()
+    return (((delta @ second) * delta).sum().clamp(min=0) / ((weight @ second) * weight).sum()).sqrt().item()
+
+
+def line(values: dict) -> str:
+    return "  ".join(f"{key} {value}" for key, value in values.items())
+
+
+if __name__ == "__main__":
+    main()
