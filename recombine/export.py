@@ -94,7 +94,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise UsageError(f"{path}: was saved from a {meta['model']}, not from a {type(model).__name__}")
     head = roles.head(model)
     if meta["classes"] is not None and (head is None or head.out_features != meta["classes"]):
-        model.reset_classifier(meta["classes"])
+        models.reset_head(model, meta["classes"])
     try:
         roles.find(model, tuple(meta["targets"].values()), nn.Module)  # splits a fused qkv where the checkpoint has it split
         model.requires_grad_(False)

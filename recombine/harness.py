@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -105,10 +106,8 @@ def perplexity(model: nn.Module, samples, *, batch_size: int = 8, limit: int | N
 
 def load(names: Sequence[str], root: str | Path | None = None) -> dict:
     """Tasks as lm-eval's `evaluate` takes them."""
-    from lm_eval.tasks import TaskManager
-
     remote = [name for name in names if name not in LOCAL and name not in FILES]
-    manager = TaskManager(include_defaults=bool(remote))
+    manager = index(bool(remote))
     if unknown := [name for name in remote if name not in manager.all_tasks]:
         close = get_close_matches(unknown[0], [*LOCAL, *FILES, *manager.all_tasks], 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
@@ -130,6 +129,14 @@ def load(names: Sequence[str], root: str | Path | None = None) -> dict:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=1234)  # as lm-eval's command line
     return {"tasks": loaded}
+
+
+@cache
+def index(defaults: bool):
+    """lm-eval's tasks, thousands of files, or none."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults)
 
 
 def local(name: str, root: str | Path | None) -> dict:

@@ -1,11 +1,15 @@
 """Tensor maths shared by two or more methods. Everything is computed in float64 and returned in it."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SILU_ARGMIN = -1.2784645427610738  # SiLU falls to its minimum here and rises ever after
 SILU_MIN = -0.2784645427610738  # silu(SILU_ARGMIN): SiLU has no inverse below
+GELU_ARGMIN = -0.7517915246935644  # the same of GELU, x Phi(x)
+GELU_MIN = -0.16997120747990366
 
 
 def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,16 +25,29 @@ def energy_rank(s: Tensor, fraction: float) -> int:
     return min(int((energy < fraction * energy[-1]).sum()) + 1, len(s))
 
 
-def silu_inverse(y: Tensor, steps: int = 80) -> Tensor:
-    """x >= SILU_ARGMIN with silu(x) = y, elementwise, by bisection in float64. Needs y >= SILU_MIN."""
+def rising_inverse(function: Callable[[Tensor], Tensor], bottom: float, y: Tensor, steps: int = 80) -> Tensor:
+    """x >= bottom with function(x) = y, elementwise, by bisection in float64.
+
+    The function rises from `bottom` on, and function(y + 1) > y for all y >= 0. Needs y >= function(bottom).
+    """
     y = y.double()
-    assert y.numel() == 0 or y.min() >= SILU_MIN, f"SiLU never reaches {y.min():.4f}"
-    low, high = torch.full_like(y, SILU_ARGMIN), y.clamp(min=0) + 1  # silu(y + 1) > y for all y >= 0
+    low, high = torch.full_like(y, bottom), y.clamp(min=0) + 1
+    assert (y >= function(low) - 1e-12).all(), f"the function never reaches {y.min():.4f}"
     for _ in range(steps):
         mid = (low + high) / 2
-        below = F.silu(mid) < y
+        below = function(mid) < y
         low, high = torch.where(below, mid, low), torch.where(below, high, mid)
     return (low + high) / 2
+
+
+def silu_inverse(y: Tensor) -> Tensor:
+    """x >= SILU_ARGMIN with silu(x) = y, elementwise. Needs y >= SILU_MIN."""
+    return rising_inverse(F.silu, SILU_ARGMIN, y)
+
+
+def gelu_inverse(y: Tensor) -> Tensor:
+    """x >= GELU_ARGMIN with gelu(x) = y, elementwise. Needs y >= GELU_MIN."""
+    return rising_inverse(F.gelu, GELU_ARGMIN, y)
 
 
 def weighted_svd(weight: Tensor, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:

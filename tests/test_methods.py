@@ -246,7 +246,9 @@ ROWS = {
     "dgmr beside attention": Row(Dgmr(targets=ALL, ratio=0.6), False, mlp_sizes(0.6)),
     "prunenet": Row(PruneNet(ratio=0.3, episodes=2), False, mlp_sizes(0.3)),
     "isomorphic": Row(Isomorphic(head_dims=0.0), False, isomorphic_sizes(24), ("tiny_vit",)),
-    "isomorphic split": Row(Isomorphic(targets=SPLIT, head_dims=0, width=False), False, isomorphic_sizes(48), ("tiny_vit",)),
+    "isomorphic split": Row(
+        Isomorphic(targets=SPLIT, head_dims=0.0, width=False), False, isomorphic_sizes(48), ("tiny_vit",)
+    ),
     "wecolora": Row(WeCoLora(rank=5), False, wecolora_sizes(5), same_shape=False),
     "pc_lora": Row(PcLora(ratio=0.4), True, pc_lora_sizes(0.4)),
     "full": Row(Full(targets=ALL), True, lambda layers: (dense(layers), dense(layers))),

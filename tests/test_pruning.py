@@ -296,6 +296,21 @@ def test_isomorphic_refuses_what_it_cannot_cut(options):
         recombine.apply(model, Isomorphic(), losses=losses(model))
 
 
+@pytest.mark.parametrize("method", [Dgmr(), PruneNet(), Isomorphic()], ids=["Dgmr", "PruneNet", "Isomorphic"])
+@pytest.mark.parametrize("mlp", ["SwiGLUPacked", "GluMlp"])
+def test_a_packed_gate_is_refused(mlp, method):
+    model = other_vit("vit_tiny_patch16_224", {"mlp_layer": getattr(timm.layers, mlp)})
+    with pytest.raises(recombine.UsageError, match="wide"):
+        recombine.apply(model, method, losses=losses(model))
+
+
+@pytest.mark.parametrize("method", [Dgmr(), PruneNet()], ids=["Dgmr", "PruneNet"])
+def test_a_norm_inside_an_mlp_is_refused(method):
+    model = other_vit("vit_tiny_patch16_224", {"scale_mlp_norm": True})
+    with pytest.raises(recombine.UsageError, match="hold more"):
+        recombine.apply(model, method)
+
+
 def other_vit(name, options):
     torch.manual_seed(0)
     size = 28 if "14" in name else 32
@@ -365,7 +380,7 @@ def test_distillation_trains(method):
 @pytest.mark.parametrize("method", CUTTERS[2:], ids=ids(CUTTERS[2:]))
 def test_whole_blocks_are_cut_first(method):
     model = recombine.apply(build("tiny_vit"), Svft())
-    with pytest.raises(recombine.UsageError, match="first"):
+    with pytest.raises(recombine.UsageError, match="first|rewritten"):
         recombine.apply(model, method, losses=losses(model))
 
 

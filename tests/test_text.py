@@ -197,6 +197,11 @@ def test_deberta_in_the_hubs_format(deberta):
     loaded = recombine.load(deberta.parent / "cersa.safetensors", other).eval()
     x = torch.tensor([ids])
     assert torch.equal(loaded(input_ids=x).logits, model(input_ids=x).logits)
+    alone = recombine.load(deberta.parent / "cersa.safetensors").eval()  # from what the checkpoint says of its model
+    assert torch.equal(alone(input_ids=x).logits, model(input_ids=x).logits)
+    featureless = models.build(**source | {"num_classes": 0})
+    loaded = recombine.load(deberta.parent / "cersa.safetensors", featureless).eval()
+    assert torch.equal(loaded(input_ids=x).logits, model(input_ids=x).logits)
 
 
 def test_folders_that_do_not_fit_are_refused(deberta, tmp_path):
@@ -371,7 +376,7 @@ def test_a_batch_is_what_the_tokenizer_pads(cache, tokenizer, pair):
     assert batch.pop("labels").tolist() == [1, 1, 1]
     assert batch.keys() == expected.keys() and all(torch.equal(batch[key], expected[key]) for key in batch)
     assert module.info["cut_to_max_length"]["train"] == sum(len(tokenizer(*row)["input_ids"]) > 60 for row in rows) > 0
-    assert module.sample()["input_ids"].shape == (1, int(np.median(module.train.lengths)))
+    assert module.sample()["input_ids"].shape == (1, np.sort(module.train.lengths)[20])
 
 
 def test_buckets_pad_little_and_drop_nothing(cache, tokenizer):
@@ -387,7 +392,7 @@ def test_buckets_pad_little_and_drop_nothing(cache, tokenizer):
     padding = lambda some: 1 - sum(b["attention_mask"].sum() for b in some) / sum(b["input_ids"].numel() for b in some)  # noqa: E731
     assert padding(batches) < 0.5 * padding(epochs(1)[1])
     module = ready(Toy(batch_size=8), tokenizer)
-    assert padding(list(module.test_dataloader())) < 0.05 and len(module.val) == 9
+    assert padding(list(module.test_dataloader())) < 0.06 and len(module.val) == 9
 
 
 def test_two_ranks_share_an_epoch(cache, tokenizer):
@@ -463,13 +468,24 @@ def test_padding_changes_nothing(name, bert, deberta, tokenizer):
         assert torch.allclose(tasks.call(model, padded), apart, atol=1e-12)
 
     sites = find_sites(model, recombine.Svd(targets=("qkv", "o", "up", "down")))
-    together = collect(model, sites, lambda: [len(told) * task.loss(model, padded)[0]], set(KINDS) - {"fisher"})
-    single = collect(model, sites, lambda: (task.loss(model, one(t))[0] for t in told), set(KINDS) - {"fisher"})
+    wider = dict(tokenizer(told, padding="max_length", max_length=100, return_tensors="pt"))
+    wider |= {"labels": padded["labels"]}
+    tight, wide = (collect(model, sites, lambda x=x: [task.loss(model, x)[0]], set(KINDS)) for x in (padded, wider))
     for site in sites:
-        a, b = together[site.name], single[site.name]
-        assert a.tokens == b.tokens == a.inputs.tokens == padded["attention_mask"].sum()
-        for x, y in ((a.inputs.xx, b.inputs.xx), (a.inputs.absolute, b.inputs.absolute), (a.gg, b.gg), (a.gx, b.gx)):
-            assert torch.allclose(x, y, rtol=1e-9, atol=1e-14) and x.abs().max() > 0
+        a, b = tight[site.name], wide[site.name]
+        assert a.tokens == b.tokens == a.inputs.tokens == b.inputs.tokens
+        if name == "bert" or site.role in (
+            "v",
+            "o",
+            "up",
+            "down",
+        ):  # DeBERTa's q and k also read its relative positions
+            assert a.tokens == padded["attention_mask"].sum()
+        for key in ("gg", "gx", "fisher"):
+            x, y = getattr(a, key), getattr(b, key)
+            assert torch.allclose(x, y, rtol=1e-9, atol=1e-15) and x.abs().max() > 0
+        assert torch.allclose(a.inputs.xx, b.inputs.xx, rtol=1e-9, atol=1e-14)
+        assert torch.allclose(a.inputs.absolute, b.inputs.absolute, rtol=1e-9, atol=1e-14)
 
 
 def test_metrics_are_scipys():
@@ -482,7 +498,6 @@ def test_metrics_are_scipys():
     assert made.compute()["pearson"].item() == pytest.approx(scipy.stats.pearsonr(a, b).statistic, abs=1e-6)
     assert made.compute()["spearman"].item() == pytest.approx(scipy.stats.spearmanr(a, b).statistic, abs=1e-6)
     labels, guesses = rng.integers(0, 2, 60), rng.integers(0, 2, 60)
-    made = glue.Glue(task="cola").metrics() | {}
     cola, mrpc = glue.Glue(task="cola"), glue.Glue(task="mrpc")
     scores = {}
     for module in (cola, mrpc):
@@ -613,7 +628,7 @@ def test_packaged_tasks_are_the_pinned_ones(task, cache, packages, tokenizer, mo
     assert [len(module.train), len(module.val), len(module.test)] == pytest.approx([4000, 1000, 2000], rel=0.011)
     assert module.info["shared_train_test"] == 0 and module.info["licence"]
     if module.classes:
-        assert all(0.35 < part.labels.mean() < 0.65 for part in (module.train, module.val, module.test))
+        assert all(0.3 < part.labels.mean() < 0.75 for part in (module.train, module.val, module.test))
     monkeypatch.setitem(sentences.PINS, task, "0" * 16)
     assert "expected 0000000000000000" in refusal(ready, data.build("sentences", task=task), tokenizer)
 

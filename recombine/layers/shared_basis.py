@@ -6,29 +6,54 @@ from torch import Tensor
 
 from recombine.layers.base import RecombinedLinear, frozen
 
-GATES = {"silu": F.silu, "none": lambda a: a}
+GATES = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "none": lambda a: a}
+PLACEMENTS = {  # B (u, r), A (r, s), gate -> (u, s)
+    "pre": lambda b, a, gate: b @ gate(a),
+    "post": lambda b, a, gate: gate(b @ a),
+    "temp": lambda b, a, gate: gate(b) @ a,
+}
 
 
 class SharedBasisLinear(RecombinedLinear):
     """y = reshape(basis . gate(mixer), (m, n)) x + bias (CRISP Eq. 4).
 
     basis (m n / s, r), shared; mixer (r, s), the layer's own; the chunk s divides n, so row (i, j) of
-    the basis makes the entries W[i, j s : (j + 1) s]. Both start frozen.
+    the basis makes the entries W[i, j s : (j + 1) s]. Both start frozen. The gate's placement: pre, B gate(A), as in
+    Eq. 4; post, gate(B A); temp, gate(B) A (CRISP Fig. 6).
     """
 
-    def __init__(self, basis: Tensor, mixer: Tensor, in_features: int, gate: str = "silu", bias: Tensor | None = None):
+    def __init__(
+        self,
+        basis: Tensor,
+        mixer: Tensor,
+        in_features: int,
+        gate: str = "silu",
+        bias: Tensor | None = None,
+        placement: str = "pre",
+    ):
         super().__init__(in_features, basis.shape[0] * mixer.shape[1] // in_features, bias)
-        (self.basis_rank, self.chunk), self.gate = mixer.shape, gate
+        (self.basis_rank, self.chunk), self.gate, self.placement = mixer.shape, gate, placement
         assert in_features % self.chunk == 0, f"chunk {self.chunk} does not divide {in_features}"
         self.basis, self.mixer = frozen(basis), frozen(mixer)
 
     def dense_weight(self) -> Tensor:
-        return (self.basis @ GATES[self.gate](self.mixer)).view(self.out_features, self.in_features)
+        weight = PLACEMENTS[self.placement](self.basis, self.mixer, GATES[self.gate])
+        return weight.view(self.out_features, self.in_features)
 
     def structured(self, x: Tensor) -> Tensor:
-        gated = GATES[self.gate](self.mixer)  # (r, s)
-        mixed = x.reshape(*x.shape[:-1], -1, self.chunk) @ gated.T  # (..., n / s, r)
-        return mixed.flatten(-2) @ self.basis.view(self.out_features, -1).T  # (..., m)
+        if self.placement == "post":  # no product to put in order
+            return F.linear(x, self.dense_weight())
+        mixer = self.gated_mixer()  # (r, s)
+        mixed = x.reshape(*x.shape[:-1], -1, self.chunk) @ mixer.T  # (..., n / s, r)
+        basis = self.keep(self._gated_basis) if self.placement == "temp" else self.basis
+        return mixed.flatten(-2) @ basis.view(self.out_features, -1).T  # (..., m)
+
+    def gated_mixer(self) -> Tensor:
+        """(r, s): what the basis is multiplied by."""
+        return GATES[self.gate](self.mixer) if self.placement == "pre" else self.mixer
+
+    def _gated_basis(self) -> Tensor:
+        return GATES[self.gate](self.basis)
 
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
         m, n, r, s = self.out_features, self.in_features, self.basis_rank, self.chunk
@@ -37,6 +62,8 @@ class SharedBasisLinear(RecombinedLinear):
             trains = self.basis.requires_grad + self.mixer.requires_grad
             structured = (3 if self.basis.requires_grad else 2) * m * n * r / s + 3 * n * r
             dense, build = (3 if trains else 2) * dense, (1 + trains) * build
+        if self.placement == "post":
+            return tokens * dense + build, tokens * dense, build
         return tokens * structured, tokens * dense, build
 
     def spec(self) -> dict:
@@ -46,12 +73,12 @@ class SharedBasisLinear(RecombinedLinear):
             "basis_rank": self.basis_rank,
             "chunk": self.chunk,
             "gate": self.gate,
+            "placement": self.placement,
             "bias": self.bias is not None,
         }
 
     @classmethod
-    def empty(cls, in_features, out_features, basis_rank, chunk, gate, bias) -> "SharedBasisLinear":
+    def empty(cls, in_features, out_features, basis_rank, chunk, gate, placement, bias) -> "SharedBasisLinear":
         basis = torch.empty(out_features * in_features // chunk, basis_rank)
-        return cls(
-            basis, torch.empty(basis_rank, chunk), in_features, gate, torch.empty(out_features) if bias else None
-        )
+        bias = torch.empty(out_features) if bias else None
+        return cls(basis, torch.empty(basis_rank, chunk), in_features, gate, bias, placement)

@@ -12,6 +12,7 @@ from recombine.methods.jactus import Jactus
 from recombine.methods.pc_lora import PcLora
 from recombine.methods.peft import Peft
 from recombine.methods.prunenet import PruneNet
+from recombine.methods.recast import Recast
 from recombine.methods.rosa import Rosa
 from recombine.methods.shared_svd import BasisSharing, Dfjr
 from recombine.methods.spectral_tuning import Svfit, Svft
@@ -38,6 +39,7 @@ __all__ = [
     "PcLora",
     "Peft",
     "PruneNet",
+    "Recast",
     "Record",
     "Rosa",
     "Site",

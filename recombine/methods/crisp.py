@@ -1,31 +1,39 @@
-"""CRISP: a basis shared by a group of layers and a small gated mixer for each (CRISP Eq. 4, Alg. 1-4).
+"""CRISP: a basis shared by a group of layers and a small gated mixer for each (CRISP Eq. 4, Alg. 1-6).
 
 W_i = reshape(B . G_i, (m, n)), G_i = silu(A_i). g consecutive layers of one role and shape share B
 (m n / s, r), frozen in adaptation; A_i (r, s) trains. Stored per group: r m n / s + g r s. Exact at r = g s.
 
-Paper: neural mimicry fits B and A_i by gradient descent; r and s trade places in its Fig. 5. Here: the closed
-form, of which mimicry is an approximation, and the names `basis_rank` (r) and `chunk` (s). With
-M = [M_1 ... M_g] (m n / s, g s), M_i = reshape(W_i, (m n / s, s)), and the eigenvectors V of M^T M,
-B = M V_r and [G_1 ... G_g] = V_r^T minimise |M - B G|. A row of G is only defined up to its scale, so each is
-turned and scaled until it lies where SiLU can be inverted.
+Paper: neural mimicry fits B and A_i by gradient descent; r and s trade places in its Fig. 5. Here: a closed form
+(`crisp_closed`), of which mimicry is an approximation, and the names `basis_rank` (r) and `chunk` (s).
+
+Paper: a student starts from "the top-r eigenvectors of the teacher's A and B", which depend on their gauge. Here: from
+the same SVD at the student's rank, the truncation of the product B G of an exact teacher.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import gcd
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from recombine.calibration import Losses
 from recombine.errors import UsageError
 from recombine.layers import SharedBasisLinear
-from recombine.linalg import energy_rank, silu_inverse
+from recombine.layers.shared_basis import GATES, PLACEMENTS
+from recombine.linalg import energy_rank, shrink
 from recombine.methods.base import Method, Site, need
+from recombine.methods.crisp_aware import fit_outputs
+from recombine.methods.crisp_closed import INVERSES, random_orthogonal, spectrum, stack, truncate, ungate
+from recombine.methods.crisp_cluster import Cluster, merge
+from recombine.methods.crisp_mimicry import Mimicry, mimic
+from recombine.methods.crisp_refine import Refine, refine
 
-LOWEST = -0.2  # the gated mixers' minimum: SiLU reaches -0.278, where its slope is 0
-HIGHEST = 8.0  # and their maximum, for rows without a negative entry worth the name
+log = logging.getLogger(__name__)
+FITS = ("closed", "aware", "cluster", "random", "mimicry")
 
 
 @dataclass(kw_only=True)
@@ -35,8 +43,15 @@ class Crisp(Method):
     group_size: how many consecutive layers of a role share a basis.
     basis_rank: columns r of a basis, at most group_size * chunk; None: that many, which is exact.
     energy: the smallest basis_rank per group that keeps this share of the energy, instead of `basis_rank`.
-    gate: silu, or none for the linear map of RECAST.
+    gate: silu, gelu, relu or none; relu has no inverse, so only mimicry fits it.
+    placement: of the gate: pre (Eq. 4), post or temp (Fig. 6); only mimicry fits the last two.
     gauge: svd scales every row of G alone (B's columns differ in norm), balanced all rows of a group alike.
+    fit: closed, the truncated SVD; aware, least squares on the layers' outputs (calibrates); cluster, Alg. 5;
+        random, orthogonal factors at the weights' scale (Tab. 8, without SVD); mimicry, gradient descent (Alg. 2).
+    alternations: of the aware fit.
+    refine: gradient steps after the fit on the weights and the task's loss (Alg. 5, Stage 2; calibrates).
+    regulariser: of the mixers in training (Tab. 4): none, l2 |A|^2, orthogonal, or spectral (largest singular value).
+    strength: its weight.
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?")
@@ -45,7 +60,15 @@ class Crisp(Method):
     basis_rank: int | None = None
     energy: float | None = None
     gate: str = "silu"
+    placement: str = "pre"
     gauge: str = "svd"
+    fit: str = "closed"
+    alternations: int = 3
+    cluster: Cluster = field(default_factory=Cluster)
+    mimicry: Mimicry = field(default_factory=Mimicry)
+    refine: Refine = field(default_factory=Refine)
+    regulariser: str = "none"
+    strength: float = 1e-3
 
     compresses: ClassVar[bool] = True
     rivals: ClassVar[tuple[str, ...]] = ("basis_rank", "energy")
@@ -55,6 +78,12 @@ class Crisp(Method):
         "energy": "energy",
         "trainable": "chunk",
     }
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, kind in (("cluster", Cluster), ("mimicry", Mimicry), ("refine", Refine)):
+            if isinstance(value := getattr(self, name), dict):  # from a YAML or a checkpoint
+                setattr(self, name, kind(**value))
 
     def check(self, sites: list[Site]) -> None:
         need(self.group_size >= 1, self, "group_size", "a group has at least one layer")
@@ -70,8 +99,20 @@ class Crisp(Method):
             need(1 <= self.basis_rank <= most, self, "basis_rank", why)
         if self.energy is not None:
             need(0 < self.energy <= 1, self, "energy", "is a share of the energy, so it must lie in (0, 1]")
-        need(self.gate in ("silu", "none"), self, "gate", "must be silu or none")
-        need(self.gauge in ("svd", "balanced"), self, "gauge", "must be svd or balanced")
+        known = {"gate": GATES, "placement": PLACEMENTS, "gauge": ("svd", "balanced"), "fit": FITS}
+        for name, values in (known | {"regulariser": ("none", *PENALTIES)}).items():
+            need(getattr(self, name) in values, self, name, f"must be one of {', '.join(values)}")
+        if self.fit != "mimicry":
+            why = f"has no inverse that fit={self.fit} needs; set fit=mimicry, or gate=silu and placement=pre"
+            need(self.gate in INVERSES, self, "gate", why)
+            need(self.placement == "pre", self, "placement", why)
+        need(self.alternations >= 0, self, "alternations", "must not be negative")
+        need(self.strength >= 0, self, "strength", "must not be negative")
+        for options in (self.cluster, self.mimicry, self.refine):
+            options.check()
+
+    def wants(self) -> set[str]:
+        return {"inputs"} if self.fit == "aware" else set()
 
     def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
         if knob == "basis_rank":
@@ -90,7 +131,7 @@ class Crisp(Method):
     def group_rank(self, group: list[Site]) -> int:
         most = len(group) * self.chunk
         if self.energy is not None:
-            return energy_rank(spectrum(group, self.chunk)[0].sqrt(), self.energy)
+            return energy_rank(spectrum(stack(group, self.chunk))[0].sqrt(), self.energy)
         return most if self.basis_rank is None else min(self.basis_rank, most)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
@@ -100,45 +141,74 @@ class Crisp(Method):
         bases = sum(group[0].linear.weight.numel() // self.chunk * r for group, r in zip(groups, ranks, strict=True))
         return bases + mixers, mixers
 
-    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+    def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        if self.refine.steps and losses is None:
+            why = f"refine.steps={self.refine.steps} calibrates: give apply(..., losses=), a task loss per batch"
+            raise UsageError(f"method.{why}")
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses: Losses | None = None) -> None:
+        rng = torch.Generator().manual_seed(torch.initial_seed() % 2**63)  # the run's seed, whatever was drawn since
+        original = []
         for group in self.groups(sites):
-            basis, mixers = retrofit(group, self.group_rank(group), self.chunk, self.gate, self.gauge)
+            basis, mixers = self.factors(group, rng)
             weight = group[0].linear.weight
             basis = nn.Parameter(basis.to(weight), requires_grad=False)  # one parameter: it counts once
-            for site, mixer in zip(group, mixers, strict=True):
-                linear = site.linear
-                layer = SharedBasisLinear(basis, mixer.to(weight), linear.in_features, self.gate, linear.bias)
+            for site, mixer in zip(group, mixers.split(self.chunk, 1), strict=True):
+                linear, mixer = site.linear, mixer.to(weight)
+                layer = SharedBasisLinear(basis, mixer, linear.in_features, self.gate, linear.bias, self.placement)
                 layer.mixer.requires_grad_(True)
                 model.set_submodule(site.name, layer)
+                if self.refine.steps:
+                    original.append((layer, linear.weight.detach()))
+        if self.refine.steps:
+            refine(original, losses, self.refine)
+
+    def factors(self, group: list[Site], rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The basis (m n / s, r) and the mixers [A_1 ... A_g] (r, g s) of a group."""
+        rank, m = self.group_rank(group), stack(group, self.chunk)
+        if self.fit == "closed":
+            return ungate(*truncate(m, rank), self.gate, self.gauge)
+        if self.fit == "random":
+            return ungate(*random_orthogonal(m, rank, rng), self.gate, self.gauge)
+        weights = [site.linear.weight.detach().double() for site in group]
+        if self.fit == "mimicry":
+            *factors, loss = mimic(weights, rank, self.chunk, self.gate, self.placement, self.mimicry, rng)
+            log.info("%s and %d more: mimicry's loss %.3g", group[0].name, len(group) - 1, loss)
+            return factors
+        if self.fit == "cluster":
+            return self.clustered(weights, m, rank, rng)
+        inputs = [self.stats[site.name].inputs for site in group]
+        moments = [shrink(one.xx, one.x4, one.tokens, floor=0.01) for one in inputs]
+        return ungate(*fit_outputs(weights, moments, rank, self.chunk, self.alternations), self.gate, self.gauge)
+
+    def clustered(self, weights: list[Tensor], m: Tensor, rank: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Alg. 5 from an exact teacher; like `factors`."""
+        if self.cluster.teacher == "mimicry":
+            basis, mixers, _ = mimic(weights, m.shape[1], self.chunk, self.gate, "pre", self.mimicry, rng)
+            basis, mixers = basis.double(), mixers.double()
+        else:
+            basis, mixers = ungate(*truncate(m, m.shape[1]), self.gate, self.gauge)
+        if self.cluster.printed:
+            return merge(basis, mixers, m, rank, self.cluster)
+        return ungate(*merge(basis, GATES[self.gate](mixers), m, rank, self.cluster), self.gate, self.gauge)
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        if self.regulariser == "none" or self.strength == 0:
+            return 0.0
+        layers = [x for x in model.modules() if isinstance(x, SharedBasisLinear) and x.mixer.requires_grad]
+        return self.strength * sum(PENALTIES[self.regulariser](layer) for layer in layers)
 
 
-def stack(group: list[Site], chunk: int) -> Tensor:
-    """M = [M_1 ... M_g], (m n / s, g s) in float64."""
-    return torch.cat([site.linear.weight.detach().double().reshape(-1, chunk) for site in group], 1)
+def not_orthogonal(layer: SharedBasisLinear) -> Tensor:
+    """|K - I|^2 / d with K = G G^T (r, r), or G^T G (s, s) if that is smaller, scaled to the trace d of I (d, d)."""
+    g = layer.gated_mixer()
+    gram = g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g
+    gram = gram / gram.diagonal().mean()
+    return (gram - torch.eye(len(gram)).to(gram)).square().mean(1).sum()
 
 
-def spectrum(group: list[Site], chunk: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (g s,), descending and not negative, and eigenvectors (g s, g s) of M^T M."""
-    m = stack(group, chunk)
-    values, vectors = torch.linalg.eigh(m.T @ m)
-    return values.flip(0).clamp(min=0), vectors.flip(1)
-
-
-def retrofit(group: list[Site], rank: int, chunk: int, gate: str, gauge: str) -> tuple[Tensor, list[Tensor]]:
-    """The basis (m n / s, r) and the mixers A_i (r, s) that fit the group's weights best, in float64."""
-    values, vectors = spectrum(group, chunk)
-    if not torch.isfinite(values).all():
-        raise UsageError(f"{group[0].name} has weights that are not finite: the checkpoint is damaged, load another")
-    gated = vectors[:, :rank].T  # (r, g s)
-    sign = gated.gather(1, gated.abs().argmax(1, keepdim=True)).sign()
-    gated = gated * torch.where(sign == 0, 1.0, sign)  # the largest entry of each row positive
-    if gauge == "balanced":  # rows in proportion to the square root of their singular value
-        gated = gated * (values[:rank, None] / values[0].clamp(min=1e-300)).clamp(min=1e-12).pow(0.25)
-    low, high = gated.amin(1, keepdim=True), gated.amax(1, keepdim=True)
-    if gauge == "balanced":
-        low, high = low.amin(), high.amax()
-    gated = gated * torch.minimum(LOWEST / low.clamp(max=-1e-12), HIGHEST / high)
-    # rows of `gated` are orthogonal: the best B for them is M G^T / |row|^2
-    basis = stack(group, chunk) @ (gated / gated.square().sum(1, keepdim=True)).T
-    mixer = silu_inverse(gated) if gate == "silu" else gated
-    return basis, list(mixer.split(chunk, 1))
+PENALTIES = {
+    "l2": lambda layer: layer.mixer.square().sum(),
+    "orthogonal": not_orthogonal,
+    "spectral": lambda layer: torch.linalg.matrix_norm(layer.mixer, 2),
+}

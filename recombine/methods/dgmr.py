@@ -6,9 +6,9 @@ longest now, and so on. The picked neurons stay: rows of up and gate with their 
 One round is a QR decomposition of W^T with column pivoting. Stores k (2 d) per MLP, or k (3 d) with a gate; all of it
 trains in distillation.
 
-Paper: ranks the rows of the first linear layer, all networks it shows have one. Here: with a gate a neuron's row is
-[gate, up], since a neuron is redundant only if another one has both. Biases are not ranked, as in the paper. A row of
-which less than 1e-5 is new counts as none of it: the paper's code would divide by the rounding error.
+Paper: the rounds are of its code, which prunes MLPs without a gate. Here: with a gate a neuron's row is [gate, up],
+since a neuron is redundant only if another one has both. Biases are not ranked, as in that code. A row of which less
+than 1e-5 is new counts as old, where that code would divide by the rounding error.
 """
 
 from dataclasses import dataclass

@@ -84,12 +84,10 @@ class Isomorphic(Structural):
         need(self.channels + self.heads + self.head_dims > 0, self, "channels", "one of the shares must be more than 0")
         named = {site.role for site in sites}
         whole = {"o", "up", "down"} <= named and ("qkv" in named or {"q", "k", "v"} <= named)
-        need(
-            whole,
-            self,
-            "targets",
-            "whole blocks of plain linear layers are cut: name qkv, o, up and down, and apply it first",
-        )
+        need(whole, self, "targets", "whole blocks of linear layers are cut, and first: name qkv, o, up and down")
+        up = [site.linear.out_features for site in sites if site.role == "up"]
+        down = [site.linear.in_features for site in sites if site.role == "down"]
+        need(up == down, self, "targets", "up is not as wide as down here: gate and up are in one layer")
 
     def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         import torch_pruning as tp
@@ -142,9 +140,8 @@ class Isomorphic(Structural):
     def ranked(self, factor: int) -> Kept:
         """What stays when the shares are scaled by factor / STEP."""
         channels, heads, dims = (min(1.0, factor / STEP * s) for s in (self.channels, self.heads, self.head_dims))
-        scores = [
-            part.score.view(form) for part, form in zip(self.attentions, self.forms, strict=True)
-        ]  # (heads, dims)
+        # (heads, head_dims)
+        scores = [part.score.view(form) for part, form in zip(self.attentions, self.forms, strict=True)]
         return Kept(
             best([self.stem.score], channels if self.width else 0.0)[0],
             best([part.score for part in self.mlps], channels),

@@ -49,16 +49,21 @@ class MlpPruning(Structural):
     def check(self, sites: list[Site]) -> None:
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
         need({"up", "down"} <= {site.role for site in sites}, self, "targets", "a neuron is cut out of up and down")
+        whole = all(mlp.up.out_features == mlp.down.in_features for mlp in self.mlps(sites))
+        need(whole, self, "targets", "up is not as wide as down here: gate and up are in one layer")
         least = math.ceil(1000 * self.least(sites)) / 1000
-        need(
-            self.ratio >= least, self, "ratio", f"must be at least {least}: one neuron an MLP, all other targets whole"
-        )
+        need(self.ratio >= least, self, "ratio", f"must be at least {least}: one neuron an MLP, other targets whole")
 
     def prepare(self, model: nn.Module, sites: list[Site], losses) -> None:
         parts = roles.find(model, ("up", "down", "gate?"), nn.Module)
         if missing := parts.keys() - {site.name for site in sites}:
             role = parts[min(missing)]
             raise UsageError(f"method.targets={list(self.targets)}: a neuron is cut out of {role} too, name it as well")
+        known = {id(p) for name in parts for p in model.get_submodule(name).parameters()}
+        holders = {name.rpartition(".")[0] for name, role in parts.items() if role == "up"}
+        if any(id(p) not in known for name in holders for p in model.get_submodule(name).parameters()):
+            owner = f"{type(self).__name__}: the MLPs of this {type(model).__name__}"
+            raise UsageError(f"{owner} hold more than up, down and gate: take a compressor that leaves their width")
 
     def choices(self, knob: str, sites: list[Site]) -> list[float]:
         return [i / 1000 for i in range(math.ceil(1000 * self.least(sites)), 1001)]

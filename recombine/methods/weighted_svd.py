@@ -12,10 +12,10 @@ papers' W' without their S^-1, so inputs that never vary, or all of them, may be
 FWSVD's rows are inputs: the paper writes y = x W with W (in, out) and gives every row of W, the weights that multiply
 one input, the sum of their Fisher information; of an nn.Linear's weight (out, in) those are the columns. Paper: F is
 the mean over samples. Here: over calibration batches.
-ASVD. Paper: ranks by a search over sensitivities. Here: the same ratio for every layer, as in the tables of SVD-LLM.
+ASVD. Paper: ranks by a search over sensitivities. Here: the same ratio for every layer, as where others compare it.
 SVD-LLM. Paper: its first version fits, at high ratios, later layers to the inputs that the compressed ones give them.
-Here: all layers are fitted to the original model's inputs. Its LoRA on U, then on V, is the pair method@compressor=svd_llm method=lora, with
-LoRA on the whole layer.
+Here: all layers are fitted to the original model's inputs. Its LoRA on U, then on V, is the pair
+method@compressor=svd_llm method=lora, with LoRA on the whole layer.
 """
 
 from dataclasses import dataclass

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
@@ -25,6 +26,7 @@ from recombine.models.text import UNREADABLE, model_files, silence
 from recombine.models.weights import first_line, hub_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+THEIRS = ("rope_parameters", "initializer_range")  # taken from the weights where there are any
 SPECIAL = ("<unk>", "<s>", "</s>")  # of the byte tokenizer, before the 256 bytes
 WAYS = "accept its licence on the hub and `hf auth login`, or model.checkpoint=FOLDER, or model=smollm2_135m"
 
@@ -47,7 +49,7 @@ def build(
     Args:
         dtype: float32, bfloat16 or float16, of the stored weights.
         gradient_checkpointing: the backward pass computes each block again; only its input was kept.
-        sizes: of LlamaConfig; pretrained weights must have them.
+        sizes: of LlamaConfig; pretrained weights must have them, but for THEIRS.
     """
     if dtype not in DTYPES:
         raise UsageError(f"model.dtype={dtype}: must be one of {', '.join(DTYPES)}")
@@ -85,7 +87,7 @@ def configuration(name: str, sizes: Mapping) -> LlamaConfig:
         config = LlamaConfig(**sizes)
         assert config.num_attention_heads % config.num_key_value_heads == 0, "heads must be a multiple of kv heads"
         return config
-    except (AssertionError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (StrictDataclassError, AssertionError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UsageError(f"model {name}: {' '.join(str(error).split())[:200]}; correct that key") from error
 
 
@@ -98,7 +100,7 @@ def load(name: str, path: Path, sizes: Mapping, dtype: torch.dtype) -> nn.Module
             f"model {name}: {path}/config.json cannot be read ({first_line(error)}); replace it"
         ) from error
     for key, value in sizes.items():
-        if key != "rope_parameters" and getattr(found, key, None) != value:
+        if key not in THEIRS and getattr(found, key, None) != value:
             has = f"{key}={getattr(found, key, None)}"
             raise UsageError(f"model.{key}={value}: the weights in {path} have {has}; set model.{has} or take others")
     try:

@@ -1,0 +1,75 @@
+"""CRISP Alg. 5, Stages 1 and 1b: fewer basis columns by importance-weighted k-means, then new coefficients.
+
+From an exact teacher W_i = B G_i: (1) importance w_k of every column, (2) k-means of the columns with their coefficient
+rows, (3) one column a cluster, the weighted mean rescaled to its members' mean power, (4) coefficients summed in each
+cluster, (1b) coefficients by least squares on the teacher's weights. No data.
+
+Paper: w_k = |B_k| + lambda sum_i |A_ik|_1 (lambda not given, here 1), features [random projection of B; A], sums and
+least squares over ungated A. All change when B_k doubles and G_k halves, and the gate is then applied to what was
+fitted without it. Here: w_k = |B_k|^2 |G_k|^2, features of balanced columns and rows, distances exact through their
+Gram matrix, G summed and solved and then ungated. `printed` is the paper's form, which only gate none survives.
+By Eckart and Young no clustering has a smaller weight error than `fit: closed` of the same rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recombine.errors import UsageError
+
+
+@dataclass
+class Cluster:
+    """teacher: the exact model is made by closed or mimicry. printed: importance, features, sums and least squares of
+    the ungated mixers, as Alg. 5 prints them. resolve: Stage 1b."""
+
+    teacher: str = "closed"
+    printed: bool = False
+    resolve: bool = True
+
+    def check(self) -> None:
+        if self.teacher not in ("closed", "mimicry"):
+            raise UsageError(f"method.cluster.teacher={self.teacher}: must be closed or mimicry")
+
+
+def merge(basis: Tensor, rows: Tensor, goal: Tensor, rank: int, how: Cluster) -> tuple[Tensor, Tensor]:
+    """Basis (u, r) and coefficients (r, g s) for the weights `goal` (u, g s) from the teacher's (u, R) and (R, g s).
+
+    The coefficients are those after the gate; if `printed`, those before it.
+    """
+    if how.printed:
+        importance = basis.norm(dim=0) + rows.abs().sum(1)
+    else:
+        importance = (basis.norm(dim=0) * rows.norm(dim=1)).square()
+        balance = (basis.norm(dim=0) / rows.norm(dim=1).clamp(min=1e-300)).sqrt().clamp(min=1e-300)
+        top = rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
+        balance = torch.where(top < 0, -balance, balance)  # the largest entry of every row positive
+        basis, rows = basis / balance, rows * balance[:, None]
+    values, vectors = torch.linalg.eigh(basis.T @ basis + rows @ rows.T)
+    points = vectors * values.clamp(min=0).sqrt()  # (R, R), as far from each other as the features are
+    member = F.one_hot(kmeans(points, importance, rank), rank).to(basis)  # (R, r)
+    share = importance[:, None] * member
+    share = share / share.sum(0).clamp(min=1e-300)
+    mean = basis @ share
+    power = basis.square().sum(0) @ share
+    basis = mean * (power / mean.square().sum(0).clamp(min=1e-300)).sqrt()
+    if how.resolve:
+        return basis, torch.linalg.pinv(basis.T @ basis, rtol=1e-12, hermitian=True) @ (basis.T @ goal)
+    return basis, member.T @ rows
+
+
+def kmeans(points: Tensor, weight: Tensor, count: int, rounds: int = 100) -> Tensor:
+    """Which of `count` clusters each of the points (R, d) is in (R,); Lloyd's, from the heaviest points."""
+    centres = points[weight.argsort(descending=True, stable=True)[:count]]
+    label = None
+    for _ in range(rounds):
+        new = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+        if label is not None and torch.equal(new, label):
+            break
+        label = new
+        share = weight[:, None] * F.one_hot(label, count)
+        total = share.sum(0)[:, None]
+        centres = torch.where(total > 0, share.T @ points / total.clamp(min=1e-300), centres)
+    return label

@@ -1,0 +1,76 @@
+"""Neural mimicry (RECAST; CRISP Alg. 2, Eq. 5): a basis and its mixers by gradient descent on the weights themselves.
+
+sum_i loss(T(B, A_i), W_i), each loss a mean over the entries of a weight; no data. In float32, best iterate kept.
+It ends at the truncated SVD that `crisp_closed.truncate` computes directly, and serves the ablations (Fig. 6-8,
+Tab. 4) and the gates and placements that have no closed form.
+
+Paper: rate 0.01, a step scheduler, up to 1000 steps, B and A_i from N(0, 0.01) in Alg. 2, orthogonal A_i in the text,
+optimiser not named. RECAST's code: RMSprop 0.1, Kaiming templates, a tenth of the rate every 200 steps. Here: Adam,
+the scheduler of RECAST, and 0.01 as the standard deviation of B: with 0.1, or Kaiming, 1000 steps are not enough.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recombine.errors import UsageError
+from recombine.layers.shared_basis import GATES, PLACEMENTS
+
+LOSSES = {"smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss, "mse": F.mse_loss, "l1": F.l1_loss}
+INITS = {
+    "uniform": lambda a, rng: nn.init.uniform_(a, -1, 1, generator=rng),
+    "kaiming": lambda a, rng: nn.init.kaiming_uniform_(a, generator=rng),
+    "xavier": lambda a, rng: nn.init.xavier_uniform_(a, generator=rng),
+    "orthogonal": lambda a, rng: nn.init.orthogonal_(a, generator=rng),
+    "normal": lambda a, rng: nn.init.normal_(a, 0, 0.01, generator=rng),
+}
+OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
+
+
+@dataclass
+class Mimicry:
+    """loss: smooth_l1, huber, mse or l1. init: of the mixers, orthogonal, uniform, kaiming, xavier or normal.
+    optimizer: adam or rmsprop, with the rate lr, divided by 10 every `decay_every` of `steps` steps."""
+
+    loss: str = "smooth_l1"
+    init: str = "orthogonal"
+    optimizer: str = "adam"
+    lr: float = 0.01
+    steps: int = 1000
+    decay_every: int = 200
+
+    def check(self) -> None:
+        for name, known in (("loss", LOSSES), ("init", INITS), ("optimizer", OPTIMIZERS)):
+            if (value := getattr(self, name)) not in known:
+                raise UsageError(f"method.mimicry.{name}={value}: must be one of {', '.join(known)}")
+        for name in ("lr", "steps", "decay_every"):
+            if (value := getattr(self, name)) <= 0:
+                raise UsageError(f"method.mimicry.{name}={value}: must be more than 0")
+
+
+def mimic(
+    weights: list[Tensor], rank: int, chunk: int, gate: str, placement: str, how: Mimicry, rng: torch.Generator
+) -> tuple[Tensor, Tensor, float]:
+    """The basis (m n / s, r), the mixers [A_1 ... A_g] (r, g s) and the loss reached; weights all (m, n)."""
+    pieces = [weight.float().reshape(-1, chunk) for weight in weights]
+    goal = torch.cat(pieces, 1)  # (m n / s, g s): equal shapes, so the sum of means is g times the mean
+    basis = torch.empty(len(goal), rank).normal_(0, 0.01, generator=rng).to(goal.device)
+    mixer = torch.cat([INITS[how.init](torch.empty(rank, chunk), rng) for _ in pieces], 1).to(goal.device)
+    loss, compose, gate = LOSSES[how.loss], PLACEMENTS[placement], GATES[gate]
+    best, reached = (basis.clone(), mixer.clone()), float("inf")
+    with torch.enable_grad():
+        optimizer = OPTIMIZERS[how.optimizer]([basis.requires_grad_(), mixer.requires_grad_()], lr=how.lr)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, how.decay_every, 0.1)
+        for _ in range(how.steps):
+            value = len(pieces) * loss(compose(basis, mixer, gate), goal)
+            optimizer.zero_grad()
+            value.backward()
+            if value.item() < reached:
+                reached = value.item()
+                for kept, now in zip(best, (basis, mixer), strict=True):
+                    kept.copy_(now.detach())
+            optimizer.step()
+            scheduler.step()
+    return *best, reached
