@@ -145,7 +145,7 @@ class Account:
 
 
 def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Account:
-    """The account of a model as it stands; with `sample` (1, ...), its input or its keyword arguments, the FLOPs too."""
+    """The account of a model as it stands; with `sample`, its input or keyword arguments (1, ...), its FLOPs too."""
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
     head = list(h.parameters()) if (h := roles.head(model)) is not None else []

@@ -64,7 +64,8 @@ def suite(cfg: DictConfig, out: Path) -> float:
         done.append(result)
         summary = {"groups": {g: sum(s.values()) / len(s) for g, s in scores.items()}, "tasks": scores}
         summary["mean"] = sum(summary["groups"].values()) / len(summary["groups"])  # as NOAH's
-        summary["mean_of_tasks"] = sum(v for tasks in scores.values() for v in tasks.values()) / len(done)  # as CRISP's, Tab. 1
+        everything = [score for tasks in scores.values() for score in tasks.values()]
+        summary["mean_of_tasks"] = sum(everything) / len(everything)  # as CRISP's, Tab. 1
         results.write(out / "suite.json", summary | {"complete": len(done) == len(groups)})
     rows = [(f"{g}: {t}", f"{100 * v:.1f}") for g, tasks in scores.items() for t, v in tasks.items()]
     rows += [(f"mean of {g}", f"{100 * v:.1f}") for g, v in summary["groups"].items()]

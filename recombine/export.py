@@ -96,7 +96,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if meta["classes"] is not None and (head is None or head.out_features != meta["classes"]):
         models.reset_head(model, meta["classes"])
     try:
-        roles.find(model, tuple(meta["targets"].values()), nn.Module)  # splits a fused qkv where the checkpoint has it split
+        roles.find(model, tuple(meta["targets"].values()), nn.Module)  # splits a fused qkv as the checkpoint has it
         model.requires_grad_(False)
         for name, config, layers in meta["steps"]:
             method_class(path, name)(**config).restore(model, layers)

@@ -80,7 +80,7 @@ class Regression(Task):
 
 
 class LanguageModel(Task):
-    """Cross-entropy of the next token; labels (B, T) as the inputs, -100 where none is wanted. exp of it: perplexity."""
+    """Cross-entropy of the next token; labels (B, T) as the inputs, -100 where none is wanted. Its exp: perplexity."""
 
     def loss(self, model: nn.Module, batch) -> tuple[Tensor, None]:
         logits, labels = call(model, batch)[:, :-1], labels_of(batch)[:, 1:]

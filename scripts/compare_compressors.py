@@ -2,9 +2,10 @@
 
     python scripts/compare_compressors.py [--budget retained_50] [--task dsprites_loc] [--out experiments/compressors]
 
-For every method: the relative error |(W - W') X| / |W X| of each layer on the original model's inputs, averaged over the
-layers, on the calibration images and on images never seen; and the test accuracy with the head that a linear probe
-fitted on the original features, then with a head fitted on its own.
+For every method: the relative error |(W - W') X| / |W X| of each layer on the original model's inputs, averaged over
+the layers, on the calibration images and on images never seen; the same with outputs weighed by the loss's gradients,
+|C_g^1/2 (W - W') X| / |C_g^1/2 W X|, on the latter; and the test accuracy with the head that a linear probe fitted on
+the original features, then with a head fitted on its own.
 """
 
 import argparse
@@ -55,9 +56,11 @@ def main() -> None:
     head.into(roles.head(original))
     roles.find(original, tuple(ROLES))  # the same layers for every method
     sites = [Site(n, r, original.get_submodule(n)) for n, r in roles.find(original, tuple(ROLES)).items()]
-    order = torch.randperm(len(module.train), generator=torch.Generator().manual_seed(cfg.seed))[: args.samples].tolist()
+    order = torch.randperm(len(module.train), generator=torch.Generator().manual_seed(cfg.seed))[
+        : args.samples
+    ].tolist()
     moments = [
-        collect(original, sites, lambda s=s, i=i: passes(original, module, s, i), {"inputs"})
+        collect(original, sites, lambda s=s, i=i: passes(original, module, s, i), {"inputs", "outputs"})
         for s, i in ((module.train, order), (module.val, list(range(len(module.val)))))
     ]
     rows = [row("original", original, original, sites, moments, module, 0.0, head.test)]
@@ -109,7 +112,12 @@ def compress(label, original, module, sites, moments, args) -> dict:
 
 @torch.no_grad()
 def row(label, model, original, sites, moments, module, seconds, refitted) -> dict:
-    errors = [[layer_error(site, model.get_submodule(site.name), m[site.name].inputs.xx) for site in sites] for m in moments]
+    layers = [(site.linear.weight.double(), dense_weight(model.get_submodule(site.name))) for site in sites]
+    known = [[m[site.name] for site in sites] for m in moments]
+    errors = [
+        [layer_error(*pair, one.inputs.xx) for pair, one in zip(layers, known[split], strict=True)] for split in (0, 1)
+    ]
+    errors.append([layer_error(*pair, one.inputs.xx, one.gg) for pair, one in zip(layers, known[1], strict=True)])
     hits = total = 0
     for start in range(0, len(module.test), 64):
         indices = list(range(start, min(start + 64, len(module.test))))
@@ -122,18 +130,24 @@ def row(label, model, original, sites, moments, module, seconds, refitted) -> di
         "retained": round(account.retained, 4),
         "error_calibration": round(sum(errors[0]) / len(sites), 4),
         "error_heldout": round(sum(errors[1]) / len(sites), 4),
+        "error_weighted": round(sum(errors[2]) / len(sites), 4),
         "accuracy": round(100 * hits / total, 1),
         "accuracy_new_head": round(100 * refitted, 1),
         "seconds": round(seconds, 1),
     }
 
 
-def layer_error(site: Site, layer, second: torch.Tensor) -> float:
-    """|(W - W') X| / |W X| from E[x x^T]."""
-    weight = site.linear.weight.double()
-    dense = layer.dense_weight() if isinstance(layer, RecombinedLinear) else layer.weight
-    delta = weight - dense.double()
-    return (((delta @ second) * delta).sum().clamp(min=0) / ((weight @ second) * weight).sum()).sqrt().item()
+def dense_weight(layer) -> torch.Tensor:
+    return (layer.dense_weight() if isinstance(layer, RecombinedLinear) else layer.weight).double()
+
+
+def layer_error(weight, other, inputs: torch.Tensor, outputs: torch.Tensor | None = None) -> float:
+    """|(W - W') X| / |W X| from E[x x^T]; with E[g g^T] outputs are weighed by its square root."""
+
+    def energy(w):
+        return ((w @ inputs) * (w if outputs is None else outputs @ w)).sum().clamp(min=0)
+
+    return (energy(weight - other) / energy(weight)).sqrt().item()
 
 
 def line(values: dict) -> str:

@@ -466,7 +466,8 @@ def test_answers_are_generated_and_read(model, packages, tokenizer, tmp_path, of
     for name in harness.FILES.values():
         write(tmp_path / name / "test.json", rows(3))
     tried = ["gsm8k_metamath", "commonsense_boolq"]
-    scores = harness.evaluate(model, tokenizer, tried, limit=1, root=tmp_path)
+    recombine.apply(small := copy.deepcopy(model), Svd(), Budget.parse("retained_40"))
+    scores = harness.evaluate(small, tokenizer, tried, limit=1, root=tmp_path)
     assert scores["gsm8k_metamath/exact_match"] == 0.0 == scores["commonsense_boolq/exact_match"]
     said = {
         "gsm8k_metamath": ["So 2. The answer is: $1,002.", "The answer is: 3. The answer is: 1002", "1002"],

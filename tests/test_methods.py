@@ -9,9 +9,31 @@ from torch import nn
 from zoo import ARCHS, batch, build, losses, outputs, train
 
 import recombine
-from recombine import Cersa, Crisp, Full, Jactus, LinearProbe, Peft, Rosa, Ssf, Svd, Svfit, Svft
-from recombine import Asvd, Balf, BasisSharing, Dfjr, DobiSvd, Fwsvd, SvdLlm
-from recombine import Dgmr, Isomorphic, PcLora, PruneNet, WeCoLora
+from recombine import (
+    Asvd,
+    Balf,
+    BasisSharing,
+    Cersa,
+    Crisp,
+    Dfjr,
+    Dgmr,
+    DobiSvd,
+    Full,
+    Fwsvd,
+    Isomorphic,
+    Jactus,
+    LinearProbe,
+    PcLora,
+    Peft,
+    PruneNet,
+    Rosa,
+    Ssf,
+    Svd,
+    SvdLlm,
+    Svfit,
+    Svft,
+    WeCoLora,
+)
 from recombine.budget import Budget, layer_report, stored_in_targets
 from recombine.linalg import energy_rank
 from recombine.methods.base import calibrate, find_sites
@@ -190,7 +212,9 @@ ROWS = {
         False,
         cersa_sizes(0.9, lambda s: max(1, energy_rank(s, 0.9) // 2)),
     ),
-    "cersa array": Row(Cersa(targets=SPLIT, alpha=0.9, core="array"), False, svd_sizes(lambda m, n, s: energy_rank(s, 0.9), core=1)),
+    "cersa array": Row(
+        Cersa(targets=SPLIT, alpha=0.9, core="array"), False, svd_sizes(lambda m, n, s: energy_rank(s, 0.9), core=1)
+    ),
     "cersa uniform": Row(Cersa(targets=SPLIT, rank=9), False, cersa_sizes(lambda s: 9, lambda s: 9)),
     "jactus": Row(Jactus(ratio=0.6, top_k=4), False, None),
     "jactus paper": Row(Jactus(ratio=0.6, dense="none", gain="weight+grad"), False, None),

@@ -19,11 +19,12 @@ import sentencepiece
 import torch
 import transformers
 import yaml
+from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from recombine import assets, data, models, tasks
+from recombine import assets, build, data, models, tasks
 from recombine.calibration import KINDS, collect
 from recombine.data import glue, sentences, text
 from recombine.errors import UsageError
@@ -679,3 +680,30 @@ def test_a_model_learns_and_comes_back(cache, tokenizer, tmp_path):
     batch = module.test.__getitems__([0, 5])
     with torch.no_grad():
         assert torch.equal(tasks.call(loaded, batch), tasks.call(model.eval(), batch))
+
+
+@pytest.mark.parametrize("name, task, metric", [
+    ("glue", "cola", "mcc"), ("glue", "stsb", "pearson"), ("sentences", "sentiment", "acc"),
+])  # fmt: skip
+def test_one_code_path_for_all(cache, packages, tmp_path, name, task, metric):
+    """run.py's own way from a command line to result.json, and back from the checkpoint."""
+    if name == "glue":
+        write_hub(tmp_path / "glue", task)
+        where = [f"data.root={tmp_path / 'glue'}"]
+    else:
+        packages("vader")
+        where = ["data.limit=40"]
+
+    def one(*more: str, out: str) -> dict:
+        said = ["model=tiny_bert", f"data={name}", f"data.task={task}", *where, "trainer=cpu", *more]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", [*said, "trainer.epochs=2", "trainer.progress=false", "calibration.samples=8"])
+        build.main(cfg, tmp_path / out)
+        return json.loads((tmp_path / out / "result.json").read_text())
+
+    result = one("method=lora", out="lora")
+    assert metric in result["val"] and result["test"].keys() >= {"loss", metric}
+    assert result["data"]["metric"] == metric and result["linear_probe"] and result["account"]["flops"] > 0
+    again = one("method=lora", "stage=evaluate", f"stage.checkpoint={result['checkpoint']}", out="again")
+    assert again["test"] == pytest.approx(result["test"], nan_ok=True)
+    assert one("stage=retrofit", "method=svd_llm", "method.ratio=0.5", out="svd")["logit_error"] > 0

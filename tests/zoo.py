@@ -109,4 +109,3 @@ def train(model: nn.Module, steps: int = 8, lr: float = 0.01) -> list[float]:
         optimizer.step()
         history.append(value.item())
     return history
-

@@ -110,4 +110,3 @@ class FactoredLinear(RecombinedLinear):
             torch.zeros(2, entries, dtype=torch.long) if sparse else None,
             torch.empty(()) if sparse else None,
         )
-

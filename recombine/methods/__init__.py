@@ -1,7 +1,7 @@
 """One file for each paper or library; a method's fields are its configuration."""
 
-from recombine.methods.base import Method, Record, Site, Step, apply, finish, train_only
 from recombine.methods.balf import Balf
+from recombine.methods.base import Method, Record, Site, Step, apply, finish, train_only
 from recombine.methods.baselines import Full, LinearProbe
 from recombine.methods.cersa import Cersa
 from recombine.methods.crisp import Crisp
