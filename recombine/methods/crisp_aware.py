@@ -11,7 +11,7 @@ Not in the paper. Each layer counts by its relative error, so one with large act
 import torch
 from torch import Tensor
 
-STEPS = 6  # of conjugate gradients: more change the error's fourth digit
+STEPS = 4  # of conjugate gradients: more change the error in its sixth digit
 
 
 def fit_outputs(

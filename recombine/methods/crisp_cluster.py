@@ -6,8 +6,8 @@ cluster, (1b) coefficients by least squares on the teacher's weights. No data.
 
 Paper: w_k = |B_k| + lambda sum_i |A_ik|_1 (lambda not given, here 1), features [random projection of B; A], sums and
 least squares over ungated A. All change when B_k doubles and G_k halves, and the gate is then applied to what was
-fitted without it. Here: w_k = |B_k|^2 |G_k|^2, features of balanced columns and rows, distances exact through their
-Gram matrix, G summed and solved and then ungated. `printed` is the paper's form, which only gate none survives.
+fitted without it: silu(x) ~ x / 2 halves the weights. Here: w_k = |B_k|^2 |G_k|^2, features of balanced columns and
+rows, distances exact through their Gram matrix, G summed and solved and then ungated; `printed` is the paper's form.
 By Eckart and Young no clustering has a smaller weight error than `fit: closed` of the same rank.
 """
 

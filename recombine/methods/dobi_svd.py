@@ -10,6 +10,9 @@ Stored: left (m, k), right (k, n). Trains: nothing.
 Paper: P is the SVD of each batch's activations, differentiated with care for close singular values, and incremental PCA
 pools it afterwards. Here: P is pooled over the calibration batches from the start, so only the k need gradients. Paper:
 k moves in steps of ranks. Here: Adam moves k (m + n) / (m n), the layer's own ratio, so one step size fits all widths.
+Paper's code: beta = 10, so that only the one direction next to k gives k its gradient, over thousands of steps. Here:
+0.1, some 20 directions, so that tens of steps are enough (on DINOv2-S at half its size, 32 steps lower the calibration
+loss from 1.33 to 0.90 instead of to 1.27).
 Paper: k may pass the rank from which dense is smaller, which remapped (quantised) storage makes worthwhile. Here: that
 storage is not used, and k stops there.
 """
@@ -40,8 +43,8 @@ class DobiSvd(Whitened):
 
     steps: int = 30
     step_size: float = 0.02
-    beta: float = 10.0
-    weight: float = 1.0
+    beta: float = 0.1
+    weight: float = 10.0
 
     judges: ClassVar[bool] = True
 

@@ -12,7 +12,8 @@ left (m, k) and right (k, n), frozen, and a dense core (k, k), which trains. Sto
 the core folds away, which leaves k (m + n).
 
 Paper (read from its abstract, figures and reviews; no code): the caption gives the gradient directions to the input
-side. Here: C_g weighs the output side, where g lives. Paper: every layer is factored. Here: a layer may stay dense
+side. Here: C_g weighs the output side, where g lives. Paper: no values of alpha, beta, gamma. Here: large, as only the
+calibration pays for a wide union and .95, .99, .99 lose accuracy (experiments/LOG.md). Paper: every layer is factored. Here: a layer may stay dense
 where that is cheaper (`dense`), or not, as the paper has it: dense="none".
 """
 
@@ -45,9 +46,9 @@ class Jactus(Method):
     floor: least shrinkage of the covariances.
     """
 
-    alpha: float = 0.95
-    beta: float = 0.99
-    gamma: float = 0.99
+    alpha: float = 0.99
+    beta: float = 0.999
+    gamma: float = 0.999
     ratio: float = 0.8
     counted: str = "stored"
     allocation: str = "greedy"

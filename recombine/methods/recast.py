@@ -33,3 +33,8 @@ class Recast(Crisp):
         need(self.chunk == 1, self, "chunk", "a template is mixed by scalars, so chunk=1; longer ones are method=crisp")
         need(self.gate == "none", self, "gate", "RECAST is linear, so gate=none; a gated mixer is method=crisp")
         super().check(sites)
+
+    def kept(self, sites: list[Site]) -> int:
+        """The templates: one in a group of two is retained_50, which the few coefficients must not tip over."""
+        stored, coefficients = self.sizes(sites)
+        return stored - coefficients
