@@ -161,6 +161,7 @@ def check(cfg: DictConfig) -> None:
     need("optim.lr", lambda x: x is None or number(x), "a number from 0, or null for the method's own")
     for key in ("lr_head", "weight_decay", "warmup", "label_smoothing"):
         need(f"optim.{key}", number, "a number from 0")
+    need("harness.limit", lambda x: x is None or whole(x), "a whole number from 1, or null for all documents")
     for key in ("samples", "batch_size"):
         need(f"calibration.{key}", whole, "a whole number from 1")
     need("trainer.epochs", whole, "a whole number from 1")
@@ -211,7 +212,8 @@ def rows(result: dict, path: Path) -> list[tuple[str, str]]:
         )
     ]
     if test:
-        scores = [f"{k} {v:.3g}" if k in ("loss", "ppl") else f"{k} {100 * v:.1f} %" for k, v in test.items()]
+        shown = {key: value for key, value in test.items() if "stderr" not in key}
+        scores = [f"{k} {v:.3g}" if k in ("loss", "ppl") else f"{k} {100 * v:.1f} %" for k, v in shown.items()]
         table.append(("test", ", ".join(scores)))
     if linear:
         table.append(("linear probe, same data", f"{100 * linear['test']:.1f} %"))

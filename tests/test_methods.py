@@ -27,7 +27,7 @@ from recombine import (
     Peft,
     PruneNet,
     Recast,
-Rosa,
+    Rosa,
     Ssf,
     Svd,
     SvdLlm,
@@ -207,7 +207,7 @@ ROWS = {
     "crisp small": Row(Crisp(chunk=8, basis_rank=5), False, crisp_sizes(5, 8, 2)),
     "crisp split": Row(Crisp(targets=SPLIT, chunk=8), True, crisp_sizes(16, 8, 2)),
     "crisp gelu": Row(Crisp(chunk=8, gate="gelu"), True, crisp_sizes(16, 8, 2)),
-    "crisp aware": Row(Crisp(chunk=16, group_size=1, basis_rank=7, fit="aware"), False, crisp_sizes(7, 16, 1)),
+    "crisp aware": Row(Crisp(chunk=8, group_size=1, basis_rank=4, fit="aware"), False, crisp_sizes(4, 8, 1)),
     "crisp cluster": Row(Crisp(chunk=8, basis_rank=5, fit="cluster", refine={"steps": 3}), False, crisp_sizes(5, 8, 2)),
     "crisp random": Row(Crisp(chunk=8, basis_rank=5, fit="random"), False, crisp_sizes(5, 8, 2)),
     "crisp post": Row(
@@ -219,7 +219,7 @@ ROWS = {
         crisp_sizes(16, 8, 2),
     ),
     "recast": Row(Recast(), True, crisp_sizes(2, 1, 2)),
-    "recast small": Row(Recast(group_size=4, basis_rank=3), False, crisp_sizes(3, 1, 4)),
+    "recast small": Row(Recast(basis_rank=1), False, crisp_sizes(1, 1, 2)),
     "cersa": Row(Cersa(targets=SPLIT, alpha=0.9, beta=0.7), False, cersa_sizes(0.9, 0.7)),
     "cersa whole": Row(Cersa(targets=QKV, alpha=1.0), True, cersa_sizes(1, 1)),
     "cersa bottom": Row(

@@ -56,10 +56,21 @@ def fit(
 
 
 def test(run: Run, lit: LitRecombine) -> dict[str, float]:
-    """Scores the model on the test set."""
+    """Scores the model on the test set, and a language model on the harness's tasks that go with the data."""
     with run.timed("test"):
         (scores,) = make_trainer(run, 1, [], None).test(lit, run.data, verbose=False)
-    return lit.task.report({name.removeprefix("test/"): value for name, value in scores.items()})
+    scores = lit.task.report({name.removeprefix("test/"): value for name, value in scores.items()})
+    if names := getattr(run.data, "harness", ()):
+        from recombine import harness  # lm-eval takes seconds to load
+
+        knobs = {
+            "limit": run.cfg.harness.limit,
+            "batch_size": run.data.batch_size,
+            "root": getattr(run.data, "root", None),
+        }
+        with run.timed("harness"):
+            scores |= harness.evaluate(run.model, run.data.tokenizer, names, **knobs)
+    return scores
 
 
 def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None) -> L.Trainer:
