@@ -63,17 +63,18 @@ def main() -> None:
         collect(original, sites, lambda s=s, i=i: passes(original, module, s, i), {"inputs", "outputs"})
         for s, i in ((module.train, order), (module.val, list(range(len(module.val)))))
     ]
-    rows = [row("original", original, original, sites, moments, module, 0.0, head.test)]
-    print(line(rows[0]), flush=True)
-    for label in args.only:
-        rows.append(compress(label, original, module, sites, moments, args))
-        print(line(rows[-1]), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.task}_{args.budget}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = {r["method"]: r for r in csv.DictReader(path.open())} if path.exists() else {}  # of earlier calls, by --only
+    rows["original"] = row("original", original, original, sites, moments, module, 0.0, head.test)
+    print(line(rows["original"]), flush=True)
+    for label in args.only:
+        rows[label] = compress(label, original, module, sites, moments, args)
+        print(line(rows[label]), flush=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows["original"], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows[name] for name in ("original", *RIVALS) if name in rows)
     print(path)
 
 

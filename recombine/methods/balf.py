@@ -7,8 +7,8 @@ layer's output energy; dense costs m n and loses nothing. One price per weight, 
 
 Stored: left (m, k) and right (k, n), or the layer as it was. Trains: nothing.
 
-Paper: what the last price leaves of the budget stays unspent. Here: it is given out. The paper's convolutions and its
-budget in FLOPs, which for linear layers differs only by the tokens each sees, are left out.
+Paper: in its code, what the last price leaves of the budget stays unspent. Here: it is given out. The paper's
+convolutions and its budget in FLOPs, which for linear layers differs only by the tokens each sees, are left out.
 """
 
 from dataclasses import dataclass

@@ -111,6 +111,10 @@ class Crisp(Method):
         for options in (self.cluster, self.mimicry, self.refine):
             options.check()
 
+    @property
+    def judges(self) -> bool:
+        return self.refine.steps > 0
+
     def wants(self) -> set[str]:
         return {"inputs"} if self.fit == "aware" else set()
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from omegaconf import ListConfig
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
@@ -105,12 +106,19 @@ def build(
     config = {key: list(value) if isinstance(value, ListConfig) else value for key, value in config.items()}
     where = {"id": id, "revision": revision, "tag": tag, "pretrained": pretrained, "checkpoint": checkpoint}
     path = folder(name, **where)
-    wanted = configuration(name, cls, config)
-    if path is None:
+    known = cls.config_class()
+    for key, value in config.items():
+        if not hasattr(known, key) and key not in UNDECLARED:
+            raise UsageError(f"model.{key}={value}: {cls.config_class.__name__} has no such key; drop it")
+    try:
+        wanted = cls.config_class(**config)
         wanted.num_labels = num_classes or 1
-        model = cls(wanted)
-    else:
-        model = load(name, cls, path, wanted, config, num_classes)
+        model = cls(wanted) if path is None else None
+    except (StrictDataclassError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"model {name}: {cls.__name__} cannot be built ({reason}): correct that key") from error
+    if path is not None:
+        model = load(name, cls, path, wanted, config)
     if not num_classes:
         reset_head(model, 0)
     model.recombine_source = {
@@ -126,19 +134,7 @@ def build(
     return model.train()  # as a new module is; transformers loads into eval mode
 
 
-def configuration(name: str, cls: type, config: dict):
-    """What the YAML says, as transformers reads it."""
-    known = cls.config_class()
-    for key, value in config.items():
-        if not hasattr(known, key) and key not in UNDECLARED:
-            raise UsageError(f"model.{key}={value}: {cls.config_class.__name__} has no such key; drop it")
-    try:
-        return cls.config_class(**config)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"model {name}: {' '.join(str(error).split())[:200]}; correct that key") from error
-
-
-def load(name: str, cls: type, path: Path, wanted, config: dict, num_classes: int) -> nn.Module:
+def load(name: str, cls: type, path: Path, wanted, config: dict) -> nn.Module:
     """The folder's weights, strictly: every tensor of the backbone; only heads may be missing or too much."""
     try:
         found = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -154,7 +150,7 @@ def load(name: str, cls: type, path: Path, wanted, config: dict, num_classes: in
     theirs = {key: getattr(found, key, None) for key in config if key not in DROPOUTS}
     if differ := [f"model.{k}={v}" for k, v in theirs.items() if v != getattr(wanted, k, None)]:
         raise UsageError(f"model {name}: {path} holds a model of other sizes; to take it, say {' '.join(differ)}")
-    found.num_labels = num_classes or 1
+    found.num_labels = wanted.num_labels
     try:
         with silence():
             model, told = cls.from_pretrained(

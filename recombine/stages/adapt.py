@@ -60,7 +60,7 @@ def test(run: Run, lit: LitRecombine) -> dict[str, float]:
     with run.timed("test"):
         (scores,) = make_trainer(run, 1, [], None).test(lit, run.data, verbose=False)
     scores = lit.task.report({name.removeprefix("test/"): value for name, value in scores.items()})
-    if names := getattr(run.data, "harness", ()):
+    if names := run.cfg.harness.tasks or getattr(run.data, "harness", ()):
         from recombine import harness  # lm-eval takes seconds to load
 
         knobs = {
