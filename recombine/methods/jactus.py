@@ -13,8 +13,8 @@ the core folds away, which leaves k (m + n).
 
 Paper (read from its abstract, figures and reviews; no code): the caption gives the gradient directions to the input
 side. Here: C_g weighs the output side, where g lives. Paper: no values of alpha, beta, gamma. Here: large, as only the
-calibration pays for a wide union and .95, .99, .99 lose accuracy (experiments/LOG.md). Paper: every layer is factored. Here: a layer may stay dense
-where that is cheaper (`dense`), or not, as the paper has it: dense="none".
+calibration pays for a wide union, and .95, .99, .99 lose accuracy (experiments/LOG.md). Paper: every layer is factored.
+Here: a layer may stay dense where that is cheaper (`dense`), or not, as the paper has it: dense="none".
 """
 
 from dataclasses import dataclass
