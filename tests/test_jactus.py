@@ -145,7 +145,7 @@ def test_full_unions_give_the_weighted_optimum(m, n, kind, seed, data):
     layer = method.layer(site, k)
     found = np.linalg.norm(root_g @ (w - layer.dense_weight().detach().numpy()) @ root_x)
     assert abs(found - np.sqrt((spectrum[k:] ** 2).sum())) <= 1e-8 * max(spectrum[0], 1e-9)
-    np.testing.assert_allclose(method.whole(site)[3].sqrt().numpy(), spectrum, atol=1e-8 * max(spectrum[0], 1e-9))
+    np.testing.assert_allclose(method.whole(site).gains.sqrt().numpy(), spectrum, atol=1e-8 * max(spectrum[0], 1e-9))
     for q in (layer.left, layer.right.T):  # the frozen factors are orthonormal: the core carries all
         np.testing.assert_allclose((q.T @ q).detach().numpy(), np.eye(k), atol=1e-9)
 
@@ -160,7 +160,7 @@ def test_smaller_unions_are_optimal_inside_themselves(m, n, kind, seed, share):
         method = Jactus(alpha=shares, beta=shares, gamma=shares, dense="none")
         method.stats = {"layer": stats}
         cx, cg = covariances(stats, method.floor)
-        k = min(2, len(method.whole(site)[1]))
+        k = min(2, len(method.whole(site).inner))
         delta = site.linear.weight.detach().numpy() - method.layer(site, k).dense_weight().detach().numpy()
         errors.append(np.trace(cg @ delta @ cx @ delta.T))
         assert np.isfinite(delta).all()

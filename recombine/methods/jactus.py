@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recombine.allocation import greedy, lagrangian
 from recombine.layers import DeltaLinear, FactoredLinear
-from recombine.linalg import energy_rank, orthonormal_union, shrink, svd
 from recombine.methods.base import Method, Site, need
+from recombine.methods.jactus_union import Covariance, Whole, covariance, union_factors
 
 SHARES = ("alpha", "beta", "gamma", "ratio")
 
@@ -63,8 +63,8 @@ class Jactus(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        self._whole: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}  # by site, for one model
-        self._eigen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of C_x, by the statistics that layers share
+        self._whole: dict[str, Whole] = {}  # by site, for one model
+        self._eigen: dict[int, Covariance] = {}  # of C_x, by the statistics that layers share
 
     def check(self, sites: list[Site]) -> None:
         for name in SHARES:
@@ -86,34 +86,21 @@ class Jactus(Method):
         least = sum(self.cost(*site.linear.weight.shape, 1) for site in sites) / dense
         return [i / 1000 for i in range(int(1000 * least) + 1, 1001)]
 
-    def whole(self, site: Site) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(left (m, r), inner (r, r), right (r, n), gains (r,)) at the largest rank r that may be asked for."""
+    def whole(self, site: Site) -> Whole:
+        """The layer's factors at the largest rank that may be asked for."""
         if site.name not in self._whole:
-            weight, stats = site.linear.weight.detach().double(), self.stats[site.name]
-            m, n = weight.shape
+            weight, stats = site.linear.weight, self.stats[site.name]
             key = id(stats.inputs)
             if key not in self._eigen:
                 self._eigen[key] = covariance(stats.inputs.xx, stats.inputs.x4, stats.inputs.tokens, self.floor)
-            cx, ex, vx = self._eigen[key]
-            cg, eg, vg = covariance(stats.gg, stats.g4, stats.tokens, self.floor)
-            u, s, vh = svd(weight)
-            kept = energy_rank(s, self.alpha)
-            ql = orthonormal_union(u[:, :kept], vg[:, : energy_rank(eg.sqrt(), self.gamma)])
-            qr = orthonormal_union(vh[:kept].T, vx[:, : energy_rank(ex.sqrt(), self.beta)])
-            rl = torch.linalg.cholesky(ql.T @ cg @ ql, upper=True)
-            rr = torch.linalg.cholesky(qr.T @ cx @ qr, upper=True)
-            t = whiten(rl, ql.T @ cg @ weight @ cx @ qr, rr)
-            turned = t
-            if self.gain == "weight+grad":
-                grad = whiten(rl, ql.T @ stats.gx @ qr, rr)
-                turned = t - self.eta * t.norm() / grad.norm().clamp(min=1e-300) * grad  # where a step would go
-            p, gains, rh = svd(turned)
-            r = min(len(gains), self.most(m, n))
-            left = torch.linalg.solve_triangular(rl, p[:, :r], upper=True)
-            right = torch.linalg.solve_triangular(rr, rh[:r].T, upper=True)
-            inner = torch.diag(gains[:r]) if turned is t else p[:, :r].T @ t @ rh[:r].T
-            keep = torch.promote_types(site.linear.weight.dtype, torch.float32)  # float64 of all layers is too much
-            self._whole[site.name] = ((ql @ left).to(keep), inner.to(keep), (qr @ right).T.to(keep), gains.square())
+            outputs = covariance(stats.gg, stats.g4, stats.tokens, self.floor)
+            shares = (self.alpha, self.beta, self.gamma)
+            turn = (stats.gx, self.eta) if self.gain == "weight+grad" else None
+            found = union_factors(weight.detach().double(), self._eigen[key], outputs, shares, turn)
+            r, keep = self.most(*weight.shape), torch.promote_types(weight.dtype, torch.float32)  # float64 is too much
+            self._whole[site.name] = Whole(
+                found.left[:, :r].to(keep), found.inner[:r, :r].to(keep), found.right[:r].to(keep), found.gains
+            )
         return self._whole[site.name]
 
     def cost(self, m: int, n: int, k: int) -> int:
@@ -134,9 +121,9 @@ class Jactus(Method):
         costs, losses, top = [], [], []
         for site in sites:
             m, n = site.linear.weight.shape
-            gains = self.whole(site)[3]
-            tail = gains.sum() - gains.cumsum(0)
-            r = len(self.whole(site)[0].T)
+            whole = self.whole(site)
+            tail = whole.gains.sum() - whole.gains.cumsum(0)
+            r = len(whole.right)
             costs.append([self.cost(m, n, k) for k in range(1, r + 1)])
             losses.append(tail[:r].tolist())
             if self.dense != "none":
@@ -184,18 +171,3 @@ class Jactus(Method):
             layer = FactoredLinear(ql.to(weight), qr.T.to(weight), core=core.to(weight), bias=linear.bias)
         layer.core.requires_grad_(True)
         return layer
-
-
-def covariance(second: Tensor, fourth: float, tokens: int, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(C, shrunk and with mean eigenvalue 1; the eigenvalues of what was measured, descending; its eigenvectors)."""
-    shrunk = shrink(second, fourth, tokens, floor)
-    scale = shrunk.diagonal().mean()
-    shrunk = shrunk / scale if scale > 0 else torch.eye(len(shrunk), dtype=shrunk.dtype, device=shrunk.device)
-    values, vectors = torch.linalg.eigh(second)  # shrinking moves no eigenvector
-    return shrunk, values.flip(0).clamp(min=0), vectors.flip(1)
-
-
-def whiten(rl: Tensor, inner: Tensor, rr: Tensor) -> Tensor:
-    """R_L^-T inner R_R^-1 for upper triangular R_L, R_R."""
-    half = torch.linalg.solve_triangular(rl.T, inner, upper=False)
-    return torch.linalg.solve_triangular(rr, half, upper=True, left=False)

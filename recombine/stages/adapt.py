@@ -2,6 +2,7 @@
 
 import lightning as L
 import torch
+from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
@@ -80,7 +81,7 @@ def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None) -> 
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
-            strategy=trainer.strategy,
+            strategy=trainer.strategy if isinstance(trainer.strategy, str) else instantiate(trainer.strategy),
             precision=precision(trainer.precision, trainer.accelerator),
             max_epochs=epochs,
             gradient_clip_val=clip,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -46,7 +47,10 @@ class Run:
 
     def sample(self):
         """The model's input for one sample: images (1, 3, H, W), or a dict of its keyword arguments."""
-        batch = self.fetch(self.data.train, [0])
+        if hasattr(self.data, "sample"):  # texts differ in length: the module says which one is typical
+            batch = move_data_to_device(self.data.sample(), next(self.model.parameters()).device)
+        else:
+            batch = self.fetch(self.data.train, [0])
         return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else batch[0]
 
     def losses(self) -> Iterator[Tensor]:
