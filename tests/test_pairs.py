@@ -94,6 +94,14 @@ def test_what_cannot_follow_is_refused_in_one_line():
         assert "\n" not in str(error.value)
 
 
+def test_what_needs_a_distillation_says_so(tmp_path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        words = ["model=tiny_vit", "data.limit=32", "trainer=cpu", "method=pc_lora", "stage=adapt"]
+        cfg = compose("config", words)
+    with pytest.raises(recombine.UsageError, match="stage=joint"):
+        builder.one(cfg, tmp_path)
+
+
 @pytest.mark.parametrize(
     "words, steps",
     [
@@ -119,7 +127,8 @@ def test_on_the_command_line(words, steps, tmp_path):
     assert result["compressor"] is None if len(steps) == 1 else result["compressor"]["name"] == steps[0]
     assert result["test"]["acc"] >= 0 and "head" not in result["account"]
     if budget := next((float(w.split("_")[-1]) / 100 for w in words if w.startswith("budget")), None):
-        assert len(steps) > 1 or result["account"]["retained"] <= budget
+        slack = 0.005 if steps == ["Recast"] else 0  # its budget counts templates, not their few coefficients
+        assert len(steps) > 1 or result["account"]["retained"] <= budget + slack
     torch.manual_seed(0)  # the random backbone of the run
     loaded = recombine.load(result["checkpoint"])
     assert [step.method for step in loaded.recombined.steps] == steps

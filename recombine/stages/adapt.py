@@ -18,6 +18,9 @@ from recombine.tasks import Task
 
 def adapt(run: Run) -> dict:
     rewrite_all(run)
+    if not run.method.advance(run.model, 0.0):
+        name = type(run.method).__name__.lower()
+        raise UsageError(f"stage=adapt: {name} takes its form in a distillation; set stage=joint or stage=compress")
     return train_and_test(run)
 
 
