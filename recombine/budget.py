@@ -5,6 +5,9 @@ One word means the same for every method:
     trainable_150k   at most 150,000 weights train beside the head (k = 1e3, m = 1e6)
     energy_95        every factorisation keeps 95% of the squared singular values
     memory_1200mb    weights + gradients + AdamW state take at most 1200 MiB (2^20 bytes)
+
+Where a compressor comes before the method, trainable is the method's and the others are the compressor's: what the
+method adds comes on top, and every account says how much.
 """
 
 import re
@@ -88,7 +91,7 @@ def solve(method: "Method", model: nn.Module, sites: list["Site"], budget: Budge
         setattr(method, knob, budget.value)
         method.check(sites)
         return method
-    choices = method.choices(knob, sites)
+    choices, size = method.choices(knob, sites), sites[0].linear.weight.element_size()
     dense = sum(site.linear.weight.numel() for site in sites)
     rest = sum(p.numel() for p in model.parameters()) - held(site.linear for site in sites)
     head = sum(p.numel() for p in h.parameters()) if (h := roles.head(model)) is not None else 0
@@ -100,7 +103,7 @@ def solve(method: "Method", model: nn.Module, sites: list["Site"], budget: Budge
         stored, trained = method.sizes(sites)
         if budget.kind == "trainable":
             return trained
-        return (4 * (rest + stored) + (4 + ADAM) * (trained + head)) / MIB
+        return (size * (rest + stored) + (size + ADAM) * (trained + head)) / MIB
 
     if (least := measure(choices[0])) > budget.value:
         near = Budget(budget.kind, least * 1.0001)  # a word that can be typed, rounded up

@@ -79,14 +79,16 @@ def one(cfg: DictConfig, out: Path) -> dict:
     """One run: model, data, probe, stage, account, result.json."""
     start = time.perf_counter()
     quiet()
-    L.seed_everything(cfg.seed, verbose=False)
     check(cfg)
+    L.seed_everything(cfg.seed, verbose=False)
     chosen, first = pair(cfg)
     budget = Budget(cfg.budget.kind, cfg.budget.value)
     module = data.build(**OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True), seed=cfg.seed)
     model = models.build(**OmegaConf.to_container(cfg.model, resolve=True))
     match(module, model.recombine_source)
-    for part in filter(None, (first, chosen)):  # bad fields are refused before the data is made
+    for part in filter(
+        None, (first, chosen) if cfg.stage.name != "evaluate" else ()
+    ):  # bad fields are refused before the data is made
         methods.base.find_sites(copy.deepcopy(model), part)
     results.reserve(out)
     module.prepare_data()
@@ -126,7 +128,15 @@ def pair(cfg: DictConfig) -> tuple[methods.Method, methods.Method | None]:
     first = method(cfg.compressor)
     if not first.compresses:
         raise UsageError(f"method@compressor: {type(first).__name__.lower()} does not compress; choose one that does")
+    if cfg.stage.name == "compress":
+        raise UsageError("stage=compress applies the compressor alone: name it as method=, or take stage=joint")
     if type(first) is type(chosen):
+        bare = [replace(part, lr=0.0, targets=()) for part in (chosen, first, type(chosen)())]
+        if bare[0] not in bare[1:]:
+            name = type(chosen).__name__.lower()
+            raise UsageError(
+                f"method={name} after itself trains the compressor's factors: set its fields as compressor.*"
+            )
         return replace(first, lr=chosen.lr), None
     return chosen, first
 
@@ -156,6 +166,9 @@ def check(cfg: DictConfig) -> None:
 
     number = lambda x: isinstance(x, int | float) and x >= 0  # noqa: E731
     whole = lambda x: isinstance(x, int) and x >= 1  # noqa: E731
+    need("seed", lambda x: isinstance(x, int) and 0 <= x < 2**32, "a whole number from 0 to 2^32 - 1")
+    if "distil" in cfg.stage:
+        need("stage.distil.epochs", lambda x: isinstance(x, int) and x >= 0, "a whole number from 0")
     need("stage.name", lambda x: x in STAGES, f"one of {', '.join(STAGES)}")
     need("optim.head", lambda x: x in ("random", "probe"), "random or probe")
     need("optim.lr", lambda x: x is None or number(x), "a number from 0, or null for the method's own")

@@ -219,3 +219,28 @@ def test_more_budget_is_less_loss():
         recombine.apply(model, Jactus(dense="none"), word, losses(model))
         errors.append((outputs(model, x) - outputs(base, x)).norm().item())
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("shares", [0.3, 0.99])
+@pytest.mark.parametrize("counted", ["stored", "deployed"])
+def test_counts_hold_where_the_union_is_narrower_than_the_core(shares, counted):
+    model = build("tiny_vit")
+    method = Jactus(alpha=shares, beta=shares, gamma=shares, counted=counted, ratio=0.9)
+    recombine.apply(model, method, losses=losses(model))
+    fresh = build("tiny_vit")
+    again = copy.copy(method)
+    again.__post_init__()
+    sites = find_sites(fresh, again)
+    again.stats = collect(fresh, sites, losses(fresh), again.wants())
+    assert again.sizes(sites) == (
+        recombine.budget.stored_in_targets(model),
+        recombine.count(model).trained_without_head,
+    )
+
+
+def test_a_refused_method_leaves_a_recombined_model_whole():
+    model = recombine.apply(build("tiny_vit"), recombine.Full(targets=("q", "k", "v")))
+    with pytest.raises(recombine.UsageError):
+        recombine.apply(model, recombine.Cersa(targets=("q",), alpha=3.0))
+    assert recombine.count(model).retained == 1.0
+    recombine.merge(model)

@@ -318,7 +318,7 @@ def test_readme_library_example(tmp_path, monkeypatch):
     import timm
 
     blocks = (ROOT / "README.md").read_text().split("```python")[1:]
-    code = blocks[0].split("```")[0].replace("pretrained=True", "img_size=32")
+    code = next(b for b in blocks if "recombine.merge" in b).split("```")[0].replace("pretrained=True", "img_size=32")
     assert "recombine.apply" in code and "recombine.merge" in code
     monkeypatch.chdir(tmp_path)
     g = torch.Generator().manual_seed(0)

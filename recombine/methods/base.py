@@ -16,7 +16,7 @@ from recombine.calibration import Losses, Stats, collect
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.models import roles
-from recombine.models.split_qkv import fuse_qkv
+from recombine.models.split_qkv import SplitQKV, fuse_qkv
 
 
 class Site(NamedTuple):
@@ -157,6 +157,7 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
     """
     method = replace(method)  # the caller's keeps its fields, and no factors of this model
     budget = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
+    split = frozenset(name for name, module in model.named_modules() if isinstance(module, SplitQKV))
     try:
         sites = find_sites(model, method)
         if wanted := method.wants():
@@ -166,7 +167,7 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
             solve(method, model, sites, budget)
         method.learn(model, sites, losses)
     except UsageError:
-        fuse_qkv(model)  # split for the targets q, k and v
+        fuse_qkv(model, keep=split)  # what was split for the targets q, k and v
         raise
     old = getattr(model, "recombined", None)
     counted = set() if old is None else old.targets.keys()

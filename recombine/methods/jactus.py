@@ -97,7 +97,8 @@ class Jactus(Method):
             shares = (self.alpha, self.beta, self.gamma)
             turn = (stats.gx, self.eta) if self.gain == "weight+grad" else None
             found = union_factors(weight.detach().double(), self._eigen[key], outputs, shares, turn)
-            r, keep = self.most(*weight.shape), torch.promote_types(weight.dtype, torch.float32)  # float64 is too much
+            r = max(self.most(*weight.shape), self.top_k)
+            keep = torch.promote_types(weight.dtype, torch.float32)  # float64 is too much
             self._whole[site.name] = Whole(
                 found.left[:, :r].to(keep), found.inner[:r, :r].to(keep), found.right[:r].to(keep), found.gains
             )
@@ -106,15 +107,21 @@ class Jactus(Method):
     def cost(self, m: int, n: int, k: int) -> int:
         return k * (m + n) + (k * k if self.counted == "stored" else 0)
 
-    def dense_cost(self, m: int, n: int) -> int:
-        core = min(self.top_k, m, n) if self.dense == "core_on_top_k" and self.counted == "stored" else 0
+    def dense_cost(self, m: int, n: int, core: int) -> int:
+        core = core if self.dense == "core_on_top_k" and self.counted == "stored" else 0
         return m * n + self.cost(m, n, core)
+
+    def top(self, site: Site) -> int:
+        """The size of the core on a layer that stays dense."""
+        return min(self.top_k, len(self.whole(site).right))
 
     def most(self, m: int, n: int) -> int:
         """The largest rank that is worth its weights."""
         if self.dense == "none":
             return min(m, n)
-        return max(k for k in range(1, min(m, n) + 1) if k == 1 or self.cost(m, n, k) < self.dense_cost(m, n))
+        return max(
+            k for k in range(1, min(m, n) + 1) if k == 1 or self.cost(m, n, k) < self.dense_cost(m, n, self.top_k)
+        )
 
     def ranks(self, sites: list[Site]) -> list[int | None]:
         """The rank of every layer; None: it stays dense."""
@@ -123,11 +130,11 @@ class Jactus(Method):
             m, n = site.linear.weight.shape
             whole = self.whole(site)
             tail = whole.gains.sum() - whole.gains.cumsum(0)
-            r = len(whole.right)
+            r = min(len(whole.right), self.most(m, n))
             costs.append([self.cost(m, n, k) for k in range(1, r + 1)])
             losses.append(tail[:r].tolist())
             if self.dense != "none":
-                costs[-1].append(self.dense_cost(m, n))
+                costs[-1].append(self.dense_cost(m, n, self.top(site)))
                 losses[-1].append(0.0)
             top.append(r)
         budget = self.ratio * sum(site.linear.weight.numel() for site in sites)
@@ -136,14 +143,17 @@ class Jactus(Method):
         return [None if i == r else i + 1 for i, r in zip(chosen, top, strict=True)]
 
     def kept(self, sites: list[Site]) -> int:
-        pairs = [(site.linear.weight.shape, k) for site, k in zip(sites, self.ranks(sites), strict=True)]
-        return sum(self.dense_cost(*shape) if k is None else self.cost(*shape, k) for shape, k in pairs)
+        kept = 0
+        for site, k in zip(sites, self.ranks(sites), strict=True):
+            m, n = site.linear.weight.shape
+            kept += self.dense_cost(m, n, self.top(site)) if k is None else self.cost(m, n, k)
+        return kept
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         stored = trained = 0
         for site, k in zip(sites, self.ranks(sites), strict=True):
             m, n = site.linear.weight.shape
-            core = k or (min(self.top_k, m, n) if self.dense == "core_on_top_k" else 0)
+            core = k or (self.top(site) if self.dense == "core_on_top_k" else 0)
             stored += core * (m + n) + core * core + (m * n if k is None else 0)
             trained += m * n if k is None and self.dense == "full" else core * core
         return stored, trained
@@ -160,7 +170,7 @@ class Jactus(Method):
             weight.requires_grad_(self.dense == "full")
             return linear
         left, inner, right, _ = self.whole(site)
-        k_top = min(self.top_k, len(right)) if k is None else k
+        k_top = self.top(site) if k is None else k
         ql, tl = torch.linalg.qr(left[:, :k_top].double())
         qr, tr = torch.linalg.qr(right[:k_top].T.double())
         if k is None:

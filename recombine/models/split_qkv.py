@@ -29,9 +29,11 @@ def split_qkv(model: nn.Module, names: list[str] | tuple[str, ...]) -> None:
         model.set_submodule(name, SplitQKV(model.get_submodule(name)))
 
 
-def fuse_qkv(model: nn.Module) -> list[str]:
-    """Undoes ``split_qkv`` wherever q, k and v are plain nn.Linear again; returns the names of those layers."""
-    fused = [name for name, module in model.named_modules() if isinstance(module, SplitQKV) and _plain(module)]
+def fuse_qkv(model: nn.Module, keep: frozenset[str] = frozenset()) -> list[str]:
+    """Undoes ``split_qkv`` wherever q, k and v are plain nn.Linear again, but for the layers of the names `keep`;
+    returns the names of those layers."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, SplitQKV)}
+    fused = [name for name, module in found.items() if _plain(module) and name not in keep]
     for name in fused:
         model.set_submodule(name, _join(model.get_submodule(name)))
     return fused

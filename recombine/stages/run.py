@@ -54,10 +54,14 @@ class Run:
         return {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, dict) else batch[0]
 
     def losses(self) -> Iterator[Tensor]:
-        """The task loss of each calibration batch: the same seeded draw from the training data at every call."""
+        """The task loss of each calibration batch: the same seeded draw from the training data at every call.
+
+        All batches are of one size, as a mean over fewer samples gives each of them larger gradients.
+        """
         wanted, size = self.cfg.calibration.samples, self.cfg.calibration.batch_size
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(self.cfg.seed))
-        order, task = order[:wanted].tolist(), self.task()
+        wanted = min(wanted, len(order))
+        order, task = order[: wanted - wanted % size if wanted > size else wanted].tolist(), self.task()
         for start in range(0, len(order), size):
             loss, _ = task.loss(self.model, self.fetch(self.data.train, order[start : start + size]))
             yield loss
