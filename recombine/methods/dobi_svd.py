@@ -20,13 +20,14 @@ storage is not used, and k stops there.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from recombine.calibration import Losses, quiet
+from recombine.errors import UsageError
 from recombine.methods.balf import Whitened, dims, most
 from recombine.methods.base import Site, need
 from recombine.methods.weighted_svd import truncated
@@ -63,9 +64,8 @@ class DobiSvd(Whitened):
         dense = torch.tensor([site.linear.weight.numel() for site in sites], dtype=torch.float64)
         share = torch.full((len(sites),), self.ratio, dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([share], lr=self.step_size)
-        batches = chain.from_iterable(iter(losses, None))  # pass after pass
         with quiet(model), torch.enable_grad(), self.softly(sites, share):
-            for loss in islice(batches, self.steps):
+            for loss in islice(passes(losses), self.steps):
                 kept = (share * dense).sum() / dense.sum()
                 optimizer.zero_grad()
                 (loss + self.weight * (kept - self.ratio).abs()).backward()
@@ -106,6 +106,16 @@ class DobiSvd(Whitened):
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site, k in zip(sites, self._ranks, strict=True):
             model.set_submodule(site.name, truncated(site, self._factors.pop(site.name)[0][:, :k]))
+
+
+def passes(losses: Losses) -> Iterator[Tensor]:
+    """Batch after batch, pass after pass."""
+    while True:
+        loss = None
+        for loss in losses():
+            yield loss
+        if loss is None:
+            raise UsageError("DobiSvd passes over the calibration batches more than once: losses() must begin anew")
 
 
 def spend(share: Tensor, sites: list[Site], ratio: float) -> list[int]:
