@@ -30,7 +30,7 @@ from recombine.data import glue, sentences, text
 from recombine.errors import UsageError
 from recombine.methods.base import find_sites
 from recombine.models import packaged, roles
-from recombine.models.text import model_files
+from recombine.models.folders import model_files
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "big", "small", "house", "tree", "river", "runs", "over", "red"]

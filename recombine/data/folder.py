@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from recombine.data.module import SPLITS
 from recombine.data.source import Lazy, Part, Source, decode, stratified
-from recombine.data.vision import SPLITS, VisionData
+from recombine.data.vision import VisionData
 from recombine.errors import UsageError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}

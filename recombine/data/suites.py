@@ -27,8 +27,9 @@ import numpy as np
 from recombine.data import hub
 from recombine.data.folder import OFFICIAL, is_tree, stamp
 from recombine.data.folder import splits as folders
+from recombine.data.module import SPLITS
 from recombine.data.source import Lazy, Part, Source, decode, join, shuffled, stratified
-from recombine.data.vision import SPLITS, VisionData
+from recombine.data.vision import VisionData
 from recombine.errors import UsageError
 
 HOLDOUT = 0.1  # of train, for validation

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
 
-import lightning
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,8 +35,8 @@ from torchmetrics import MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
 from recombine.assets import cache_dir, writing
+from recombine.data.module import CachedModule, announce, whole
 from recombine.data.source import shuffled, stratified
-from recombine.data.vision import announce, building
 from recombine.errors import UsageError
 
 HELD_OUT = 0.1  # of train, where a task has no validation set of its own
@@ -124,7 +123,7 @@ METRICS = {  # name -> metric of logits (B, classes), or of values (B,), and lab
 }
 
 
-class TextData(lightning.LightningDataModule):
+class TextData(CachedModule):
     """A subclass sets `group`, `classes` (None: a number is predicted) and `scores`, the metrics, the first of which
     chooses the epoch and is printed first."""
 
@@ -148,12 +147,9 @@ class TextData(lightning.LightningDataModule):
     ):
         """``tokenizer`` belongs to the model and is set before ``prepare_data``; ``limit`` cuts every split."""
         super().__init__()
-        for key, value, least in (
-            ("batch_size", batch_size, 1), ("max_length", max_length, 8), ("bucket", bucket, 1), ("limit", limit, 1),
-            ("num_workers", num_workers, 0),
-        ):  # fmt: skip
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise UsageError(f"data.{key}={value!r} is no whole number from {least}: give one")
+        whole(1, batch_size=batch_size, bucket=bucket, limit=limit)
+        whole(8, max_length=max_length)
+        whole(0, num_workers=num_workers)
         if select not in SELECT:
             raise UsageError(f"data.select={select}: must be one of {', '.join(SELECT)}")
         self.task, self.batch_size, self.max_length, self.bucket = task, batch_size, max_length, bucket
@@ -177,20 +173,6 @@ class TextData(lightning.LightningDataModule):
         with warnings.catch_warnings(action="ignore"):  # Spearman's keeps all values, as it must
             return MetricCollection({name: METRICS[name](self.num_classes) for name in self.scores})
 
-    # What a subclass writes
-
-    def source(self) -> TextSource:
-        raise NotImplementedError
-
-    def identity(self) -> str:
-        """Changes when the sentences, their labels or their split change; must be cheap."""
-        raise NotImplementedError
-
-    def check(self, digests: dict[str, str]) -> None:
-        """Sees the sha256 of every whole split before anything is cached."""
-
-    # Cache
-
     @property
     def path(self) -> Path:
         if self.tokenizer is None:
@@ -210,12 +192,6 @@ class TextData(lightning.LightningDataModule):
                 return json.loads(file.metadata()["recombine"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
-
-    def prepare_data(self) -> None:
-        if self._meta() is None:
-            with building(self.path.stem):
-                if self._meta() is None:  # still, and not built by another while this one waited
-                    self._build()
 
     def _build(self) -> None:
         source, path = self.source(), self.path
@@ -326,20 +302,14 @@ class TextData(lightning.LightningDataModule):
 
     # Loaders
 
-    def _loader(self, split: Texts, sampler, bucket: int, generator: torch.Generator | None) -> DataLoader:
-        return DataLoader(
-            split,
-            batch_sampler=Buckets(sampler, self.batch_size, False, split.lengths, bucket, generator),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_batch,
-        )
+    def _buckets(self, split: Texts, sampler, bucket: int, generator: torch.Generator | None = None) -> DataLoader:
+        batches = Buckets(sampler, self.batch_size, False, split.lengths, bucket, generator)
+        return self._loader(split, batch_sampler=batches)
 
     def train_dataloader(self) -> DataLoader:
         """Other batches every epoch, the same ones for the same seed."""
         generator = torch.Generator().manual_seed(self.seed)
-        return self._loader(self.train, RandomSampler(self.train, generator=generator), self.bucket, generator)
+        return self._buckets(self.train, RandomSampler(self.train, generator=generator), self.bucket, generator)
 
     def val_dataloader(self) -> DataLoader | list:
         return [] if self.val is None else self._all(self.val)
@@ -348,7 +318,7 @@ class TextData(lightning.LightningDataModule):
         return self._all(self.test)
 
     def _all(self, split: Texts) -> DataLoader:
-        return self._loader(split, SequentialSampler(split), len(split), None)  # one bucket: by length
+        return self._buckets(split, SequentialSampler(split), len(split))  # one bucket: by length
 
     def sample(self) -> dict[str, Tensor]:
         """A batch of one, of the training data's median length."""
@@ -381,7 +351,3 @@ def fingerprint(tokenizer) -> str:
     """sha256 of all that a tokenizer does; how it was last told to cut and to pad is not part of that."""
     said = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch  # __getitems__ made it one already

@@ -24,26 +24,21 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
 
-import lightning
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from recombine.assets import cache_dir, writing
 from recombine.data import augment as augmentation
-from recombine.data.source import Source
+from recombine.data.module import SPLITS, CachedModule, announce, whole
 from recombine.errors import UsageError
 
-SPLITS = ("train", "val", "test")
 STALE = 600  # seconds after which a temporary file that nobody writes to is a dead builder's
 
 
@@ -69,11 +64,7 @@ class Images(Dataset):
         return images[0], labels[0]
 
 
-def _batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return batch  # __getitems__ made it one already
-
-
-class VisionData(lightning.LightningDataModule):
+class VisionData(CachedModule):
     name: str
     group: str
     suite: ClassVar[dict[str, str]] = {}  # task -> group: what data.task=all runs
@@ -95,32 +86,14 @@ class VisionData(lightning.LightningDataModule):
     ):
         """``image_size``, ``mean`` and ``std`` belong to the model and may be set later; ``limit`` cuts every split."""
         super().__init__()
-        for key, value, least in (
-            ("image_size", image_size, 1), ("batch_size", batch_size, 1), ("limit", limit, 1),
-            ("num_workers", num_workers, 0),
-        ):  # fmt: skip
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise UsageError(f"{key}={value!r} is no whole number from {least}: give one")
+        whole(1, image_size=image_size, batch_size=batch_size, limit=limit)
+        whole(0, num_workers=num_workers)
         if augment not in augmentation.KINDS:
             raise UsageError(f"data.augment={augment}: must be one of {', '.join(augmentation.KINDS)}")
         self.task, self.image_size, self.batch_size, self.augment = task, image_size, batch_size, augment
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)
         self.seed, self.num_workers, self.limit = seed, num_workers, limit
-
-    # What a subclass writes
-
-    def source(self) -> Source:
-        raise NotImplementedError
-
-    def identity(self) -> str:
-        """Changes when the pictures, their labels or their split change; must be cheap."""
-        raise NotImplementedError
-
-    def check(self, digests: dict[str, str]) -> None:
-        """Sees the sha256 of every whole split before anything is cached."""
-
-    # Cache
 
     @property
     def path(self) -> Path:
@@ -138,12 +111,6 @@ class VisionData(lightning.LightningDataModule):
             return meta if self.path.stat().st_size == meta["bytes"] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
-
-    def prepare_data(self) -> None:
-        if self._meta() is None:
-            with building(self.path.stem):
-                if self._meta() is None:  # still, and not built by another while this one waited
-                    self._build()
 
     def _build(self) -> None:
         source, path = self.source(), self.path
@@ -251,29 +218,6 @@ class VisionData(lightning.LightningDataModule):
             "limit": self.limit,
         }
 
-    # Loaders
-
-    def _loader(self, split: Images, **kwargs) -> DataLoader:
-        return DataLoader(
-            split,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_batch,
-            **kwargs,
-        )
-
-    def train_dataloader(self) -> DataLoader:
-        """Another order every epoch, the same ones for the same seed."""
-        return self._loader(self.train, shuffle=True, generator=torch.Generator().manual_seed(self.seed))
-
-    def val_dataloader(self) -> DataLoader | list:
-        return [] if self.val is None else self._loader(self.val)
-
-    def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test)
-
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> float32, on the images' device."""
         for key, value in (("mean", self.mean), ("std", self.std)):
@@ -303,22 +247,6 @@ class VisionData(lightning.LightningDataModule):
         return self._generator
 
 
-@contextmanager
-def building(what: str) -> Iterator[None]:
-    """Lets one process at a time through. The lock dies with its process."""
-    with writing(folder := cache_dir() / "locks"):
-        lock = FileLock(folder / f"{what}.lock")
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            announce(f"{what}: another process builds it, waiting")
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def sweep(folder: Path) -> None:
     """Removes what killed builders left."""
     for path in folder.glob("*.npy.*"):
@@ -330,13 +258,6 @@ def sweep(folder: Path) -> None:
 def room(folder: Path, needed: int) -> None:
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
-
-
-@cache
-def announce(line: str) -> None:
-    """Once a process, and of several ranks only the first."""
-    if rank_zero_only.rank == 0:
-        print(line, file=sys.stderr)
 
 
 def _shared(mine: list[bytes], theirs: list[bytes]) -> tuple[int, int, int] | tuple[int]:

@@ -25,9 +25,9 @@ import numpy as np
 
 from recombine.assets import cache_dir, writing
 from recombine.data import folder
+from recombine.data.module import building
 from recombine.data.source import Part, decode
 from recombine.data.suites import Row, Suite
-from recombine.data.vision import building
 from recombine.errors import UsageError
 
 REPOSITORY, ARCHIVE = "XiN0919/VTAB-1k", "vtab-1k.zip"

@@ -15,15 +15,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recombine.errors import UsageError
-from recombine.models import packaged
-from recombine.models.text import UNREADABLE, model_files, silence
-from recombine.models.weights import first_line, hub_folder
+from recombine.models.folders import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged, silence
+from recombine.models.weights import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 THEIRS = ("rope_parameters", "initializer_range")  # taken from the weights where there are any
@@ -54,7 +51,7 @@ def build(
     if dtype not in DTYPES:
         raise UsageError(f"model.dtype={dtype}: must be one of {', '.join(DTYPES)}")
     where = {"id": id, "revision": revision, "tag": tag, "pretrained": pretrained, "checkpoint": checkpoint}
-    path = folder(name, **where)
+    path = folder(name, WAYS, **where)
     config = configuration(name, sizes)
     if path is None:
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
@@ -112,62 +109,21 @@ def load(name: str, path: Path, sizes: Mapping, dtype: torch.dtype) -> nn.Module
         reason = first_line(error)
         raise UsageError(f"model {name}: the weights in {path} cannot be read ({reason}); replace the file") from error
     surplus = {key for key in told["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq")}
-    for keys, what in ((told["missing_keys"], "lacks"), (surplus, "has too much:")):
-        if keys:
-            raise UsageError(f"model {name}: {path} {what} {min(keys)}; give the folder of this architecture's weights")
-    for key, tensor in model.named_parameters():
-        if not tensor.isfinite().all():
-            raise UsageError(f"model {name}: the weights in {path} are damaged: {key} is not finite; replace the file")
+    refuse_damaged(name, path, model, ((told["missing_keys"], "lacks"), (surplus, "has too much:")))
     return model
-
-
-def folder(
-    name: str,
-    *,
-    id: str | None,
-    revision: str | None,
-    tag: str | None,
-    pretrained: bool,
-    checkpoint: str | Path | None,
-) -> Path | None:
-    """Where weights, config.json and tokenizer lie; None: nowhere, the model is random."""
-    if checkpoint is not None:
-        if not (Path(checkpoint) / "config.json").is_file():
-            raise UsageError(
-                f"model.checkpoint={checkpoint} holds no config.json: give a folder that transformers saved"
-            )
-        return Path(checkpoint)
-    if not pretrained:
-        return None
-    if tag == "packaged":
-        if name not in packaged.FOLDERS:
-            raise UsageError(f"model.tag=packaged: no package holds {name}: take model=smollm2_135m")
-        return packaged.FOLDERS[name]()
-    return hub_folder(name, id, revision, model_files, WAYS)
 
 
 def tokenizer(source: Mapping) -> PreTrainedTokenizerFast:
     """The tokenizer of a model by its ``recombine_source``; a random model reads bytes."""
-    name, where = source["name"], {k: source[k] for k in ("id", "revision", "tag", "pretrained", "checkpoint")}
-    path = folder(name, **where)
-    if path is None:
-        return byte_tokenizer()
-    try:
-        with silence():
-            made = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (*UNREADABLE, ImportError) as error:
-        raise UsageError(f"model {name}: no tokenizer in {path} ({first_line(error)}); complete the folder") from error
+    made = read_tokenizer(source, WAYS) or byte_tokenizer()
     if made.pad_token is None:  # Llama has none; what is padded is masked
         made.pad_token = made.eos_token
     return made
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes are tokens 3 to 258, after <unk>, <s> and </s>; every text can be written in them."""
+    """Bytes are tokens 3 to 258, after <unk>, <s> and </s>."""
     unknown, begin, end = SPECIAL
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(BPE({token: i for i, token in enumerate([*SPECIAL, *alphabet])}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token=unknown, bos_token=begin, eos_token=end, pad_token=unknown
+        tokenizer_object=bytes_only(SPECIAL), unk_token=unknown, bos_token=begin, eos_token=end, pad_token=unknown
     )

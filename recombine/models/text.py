@@ -12,24 +12,17 @@ Where the weights lack DeBERTa's pooler, it is drawn from a seed of its own: par
 run. Paper (CERSA Tab. 8): 730.5 MiB for LoRA r=32, which leaves the pooler frozen. Here: the same; `full` trains it.
 """
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from omegaconf import ListConfig
-from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     BertForSequenceClassification,
     BertModel,
     BertPreTrainedModel,
@@ -37,11 +30,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import logging as transformers_logging
 
 from recombine.errors import UsageError
-from recombine.models import packaged
-from recombine.models.weights import first_line, hub_folder
+from recombine.models.folders import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged, silence
+from recombine.models.weights import first_line
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +68,7 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_d
 UNDECLARED = ("cls_dropout", "position_buckets", "norm_rel_ebd", "share_att_key")  # DeBERTa reads them all the same
 OTHERS_HEADS = ("pooler.", "bert.pooler.", "cls.", "lm_predictions.", "mask_predictions.", "classifier.")
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")  # of the byte tokenizer, before the 256 bytes
-UNREADABLE = (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError)
+WAYS = "connect once, or give model.checkpoint=FOLDER, or take model=minilm or model.pretrained=false"
 
 
 def build(
@@ -105,7 +97,7 @@ def build(
     cls = MODELS[arch, pooling]
     config = {key: list(value) if isinstance(value, ListConfig) else value for key, value in config.items()}
     where = {"id": id, "revision": revision, "tag": tag, "pretrained": pretrained, "checkpoint": checkpoint}
-    path = folder(name, **where)
+    path = folder(name, WAYS, **where)
     known = cls.config_class()
     for key, value in config.items():
         if not hasattr(known, key) and key not in UNDECLARED:
@@ -168,12 +160,8 @@ def load(name: str, cls: type, path: Path, wanted, config: dict) -> nn.Module:
     lacking = {key for key in told["missing_keys"] if key.startswith(backbone)}
     misfits = {key for key, *_ in told["mismatched_keys"] if not key.startswith("classifier.")}
     surplus = {key for key in told["unexpected_keys"] if not key.startswith(OTHERS_HEADS) and "position_ids" not in key}
-    for keys, what in ((lacking, "lacks"), (misfits, "has another shape of"), (surplus, "has too much:")):
-        if keys:
-            raise UsageError(f"model {name}: {path} {what} {min(keys)}; give the folder of this architecture's weights")
-    for key, tensor in model.named_parameters():
-        if not tensor.isfinite().all():
-            raise UsageError(f"model {name}: the weights in {path} are damaged: {key} is not finite; replace the file")
+    found = ((lacking, "lacks"), (misfits, "has another shape of"), (surplus, "has too much:"))
+    refuse_damaged(name, path, model, found)
     if any(key.startswith("pooler.") for key in told["missing_keys"]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -198,62 +186,15 @@ def fresh(model: nn.Module, linear: nn.Linear) -> None:
     linear.bias.zero_()
 
 
-# The folder, and the tokenizer that lies in it
-
-
-def folder(
-    name: str,
-    *,
-    id: str | None,
-    revision: str | None,
-    tag: str | None,
-    pretrained: bool,
-    checkpoint: str | Path | None,
-) -> Path | None:
-    """Where weights, config.json and tokenizer lie; None: nowhere, the model is random."""
-    if checkpoint is not None:
-        if not (Path(checkpoint) / "config.json").is_file():
-            raise UsageError(
-                f"model.checkpoint={checkpoint} holds no config.json: give a folder that transformers saved, with the "
-                f"tokenizer beside the weights"
-            )
-        return Path(checkpoint)
-    if not pretrained:
-        return None
-    if tag == "packaged":
-        if name not in packaged.FOLDERS:
-            raise UsageError(f"model.tag=packaged: no package holds {name}: take model={' or '.join(packaged.FOLDERS)}")
-        return packaged.FOLDERS[name]()
-    ways = "connect once, or give model.checkpoint=FOLDER, or take model=minilm or model.pretrained=false"
-    return hub_folder(name, id, revision, model_files, ways)
-
-
-def model_files(names: Sequence[str]) -> list[str]:
-    """The config, the tokenizer, and the weights in one form, safetensors where there are any."""
-    weights = [n for n in names if fnmatch(n, "model*.safetensors")] or [n for n in names if n == "pytorch_model.bin"]
-    rest = [n for n in names if "/" not in n and n.endswith((".json", ".model", ".txt"))]
-    return weights + rest if weights and "config.json" in names else []
-
-
 def tokenizer(source: Mapping) -> PreTrainedTokenizerFast:
     """The tokenizer of a model by its ``recombine_source``; a random model reads bytes."""
-    name, where = source["name"], {k: source[k] for k in ("id", "revision", "tag", "pretrained", "checkpoint")}
-    path = folder(name, **where)
-    if path is None:
-        return byte_tokenizer(source.get("max_position_embeddings", 512))
-    try:
-        with silence():
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (*UNREADABLE, ImportError, json.JSONDecodeError) as error:
-        raise UsageError(f"model {name}: no tokenizer in {path} ({first_line(error)}); complete the folder") from error
+    return read_tokenizer(source, WAYS) or byte_tokenizer(source.get("max_position_embeddings", 512))
 
 
 def byte_tokenizer(longest: int) -> PreTrainedTokenizerFast:
-    """Bytes are tokens 4 to 259, after [PAD], [CLS], [SEP] and [MASK]; every text can be written in them."""
+    """Bytes are tokens 4 to 259, after [PAD], [CLS], [SEP] and [MASK]."""
     pad, begin, end, mask = SPECIAL
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(BPE({token: i for i, token in enumerate([*SPECIAL, *alphabet])}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = bytes_only(SPECIAL)
     made.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A {end}", pair=f"{begin} $A {end} $B:1 {end}:1", special_tokens=[(begin, 1), (end, 2)]
     )
@@ -266,17 +207,3 @@ def byte_tokenizer(longest: int) -> PreTrainedTokenizerFast:
         mask_token=mask,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
-
-
-@contextmanager
-def silence():
-    """transformers draws bars and prints a table of what a head lacks; `load` says it in the project's words."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
