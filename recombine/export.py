@@ -5,8 +5,6 @@ factorisation again, so signs and gauges stay and a resumed model gives the same
 """
 
 import json
-import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 
 from recombine import methods, models
 from recombine.errors import UsageError
+from recombine.files import replacing
 from recombine.methods.base import Record, Step
 from recombine.models import roles
 from recombine.models.split_qkv import fuse_qkv
@@ -180,21 +179,3 @@ def method_class(path: Path, name: str) -> type[methods.Method]:
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, parameter)
-
-
-@contextmanager
-def replacing(path: Path):
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder"
-        ) from error
-    except SafetensorError as error:
-        raise UsageError(f"{path}: cannot be written ({error}); free some space or choose another folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)

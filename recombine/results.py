@@ -3,25 +3,80 @@
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
 
 from recombine.errors import UsageError
-from recombine.export import replacing
+from recombine.files import replacing
+from recombine.naming import aside
 
 PACKAGES = ("recombine", "torch", "lightning", "hydra-core", "timm", "peft", "transformers", "torchmetrics", "numpy")
+ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", "num_nodes", "strategy")} | {
+    "data.num_workers",
+    "trainer.checkpoint_minutes",
+}  # on what a run runs, not what it computes
 
 
-def reserve(folder: Path) -> None:
-    """Makes the folder of a run and refuses one that cannot be written, before hours are spent."""
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Makes the folder of a run and holds it; refuses one that cannot be written, or where another process works."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (probe := folder / ".writable").touch()
-        probe.unlink()
+        lock = FileLock(folder / ".running")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UsageError(
+            f"{folder}: another process runs here; wait for it, or choose another hydra.run.dir"
+        ) from error
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror}); choose another hydra.run.dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def finished(folder: Path, cfg: DictConfig) -> dict | None:
+    """The result that the folder of a run holds already, or None.
+
+    Raises:
+        UsageError: it is a result of another configuration.
+    """
+    if not (path := folder / "result.json").is_file():
+        return None
+    before = read(path)
+    there, here = flat(before["config"]), flat(json.loads(json.dumps(settings(cfg), default=str)))
+    for key in there.keys() & here.keys():  # what only one of them knows came or went with a version
+        if there[key] != here[key] and key not in ELSEWHERE:
+            what = f"{key}={there[key]} there, {here[key]} here"
+            raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")
+    return before
+
+
+def settings(cfg: DictConfig) -> dict:
+    """The configuration of a run, without the experiment around it."""
+    kept = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra" and not aside(key)])
+    kept._set_parent(cfg)  # interpolations may refer to what is left out
+    return OmegaConf.to_container(kept, resolve=True)
+
+
+def flat(nested: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    found = {}
+    for key, value in nested.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return found
+
+
+def score(result: dict) -> float:
+    """What validation chose by; nan where nothing did."""
+    return result["val"].get(result["metric"], float("nan"))
 
 
 def write(path: Path, result: dict) -> Path:
@@ -42,6 +97,8 @@ def read(path: Path) -> dict:
 
 def environment() -> dict:
     """Versions, machine and commit, so that a number can be traced."""
+    import torch  # whoever only reads results can do without
+
     found = {}
     for package in PACKAGES:
         try:

@@ -1,0 +1,49 @@
+"""Hydra's two ends of recombine.sweep; Hydra looks for plugins in this namespace only.
+
+GridSweeper: the cells of an experiment's grid, or the product of what -m gives.
+LocalLauncher: runs them on this machine, in processes of their own.
+"""
+
+from collections.abc import Sequence
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+
+
+class GridSweeper(Sweeper):
+    """params: sweeps that every call makes unless it says otherwise, for example {"seed": "0,1,2"}."""
+
+    def __init__(self, params: dict[str, str] | None = None):
+        self.params = params or {}
+
+    def setup(self, *, hydra_context, task_function, config) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        from recombine.sweep import grid, ledger
+
+        given = {argument.split("=")[0] for argument in arguments}
+        params = [f"{key}={value}" for key, value in self.params.items() if key not in given]
+        returns = self.launcher.launch(grid.jobs(self.config, [*params, *arguments]), 0)
+        ledger.refuse_failed(returns)
+        return returns
+
+
+class LocalLauncher(Launcher):
+    """jobs: runs at the same time; null: one a GPU, or one where there is none."""
+
+    def __init__(self, jobs: int | None = None):
+        self.jobs = jobs
+
+    def setup(self, *, hydra_context, task_function, config) -> None:
+        self.hydra_context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from recombine.sweep import local
+
+        return local.launch(self.hydra_context, self.config, job_overrides, initial_job_idx, self.jobs)
