@@ -7,15 +7,36 @@ recombine.save(model, "cersa.safetensors")
 recombine.merge(model)                                  # an ordinary timm model again
 """
 
-from recombine.torchvision_guard import guard
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-guard()
+if TYPE_CHECKING:
+    from recombine.api import *  # noqa: F403
 
-from recombine.budget import Account, Budget, count  # noqa: E402
-from recombine.errors import UsageError  # noqa: E402
-from recombine.export import load, merge, save  # noqa: E402
-from recombine.layers import RecombinedLinear  # noqa: E402
-from recombine.methods import *  # noqa: E402, F403
-from recombine.methods import __all__ as _methods  # noqa: E402
 
-__all__ = ["Account", "Budget", "RecombinedLinear", "UsageError", "count", "load", "merge", "save", *_methods]
+class BeforeTorchvision:
+    """Runs recombine.torchvision_guard when torchvision is first looked for: timm and transformers import it."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(BeforeTorchvision)
+            import_module("recombine.torchvision_guard").guard()
+
+
+sys.meta_path.insert(0, BeforeTorchvision)
+
+
+def __getattr__(name: str):
+    """What `recombine.api` offers, imported at first use: the report and `run.py --help` need no torch."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(name)
+    if find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    return getattr(import_module(f"{__name__}.api"), name)
+
+
+def __dir__():
+    return [*globals(), *import_module(f"{__name__}.api").__all__]

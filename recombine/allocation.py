@@ -1,4 +1,7 @@
-"""Spends one budget over many layers, each of which offers a list of options: a multiple-choice knapsack.
+"""Spends one budget over many layers.
+
+`greedy` and `lagrangian`: each layer offers a list of options, a multiple-choice knapsack. `nearest`: each layer has a
+real number that is to be rounded.
 
 A layer's options are two tensors, costs (whole numbers, ascending) and losses (descending). For ranks 1, 2, ... and
 then the dense layer itself, the cost is what each stores and the loss what each gets wrong. Both functions return the
@@ -37,11 +40,12 @@ def greedy(costs: list[Tensor], losses: list[Tensor], budget: float) -> list[int
     return chosen
 
 
-def lagrangian(costs: list[Tensor], losses: list[Tensor], budget: float, steps: int = 60) -> list[int]:
+def lagrangian(costs: list[Tensor], losses: list[Tensor], budget: float, fill: bool = True) -> list[int]:
     """Each layer minimises loss + price * cost; the lowest price that the budget allows, by bisection.
 
     That is optimal for what it spends. The rest goes to the layers that are undecided at this price, each to the better
     of its two options while it fits, and then to single options, greedily: the loss is within one layer's of the least.
+    Not fill: the rest stays unspent.
     """
     least(costs, budget)
     costs, losses = [c.double().cpu() for c in costs], [loss.double().cpu() for loss in losses]
@@ -57,10 +61,12 @@ def lagrangian(costs: list[Tensor], losses: list[Tensor], budget: float, steps: 
         return at(low)
     while spent(at(high)) > budget:
         low, high = high, high * 16
-    for _ in range(steps):
+    for _ in range(60):
         middle = (low * high) ** 0.5 if low else high / 16
         low, high = (low, middle) if spent(at(middle)) <= budget else (middle, high)
     chosen = at(high)
+    if not fill:
+        return chosen
     left = budget - spent(chosen)
     for layer, better in enumerate(at(low)):
         step = float(costs[layer][better] - costs[layer][chosen[layer]])
@@ -77,3 +83,29 @@ def least(costs: list[Tensor], budget: float) -> float:
     if total > budget:
         raise UsageError(f"budget: {budget:.0f} weights are fewer than the {total:.0f} that the smallest choice stores")
     return total
+
+
+def nearest(ranks: Tensor, cost: Tensor, scale: Tensor, top: Tensor, budget: float) -> list[int]:
+    """Whole ranks nearest to real ones, after those have moved up or down together until they just fit the budget.
+
+    Args:
+        ranks: (layers,), float64.
+        cost: of one rank in each layer.
+        scale: how far each layer moves together with the others.
+        top: the largest rank of each; the least is 1.
+    """
+
+    def moved(by: float) -> Tensor:
+        return (ranks + by * scale).clamp(min=1).minimum(top)
+
+    low, high = -1.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if moved(middle) @ cost <= budget else (low, middle)
+    whole = moved(low).floor()
+    left = budget - float(whole @ cost)
+    for i in (moved(low) - whole).argsort(descending=True, stable=True).tolist():  # the nearest to the next rank first
+        if cost[i] <= left and whole[i] < top[i]:
+            whole[i] += 1
+            left -= float(cost[i])
+    return [int(k) for k in whole]

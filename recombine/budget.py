@@ -169,6 +169,25 @@ def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Accoun
     )
 
 
+def predict(method: "Method", model: nn.Module, sites: list["Site"]) -> Account:
+    """The account that `count` would give of the rewritten model, by the method's closed form; no FLOPs."""
+    (stored, trained), size = method.sizes(sites), sites[0].linear.weight.element_size()
+    dense, total = sum(site.linear.weight.numel() for site in sites), sum(p.numel() for p in model.parameters())
+    head = sum(p.numel() for p in h.parameters()) if (h := roles.head(model)) is not None else 0
+    rest = total - held(site.linear for site in sites)
+    return Account(
+        stored=rest + stored,
+        trained=trained + head,
+        stored_without_head=rest + stored - head,
+        trained_without_head=trained,
+        retained=stored / dense,
+        retained_total=(rest + stored) / total,
+        bytes_weights=size * (rest + stored),
+        bytes_gradients=size * (trained + head),
+        bytes_optimizer=ADAM * (trained + head),
+    )
+
+
 def stored_in_targets(model: nn.Module) -> int:
     """Weights inside the rewritten layers, as `held` counts them."""
     return held(model.get_submodule(target) for target in model.recombined.targets)

@@ -5,7 +5,7 @@ same tensor (q, k and v of a block) share their input statistics. Tokens are poo
 where the model is called with an `attention_mask` (B, T), is left out.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -147,6 +147,20 @@ def valid(mask: list, x: Tensor) -> Tensor | None:
     """Which (B, T) positions of x are no padding."""
     keep = mask[0]
     return keep if keep is not None and x.shape[:2] == keep.shape else None
+
+
+def passes(losses: Losses) -> Iterator[Tensor]:
+    """Batch after batch, pass after pass.
+
+    Raises:
+        UsageError: a pass without a batch.
+    """
+    while True:
+        loss = None
+        for loss in losses():
+            yield loss
+        if loss is None:
+            raise UsageError("calibration: a pass had no batch: losses() must begin anew and yield at least one")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
+from recombine import progress
 from recombine import tasks as objectives
 from recombine.data import choices, language
 from recombine.errors import UsageError
@@ -91,7 +92,7 @@ def perplexity(model: nn.Module, samples, *, batch_size: int = 8, limit: int | N
     model.eval()
     try:
         indices = list(range(min(len(samples), limit or len(samples))))
-        for start in range(0, len(indices), batch_size):
+        for start in progress.of(range(0, len(indices), batch_size), "perplexity", "batches"):
             batch = {k: v.to(device) for k, v in samples.__getitems__(indices[start : start + batch_size]).items()}
             logits, labels = objectives.call(model, batch)[:, :-1].float(), batch["labels"][:, 1:]
             total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum").item()

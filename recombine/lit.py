@@ -8,10 +8,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from recombine import export
+from recombine.data.batches import seed_of
 from recombine.errors import UsageError
 from recombine.methods import Method
 from recombine.models import roles
-from recombine.tasks import Task, labels_of
+from recombine.tasks import Task, labels_of, parts_of
 
 
 class LitRecombine(L.LightningModule):
@@ -22,7 +23,10 @@ class LitRecombine(L.LightningModule):
         weight_decay: AdamW's, on matrices only.
         warmup: share of the steps over which the rates rise linearly from 0.
         schedule: cosine or linear, down to 0; or constant.
+        seed: of what is drawn in training (dropout), anew at every step, so that a run can go on after any of them.
     """
+
+    strict_loading = False  # a training state holds what trains, not the backbone
 
     def __init__(
         self,
@@ -35,9 +39,10 @@ class LitRecombine(L.LightningModule):
         weight_decay: float = 0.0,
         warmup: float = 0.1,
         schedule: str = "cosine",
+        seed: int = 0,
     ):
         super().__init__()
-        self.model, self.method, self.task = model, method, task
+        self.model, self.method, self.task, self.seed = model, method, task, seed
         self.lr, self.lr_head, self.weight_decay = lr, lr_head, weight_decay
         self.warmup, self.schedule = warmup, schedule
         if schedule not in ("cosine", "linear", "constant"):
@@ -45,19 +50,33 @@ class LitRecombine(L.LightningModule):
         self.train_metrics = task.metrics().clone("train/")
         self.val_metrics = task.metrics().clone("val/")
         self.test_metrics = task.metrics().clone("test/")
+        self.train_metrics.persistent(True)  # an epoch may be taken up in its middle
         self.last_good: str | None = None  # the checkpoint a user can go back to
         self.settled = True  # the model has the form that it will be kept in
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
+    def setup(self, stage: str) -> None:
+        self.task.ranks = self.trainer.world_size
+
+    def teardown(self, stage: str) -> None:
+        self.task.ranks, self.task.void = 1, False
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        keep = {f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad}
+        keep |= {f"model.{name}" for name, _ in self.model.named_buffers()}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in keep or k.startswith("train_metrics.")}
+
     def on_train_batch_start(self, batch, _):
+        torch.manual_seed(seed_of(self.seed, type(self.task).__name__, self.global_step, self.global_rank))
         if self.task.moves:
             share = self.global_step / max(1, self.trainer.estimated_stepping_batches - 1)
             self.settled = self.method.advance(self.model, min(1.0, share))
 
-    def training_step(self, batch, _):
-        loss, logits = self.task.loss(self.model, batch)
+    def training_step(self, batch, index):
+        loss, logits = self.loss(batch, self.trainer.train_dataloader, index)
         loss = loss + self.method.penalty(self.model)
         if not torch.isfinite(loss):
             good = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was kept yet"
@@ -65,24 +84,38 @@ class LitRecombine(L.LightningModule):
                 f"loss={loss.item()} at step {self.global_step} (epoch {self.current_epoch}): training diverged, "
                 f"try a smaller optim.lr than {self.lr:g}; {good}"
             )
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self.score(self.train_metrics, logits, batch)
         return loss
 
-    def validation_step(self, batch, _):
-        loss, logits = self.task.loss(self.model, batch)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(labels_of(batch)), sync_dist=True)
+    def validation_step(self, batch, index):
+        loss, logits = self.loss(batch, self.trainer.val_dataloaders, index)
+        self.log("val/loss", loss, prog_bar=True, batch_size=self.weight(batch), sync_dist=True)
         self.score(self.val_metrics, logits, batch)
 
-    def test_step(self, batch, _):
-        loss, logits = self.task.loss(self.model, batch)
-        self.log("test/loss", loss, batch_size=len(labels_of(batch)), sync_dist=True)
+    def test_step(self, batch, index):
+        loss, logits = self.loss(batch, self.trainer.test_dataloaders, index)
+        self.log("test/loss", loss, batch_size=self.weight(batch), sync_dist=True)
         self.score(self.test_metrics, logits, batch)
+
+    def loss(self, batch, loader, index: int) -> tuple[Tensor, Tensor | None]:
+        """The task's, of which the mean over the ranks is that of the whole batch."""
+        if self.task.ranks > 1:
+            self.task.void = loader.batch_sampler.void(index)
+        return self.task.loss(self.model, batch)
+
+    def weight(self, batch) -> int:
+        """How much the whole batch, all ranks' parts together, counts in the loss of its split."""
+        mine = 0 if self.task.void else self.task.weight(batch)
+        if self.task.ranks == 1:
+            return mine
+        return int(self.trainer.strategy.reduce(torch.tensor(mine, device=self.device), reduce_op="sum"))
 
     def score(self, metrics, logits: Tensor | None, batch) -> None:
         if logits is not None and len(metrics):
             labels = labels_of(batch)
-            metrics.update(logits, labels)
+            if not self.task.void:
+                metrics.update(logits, labels, **parts_of(batch))
             for name, metric in metrics.items(keep_base=False):
                 bar = name.endswith(f"/{self.task.metric}")
                 self.log(name, metric, prog_bar=bar, on_step=False, on_epoch=True, batch_size=len(labels))
@@ -150,6 +183,12 @@ class KeepBest(Callback):
             with torch.no_grad():
                 for name, value in self.weights.items():
                     here[name].copy_(value)
+
+    def state_dict(self) -> dict:
+        return {"best": self.best, "epoch": self.epoch, "weights": self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best, self.epoch, self.weights = state["best"], state["epoch"], state["weights"]
 
     @property
     def value(self) -> float:

@@ -1,12 +1,15 @@
 """The linear probe: logistic (or ridge) regression on the frozen features in front of the head."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from recombine import tasks
+from recombine import distributed, progress, resume, tasks
+from recombine.files import replacing
 from recombine.models import roles
 
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 on standardised features; validation chooses
@@ -29,6 +32,18 @@ class Probe:
         head.bias.copy_(self.bias)
 
 
+def kept(path: Path, model: nn.Module, data) -> Probe:
+    """`fit`, or what an earlier process, or the first rank, has left of it in a file."""
+    if distributed.rank() == 0 and resume.sealed(path) is None:
+        found = fit(model, data)
+        with replacing(path) as temporary:
+            save_file({"weight": found.weight.contiguous(), "bias": found.bias.contiguous()}, temporary)
+        resume.seal(path, decay=found.decay, val=found.val, test=found.test)
+    distributed.wait()
+    facts = resume.sealed(path)
+    return Probe(**load_file(path), **{key: facts[key] for key in ("decay", "val", "test")})
+
+
 @torch.no_grad()
 def features(model: nn.Module, data, split: str) -> tuple[Tensor, Tensor]:
     """(N, d) inputs of the head in eval mode, and labels (N,)."""
@@ -38,7 +53,7 @@ def features(model: nn.Module, data, split: str) -> tuple[Tensor, Tensor]:
     model.eval()
     try:
         samples = getattr(data, split)
-        for start in range(0, len(samples), 64):
+        for start in progress.of(range(0, len(samples), 64), f"features of {split}", "batches"):
             batch = tasks.fetch(data, samples, list(range(start, min(start + 64, len(samples)))), device)
             tasks.call(model, batch)
             labels.append(tasks.labels_of(batch).cpu())

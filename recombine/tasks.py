@@ -1,11 +1,13 @@
 """What a model is trained and judged by: a loss and its metrics.
 
-A batch is (images, labels), or a dict of input_ids, attention_mask and labels.
+A batch is (images, labels), or a dict of input_ids, attention_mask and labels, and perhaps ``part`` (B,): which of a
+test set's parts a row is of, for metrics that tell them apart.
 """
 
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
@@ -14,16 +16,23 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from recombine.models import roles
 
+NOT_INPUTS = ("labels", "part")
+
 
 def call(model: nn.Module, batch) -> Tensor:
     """The model's logits for a batch."""
     if isinstance(batch, dict):
-        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return model(**{key: value for key, value in batch.items() if key not in NOT_INPUTS}).logits
     return model(batch[0])
 
 
 def labels_of(batch) -> Tensor:
     return batch["labels"] if isinstance(batch, dict) else batch[1]
+
+
+def parts_of(batch) -> dict[str, Tensor]:
+    """What a metric may know of a batch beside logits and labels."""
+    return {"part": batch["part"]} if isinstance(batch, dict) and "part" in batch else {}
 
 
 def fetch(data, dataset, indices: list[int], device: torch.device):
@@ -36,12 +45,27 @@ class Task(nn.Module):
 
     metric, mode = "loss", "min"  # what validation chooses the weights by
     moves = False  # lets the method move its schedule
+    ranks, void = 1, False  # how many share a batch, and whether this one's part counts for nothing
 
     def loss(self, model: nn.Module, batch) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
 
     def metrics(self) -> MetricCollection:
         return MetricCollection({})
+
+    def weight(self, batch) -> int:
+        """How much a batch's loss counts in the loss of its split."""
+        return len(labels_of(batch))
+
+    def shares(self, counts: list) -> list:
+        """For means over `counts` terms each: factors that make the average over the ranks of this rank's means the
+        mean over all terms of the batch."""
+        if self.ranks == 1:
+            return [1.0] * len(counts)
+        device = next((c.device for c in counts if isinstance(c, Tensor)), None)
+        mine = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts]) * (not self.void)
+        dist.all_reduce(total := mine.clone())
+        return (mine * self.ranks / total.clamp(min=1e-12)).unbind()
 
     def report(self, scores: dict[str, float]) -> dict[str, float]:
         """What a result says of a split, from its loss and metrics."""
@@ -60,7 +84,8 @@ class Classification(Task):
     def loss(self, model: nn.Module, batch) -> tuple[Tensor, Tensor]:
         logits = call(model, batch)  # (B, classes)
         smoothing = self.label_smoothing if model.training else 0.0
-        return F.cross_entropy(logits.float(), labels_of(batch), label_smoothing=smoothing), logits
+        (share,) = self.shares([logits.new_tensor(len(logits))])
+        return share * F.cross_entropy(logits.float(), labels_of(batch), label_smoothing=smoothing), logits
 
     def metrics(self) -> MetricCollection:
         return MetricCollection(
@@ -76,15 +101,24 @@ class Regression(Task):
 
     def loss(self, model: nn.Module, batch) -> tuple[Tensor, Tensor]:
         values = call(model, batch).squeeze(-1).float()  # (B,)
-        return F.mse_loss(values, labels_of(batch).float()), values
+        (share,) = self.shares([values.new_tensor(len(values))])
+        return share * F.mse_loss(values, labels_of(batch).float()), values
 
 
 class LanguageModel(Task):
-    """Cross-entropy of the next token; labels (B, T) as the inputs, -100 where none is wanted. Its exp: perplexity."""
+    """Cross-entropy of the next token; labels (B, T) as the inputs, -100 where none is wanted. Its exp: perplexity.
+
+    A split's loss is the mean over its tokens, however they fall into batches.
+    """
 
     def loss(self, model: nn.Module, batch) -> tuple[Tensor, None]:
         logits, labels = call(model, batch)[:, :-1], labels_of(batch)[:, 1:]
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100), None
+        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+        (share,) = self.shares([total.new_tensor(self.weight(batch))])
+        return share * total / max(self.weight(batch), 1), None
+
+    def weight(self, batch) -> int:
+        return int((labels_of(batch)[:, 1:] != -100).sum())
 
     def report(self, scores: dict[str, float]) -> dict[str, float]:
         return scores | {"ppl": math.exp(min(scores["loss"], 700.0))}
@@ -127,18 +161,24 @@ class Distillation(Task):
         kept = model.recombined.blocks
         if kept is not None:
             target_blocks = [target_blocks[i] for i in kept]
-        classes = logits.shape[-1]
-        loss = self.kl * F.kl_div(
+        classes, rows = logits.shape[-1], logits[..., 0].numel()
+        energies = [1 if self.ranks == 1 else x.float().square().sum() for x in (target, *target_blocks)]
+        share, of_logits, *of_blocks = self.shares([rows, *energies])
+        loss = self.kl * share * F.kl_div(
             logits.reshape(-1, classes).log_softmax(-1),
             target.reshape(-1, classes).log_softmax(-1),
             reduction="batchmean",
             log_target=True,
         )
-        loss = loss + self.mse * relative_mse(logits, target)
+        loss = loss + self.mse * of_logits * relative_mse(logits, target)
         if self.features and blocks[0].shape == target_blocks[0].shape:
-            pairs = zip(blocks, target_blocks, strict=True)
-            loss = loss + self.features * sum(relative_mse(b, t) for b, t in pairs) / len(blocks)
+            errors = (share * relative_mse(b, t) for share, b, t in zip(of_blocks, blocks, target_blocks, strict=True))
+            loss = loss + self.features * sum(errors) / len(blocks)
         return loss, None
+
+    def weight(self, batch) -> int:
+        """Where the logits are of tokens, so is the loss."""
+        return int(batch["attention_mask"].sum()) if labels_of(batch).ndim == 2 else len(labels_of(batch))
 
     def train(self, mode: bool = True):
         return super().train(False)  # the teacher never leaves eval mode

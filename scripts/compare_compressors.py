@@ -27,6 +27,8 @@ from recombine.models import roles
 from recombine.stages import Run
 
 ROLES = ["q", "k", "v", "o", "up", "down"]
+BLIND = ["method=jactus", "method.sensitivity=none", "method.alpha=1", "method.allocation=lagrangian"]
+BLIND += ["method.relative=true"]
 RIVALS = {  # label -> overrides
     "svd": ["method=svd"],
     "fwsvd": ["method=fwsvd"],
@@ -40,6 +42,8 @@ RIVALS = {  # label -> overrides
     "crisp, aware": ["method=crisp", "method.group_size=1", "method.chunk=128", "method.fit=aware"],
     "jactus": ["method=jactus"],
     "jactus, lagrangian": ["method=jactus", "method.allocation=lagrangian"],
+    "jactus, no gradients": BLIND,
+    "jactus, no gradients, deployed": [*BLIND, "method.counted=deployed"],
 }
 
 

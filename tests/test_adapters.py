@@ -2,10 +2,12 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -22,8 +24,8 @@ from recombine.export import merged
 from recombine.layers import FactoredLinear, ScaleShift
 from recombine.methods import Site
 from recombine.methods.base import find_sites
-from recombine.methods.peft import butterflies
-from recombine.methods.spectral_tuning import directions
+from recombine.methods.peft_guard import butterflies
+from recombine.methods.svd import directions
 from recombine.models import roles
 
 QKV = ("q", "k", "v")
@@ -312,6 +314,27 @@ def test_svft_is_its_formula(m, n, kind, seed, data):
     assert torch.allclose(layer.structured(x), x @ torch.from_numpy(expected).T, atol=1e-10 * scale)
 
 
+def test_svft_starts_as_the_papers_code():
+    """start=kaiming: M from N(0, 2 / e) and sigmoid(0) of it added; top_k_signed: the largest u_i . v_j."""
+    site = site_of("random", 24, 24, 0)
+    torch.manual_seed(3)
+    layer = Svft(band=2, start="kaiming").recombine(site)
+    torch.manual_seed(3)
+    e = 24 * 5 - 6
+    values = torch.randn(1, e, dtype=torch.float64)[0] * (2 / e) ** 0.5
+    assert torch.allclose(layer.entries, values) and layer.gate == 0
+    assert abs(layer.entries.detach().std().item() - (2 / e) ** 0.5) < 0.2 * (2 / e) ** 0.5
+    u, s, vh = (t.numpy() for t in Svft(band=2).factors(site))
+    sparse = np.zeros((24, 24))
+    sparse[tuple(layer.index.numpy())] = values.numpy()
+    assert np.allclose(layer.dense_weight().detach().numpy(), u @ (np.diag(s) + sparse / 2) @ vh)
+    taken = np.zeros((24, 24), bool)
+    taken[tuple(Svft(band=2, pattern="top_k_signed").recombine(site).index.numpy())] = True
+    inner = u.T @ vh.T
+    assert taken.sum() == e and inner[taken].min() >= inner[~taken].max()
+    assert np.abs(inner)[taken].min() < np.abs(inner)[~taken].max()  # not the same as top_k
+
+
 @pytest.mark.parametrize(
     "method, printed, formula",
     [
@@ -388,6 +411,47 @@ def test_rosa_takes_the_entries_with_the_largest_mean_squared_gradient():
         assert np.abs(built - (w + 3 * b @ a + sparse.reshape(w.shape))).max() <= 1e-12
 
 
+def test_rosa_makes_its_mask_after_a_warm_up():
+    """warmup: LoRA alone trains by Adam on the calibration batches, and its model's gradients choose the entries."""
+    pretrained = build("tiny_vit")
+    roles.find(pretrained, SPLIT)
+    method, masks = Rosa(targets=SPLIT, rank=3, alpha=6, density=0.02, warmup=6, lr=0.02), []
+    for one in (method, replace(method, warmup=0)):
+        model = copy.deepcopy(pretrained)
+        torch.manual_seed(0)
+        recombine.apply(model, one, losses=losses(model))
+        masks.append({name: model.get_submodule(name).index for name in model.recombined.targets})
+        assert all(not m.left.any() and not m.entries.any() for m in map(model.get_submodule, masks[-1]))
+        assert not any(m._forward_hooks for m in model.modules())
+        with torch.no_grad():
+            assert torch.allclose(model(batch(model)), pretrained(batch(model)), atol=1e-5)  # it begins anew
+    assert any(not torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+    reference, weights, parts = copy.deepcopy(pretrained), {}, {}
+    torch.manual_seed(0)
+    for name in masks[0]:
+        w = weights[name] = reference.get_submodule(name).weight.detach().clone().requires_grad_()
+        a = nn.init.kaiming_uniform_(torch.empty(3, w.shape[1]), a=5**0.5).requires_grad_()
+        parts[name] = (torch.zeros(len(w), 3, requires_grad=True), a)
+
+    def task(i):
+        adapted = {f"{name}.weight": w + 2 * parts[name][0] @ parts[name][1] for name, w in weights.items()}
+        logits = torch.func.functional_call(reference, adapted, batch(pretrained, seed=10 + i % 4))
+        return F.cross_entropy(logits, torch.arange(6) % 5)
+
+    optimizer = torch.optim.Adam([p for pair in parts.values() for p in pair], lr=0.02)
+    for i in range(6):
+        optimizer.zero_grad()
+        task(i).backward()
+        optimizer.step()
+    grads = [torch.autograd.grad(task(i), list(weights.values())) for i in range(4)]
+    for j, index in enumerate(masks[0].values()):
+        square = sum(g[j].square() for g in grads).flatten()
+        rest = torch.ones(len(square), dtype=torch.bool)
+        rest[index] = False
+        assert square[index].min() >= square[rest].max() * (1 - 1e-2)
+
+
 def test_rosa_spends_a_budget_on_its_rank():
     for limit in (9_000, 30_000):
         model = build("tiny_vit")
@@ -405,6 +469,16 @@ def test_ssf_counts_what_the_paper_counts():
     recombine.apply(model, Ssf())
     assert recombine.count(model).trained_without_head == 102_912
     assert len(model.recombined.targets) == 12 * 6 + 2
+
+
+def test_ssf_starts_as_the_paper_has_it():
+    torch.manual_seed(0)
+    model = recombine.apply(build("tiny_vit"), Ssf(start="normal"))
+    layers = [m for m in model.modules() if isinstance(m, ScaleShift)]
+    for name, mean in (("gamma", 1.0), ("beta", 0.0)):
+        values = torch.cat([getattr(layer, name).detach() for layer in layers]).double().numpy()
+        assert len(values) > 2000 and scipy.stats.kstest((values - mean) / 0.02, "norm").pvalue > 0.01
+    assert all(p.requires_grad for layer in layers for p in (layer.gamma, layer.beta))
 
 
 def test_ssf_merges_exactly():

@@ -15,7 +15,7 @@ from recombine import Cersa, Crisp, Full, Peft, Svd, Svfit, Svft, models
 from recombine.layers import FactoredLinear, SharedBasisLinear
 from recombine.linalg import SILU_MIN, energy_rank, silu_inverse
 from recombine.methods import Site
-from recombine.methods.crisp_closed import retrofit
+from recombine.methods.crisp_closed import stack, truncate, ungate
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 5))
 KINDS = st.sampled_from(["random", "zero", "rank one", "equal", "identity-like", "tiny", "huge"])
@@ -56,8 +56,8 @@ def test_crisp_is_the_eckart_young_optimum(shape, chunk, g, kind, seed, data):
     optimum, scale = np.sqrt((s[rank:] ** 2).sum()), max(s[0], 1e-300)
     for gauge in ("svd", "balanced"):
         for gate in ("silu", "none"):
-            basis, mixers = retrofit(group, rank, chunk, gate, gauge)
-            layers = [SharedBasisLinear(basis, a, n, gate) for a in mixers]
+            basis, mixers = ungate(*truncate(stack(group, chunk), rank), gate, gauge)
+            layers = [SharedBasisLinear(basis, a, n, gate) for a in mixers.split(chunk, 1)]
             built = np.concatenate([layer.dense_weight().detach().numpy().reshape(-1, chunk) for layer in layers], 1)
             assert np.isfinite(built).all()
             assert abs(np.linalg.norm(stacked - built) - optimum) <= 1e-6 * scale

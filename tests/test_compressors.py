@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -16,12 +17,14 @@ from zoo import ARCHS, batch, build, losses
 
 import recombine
 from recombine import Asvd, Balf, BasisSharing, Dfjr, DobiSvd, Fwsvd, Svd, SvdLlm, UsageError
-from recombine.allocation import greedy, lagrangian
+from recombine.allocation import greedy, lagrangian, nearest
 from recombine.calibration import Inputs, Stats
 from recombine.linalg import project, weighted_svd
-from recombine.methods import Site
+from recombine.methods import Site, dobi_svd
 from recombine.methods.balf import dims, most
 from recombine.methods.base import calibrate, find_sites
+from recombine.methods.dobi_truncation import Truncation
+from recombine.methods.refit import least_squares
 from recombine.models import roles
 
 ALL = ("qkv", "o", "up", "down", "gate?")
@@ -174,6 +177,67 @@ def test_weights_equal_the_papers_formulas(arch):
         papers = (u[:, :7] * s[:7]) @ vh[:7] / magnitude
         assert np.linalg.norm(now[Asvd] - papers) <= 1e-8 * np.linalg.norm(w)
         agrees(np.linalg.norm((w - now[SvdLlm]) @ x.T), tail(w @ x.T, 7), np.linalg.norm(w) * np.linalg.norm(x))
+
+
+REFITS = [SvdLlm(targets=ALL, rank=7, refit=True), BasisSharing(targets=ALL, rank=9, shared=("qkv", "up"), refit=True)]
+
+
+@pytest.mark.parametrize("arch", ["tiny_vit", "tiny_llama"])
+@pytest.mark.parametrize("method", REFITS, ids=["svd_llm", "basis_sharing"])
+def test_refit_is_least_squares_on_what_the_compressed_blocks_give(arch, method):
+    """left, of every layer, by lstsq from explicit inputs, its own block dense and those before it compressed."""
+    dense = build(arch).double()
+    model, once = copy.deepcopy(dense), copy.deepcopy(dense)
+    recombine.apply(model, method, losses=double_losses(model))
+    recombine.apply(once, replace(method, refit=False), losses=double_losses(once))
+    blocks = roles.block_names(dense)
+    for i, block in enumerate(blocks):
+        run = copy.deepcopy(dense)
+        roles.find(run, ALL)
+        for before in blocks[:i]:
+            run.set_submodule(before, copy.deepcopy(model.get_submodule(before)))
+        for name in (name for name in model.recombined.targets if name.startswith(f"{block}.")):
+            seen, masks = [], []
+
+            def keep(_, args, seen=seen, masks=masks):
+                x, mask = args[0], masks[-1]
+                seen.append((x if mask is None else x[mask.bool()]).flatten(0, -2))
+
+            hooks = [
+                run.register_forward_pre_hook(
+                    lambda _, args, kwargs, masks=masks: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+                ),
+                run.get_submodule(name).register_forward_pre_hook(keep),
+            ]
+            with torch.no_grad():
+                for _ in double_losses(run)():
+                    pass
+            for hook in hooks:
+                hook.remove()
+            x, layer = torch.cat(seen).numpy(), model.get_submodule(name)
+            w, right, left = (t.detach().numpy() for t in (run.get_submodule(name).weight, layer.right, layer.left))
+            fitted = np.linalg.lstsq(x @ right.T, x @ w.T, rcond=None)[0].T
+            assert np.linalg.norm((left - fitted) @ right @ x.T) <= 1e-7 * np.linalg.norm(w @ x.T)
+            plain = once.get_submodule(name)
+            assert np.allclose(plain.right.detach().numpy(), right)  # that factor stays
+            errors = [np.linalg.norm((w - f.dense_weight().detach().numpy()) @ x.T) for f in (layer, plain)]
+            assert errors[0] <= errors[1] * (1 + 1e-9)
+            assert i == 0 or errors[0] < errors[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(2, 9), WEIGHTS, INPUTS, st.integers(0, 99), st.data())
+def test_refit_bears_degenerate_inputs_and_leaves_what_they_do_not_reach(m, n, kind, inputs, seed, data):
+    w, x = weight_of(kind, m, n, seed), inputs_of(inputs, n, seed)
+    rng, k = np.random.default_rng(seed), data.draw(st.integers(1, min(m, n)))
+    left, right = rng.standard_normal((m, k)), rng.standard_normal((k, n))
+    moment = torch.from_numpy(x @ x.T)
+    new = least_squares(*(torch.from_numpy(t) for t in (w, left, right)), moment).numpy()
+    fitted = np.linalg.lstsq(x.T @ right.T, x.T @ w.T, rcond=None)[0].T @ right
+    scale = np.linalg.norm(x) * (np.linalg.norm(w) + np.linalg.norm(left) * np.linalg.norm(right)) + 1e-300
+    assert np.linalg.norm((w - new @ right) @ x) <= np.linalg.norm((w - fitted) @ x) + 1e-5 * scale
+    if inputs == "zero":
+        assert np.array_equal(new, left)
 
 
 def test_weighted_methods_without_weights_are_the_plain_svd():
@@ -363,6 +427,27 @@ def test_balf_spends_the_budget_better_than_one_ratio_for_all(arch, ratio):
     assert lost <= sum(x[k - 1].item() for (_, x), k in zip(options_, even, strict=True))
 
 
+def test_balf_unfilled_takes_every_choice_at_one_price():
+    """As the paper's code: some price makes all choices the best of their layers, and the rest is not spent."""
+    learned, sites = learnt(Balf(targets=ALL), build("tiny_vit"))
+    dense, unspent = sum(site.linear.weight.numel() for site in sites), 0
+    for ratio in (0.1, 0.25, 0.4, 0.5, 0.6, 0.8):
+        method, filled = (replace(learned, ratio=ratio, fill=fill) for fill in (False, True))
+        for one in (method, filled):
+            one.stats, one._factors = learned.stats, learned._factors
+        low, high = 0.0, float("inf")
+        for site, k in zip(sites, method.ranks(sites), strict=True):
+            costs, lost = (t.numpy() for t in method.options(site))
+            i = len(costs) - 1 if k is None else k - 1
+            slopes = (lost[i] - lost) / np.where(costs == costs[i], 1, costs - costs[i])  # gain per weight
+            low, high = max(low, slopes[i + 1 :].max(initial=0)), min(high, slopes[:i].min(initial=np.inf))
+        assert low <= high * (1 + 1e-9)
+        stored = [one.sizes(sites)[0] for one in (method, filled)]
+        assert stored[0] <= stored[1] <= ratio * dense
+        unspent += stored[1] - stored[0]
+    assert unspent > 0
+
+
 def test_balf_leaves_layers_dense_as_they_are():
     model = build("tiny_vit")
     before = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -413,17 +498,18 @@ def test_dobi_truncates_softly_as_it_will_for_good():
     share = torch.tensor([(k + 0.5) * s for k, s in zip(method._ranks, scale, strict=True)], dtype=torch.float64)
     x = batch(model).double()
     with torch.no_grad():
-        with method.softly(sites, share):
+        with method.softly(sites, lambda: share):
             soft = model(x)
         plain = model(x)
         method.rewrite(model, sites)
         assert torch.allclose(model(x), soft, atol=1e-10) and not torch.allclose(soft, plain, atol=1e-3)
 
 
-def test_dobi_gradient_of_the_ranks():
-    """Against central differences, through the whole model."""
+@pytest.mark.parametrize("basis", ["pooled", "batch"])
+def test_dobi_gradient_of_the_ranks(basis):
+    """Against central differences, through the whole model; also through the SVD of each batch."""
     model = build("tiny_vit").double()
-    method = DobiSvd(beta=0.5)
+    method = DobiSvd(beta=0.5, basis=basis)
     sites = find_sites(model, method)
     calibrate(model, method, sites, double_losses(model), method.wants())
     share = torch.full((len(sites),), 0.5, dtype=torch.float64, requires_grad=True)
@@ -431,7 +517,7 @@ def test_dobi_gradient_of_the_ranks():
     def total():
         return sum(double_losses(model)())
 
-    with method.softly(sites, share):
+    with method.softly(sites, lambda: share):
         (exact,) = torch.autograd.grad(total(), share)
         with torch.no_grad():
             for i in (0, 5, len(sites) - 1):
@@ -456,3 +542,64 @@ def test_learning_ranks_leaves_the_model_as_it_was():
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
     assert all(1 <= k <= most(site) for k, site in zip(method._ranks, sites, strict=True))
+
+
+def svd_truncated(y, gate):
+    u, s, vh = torch.linalg.svd(y, full_matrices=False)
+    return u @ torch.diag(s * F.pad(gate, (0, max(0, len(s) - len(gate))))[: len(s)]) @ vh
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 7), st.integers(2, 7), st.integers(0, 99), st.data())
+def test_dobi_truncates_a_batch_by_its_svd_and_differentiates_it(tokens, m, seed, data):
+    """Values and gradients, of y and of the gate, against autograd through torch's SVD, and finite differences."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(max(tokens, m), max(tokens, m), generator=generator, dtype=torch.float64))[0]
+    count = min(tokens, m)
+    y = (q[:tokens, :count] * torch.logspace(0, -1, count, dtype=torch.float64)) @ q[:m, :count].T
+    y = y + 0.01 * torch.randn(tokens, m, generator=generator, dtype=torch.float64)
+    gate = torch.rand(data.draw(st.integers(1, count)), generator=generator, dtype=torch.float64)
+    y, gate = y.requires_grad_(), gate.requires_grad_()
+    weight = torch.randn(tokens, m, generator=generator, dtype=torch.float64)
+    values, grads = [], []
+    for function in (Truncation.apply, svd_truncated):
+        values.append(function(y, gate))
+        grads.append(torch.autograd.grad((values[-1] * weight).sum(), (y, gate)))
+    assert torch.allclose(*values, atol=1e-10)
+    gaps = torch.linalg.svdvals(y.detach()).diff().abs().min()
+    assert torch.allclose(grads[0][1], grads[1][1], atol=1e-8)
+    if gaps > 1e-3:
+        assert torch.allclose(grads[0][0], grads[1][0], atol=1e-6)
+        assert torch.autograd.gradcheck(Truncation.apply, (y, gate), atol=1e-4)
+
+
+@pytest.mark.parametrize("y", [torch.zeros(5, 4), torch.eye(4), torch.ones(3, 6), torch.eye(6)[:3]])
+def test_dobi_truncation_bears_equal_singular_values(y):
+    y = y.clone().requires_grad_()
+    gate = torch.tensor([1.0, 0.7, 0.1], requires_grad=True)
+    Truncation.apply(y, gate).square().sum().backward()
+    assert y.grad.isfinite().all() and gate.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("unit", ["ratio", "rank"])
+def test_adam_moves_ratios_or_ranks(unit, monkeypatch):
+    """The first step of Adam is the step size, in the unit that it moves."""
+    found = []
+    monkeypatch.setattr(dobi_svd, "nearest", lambda ranks, *more: found.append(ranks) or nearest(ranks, *more))
+    method, sites = learnt(DobiSvd(targets=ALL, steps=1, unit=unit, step_size=0.03), build("tiny_vit"))
+    shapes = torch.tensor([dims(site) for site in sites], dtype=torch.float64)
+    one = shapes.sum(1) / shapes.prod(1)  # the ratio of one rank
+    moved = (found[0] - 0.5 / one).abs() * (one if unit == "ratio" else 1)
+    assert torch.allclose(moved, torch.full_like(moved, 0.03), rtol=0.02)
+
+
+def test_dobi_as_the_paper_has_it_lowers_the_loss():
+    def loss_of(steps):
+        model = build("tiny_vit")
+        method = DobiSvd(targets=ALL, steps=steps, basis="batch", unit="rank", step_size=0.5, beta=0.3)
+        recombine.apply(model, method, losses=losses(model))
+        assert recombine.count(model).retained <= 0.5
+        with torch.no_grad():
+            return sum(loss.item() for loss in losses(model)())
+
+    assert loss_of(30) < loss_of(0)

@@ -20,11 +20,12 @@ from recombine.layers.shared_basis import GATES, PLACEMENTS
 from recombine.linalg import GELU_MIN, gelu_inverse, shrink
 from recombine.methods import crisp_aware
 from recombine.methods.base import find_sites
-from recombine.methods.crisp import PENALTIES
 from recombine.methods.crisp_aware import fit_outputs, solve_basis, solve_mixer
 from recombine.methods.crisp_closed import random_orthogonal, truncate, ungate
 from recombine.methods.crisp_cluster import Cluster, kmeans, merge
 from recombine.methods.crisp_mimicry import INITS, LOSSES, Mimicry, mimic
+from recombine.methods.crisp_penalty import PENALTIES
+from recombine.methods.crisp_refine import Refine, refine
 
 M, N, S = 12, 16, 4  # a weight and its chunk
 
@@ -167,6 +168,14 @@ def test_mimicry_fits_every_gate_in_every_place(gate, placement):
     basis, mixer, _ = mimic(weights, 8, S, gate, placement, Mimicry(), torch.Generator().manual_seed(0))
     built = PLACEMENTS[placement](basis, mixer, GATES[gate]).double()
     assert share(built, m) < (0.9 if gate == "relu" else 0.02)
+
+
+def test_mimicry_starts_from_the_basis_that_is_asked_for():
+    """With no step that is taken the best iterate is the start: RECAST's Kaiming templates, or N(0, 0.01^2)."""
+    weights, _ = group()
+    for basis, size in (("normal", 0.01), ("kaiming", (6 / 4) ** 0.5 / 3**0.5)):
+        found = mimic(weights, 4, S, "silu", "pre", Mimicry(basis=basis, steps=1), torch.Generator().manual_seed(0))[0]
+        assert found.std().item() == pytest.approx(size, rel=0.1)
 
 
 def test_mimicry_is_deterministic():
@@ -356,6 +365,25 @@ def test_refine_trains_weights_and_task_then_freezes_the_basis():
         recombine.apply(build("tiny_vit"), Crisp(chunk=8, refine={"steps": 1}))
     with pytest.raises(recombine.UsageError, match="at least one"):
         recombine.apply(build("tiny_vit"), Crisp(chunk=8, refine={"steps": 1}), losses=lambda: [])
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_refine_descends_the_errors_it_names(relative, monkeypatch):
+    """One plain gradient step: of sum |W - W'|^2 as Alg. 5 prints it, or of the mean of |W - W'|^2 / |W|^2."""
+    monkeypatch.setattr(torch.optim, "Adam", torch.optim.SGD)
+    torch.manual_seed(0)
+    layers = [SharedBasisLinear(torch.randn(12, 3), torch.randn(3, 4), 8) for _ in range(2)]
+    goals = [10.0**i * torch.randn(6, 8) for i in range(2)]
+    parts = [[p.detach().clone().requires_grad_() for p in (layer.basis, layer.mixer)] for layer in layers]
+    errors = [((b @ F.silu(a)).view(6, 8) - w).square().sum() for (b, a), w in zip(parts, goals, strict=True)]
+    if relative:
+        errors = [error / w.square().sum() / 2 for error, w in zip(errors, goals, strict=True)]
+    sum(errors).backward()
+    losses = lambda: iter([torch.zeros((), requires_grad=True)])  # noqa: E731
+    refine(list(zip(layers, goals, strict=True)), losses, Refine(steps=1, lr=1e-3, task=0.0, relative=relative))
+    for layer, (b, a) in zip(layers, parts, strict=True):
+        for p, start in ((layer.basis, b), (layer.mixer, a)):
+            assert torch.allclose(p, start - 1e-3 * start.grad, atol=1e-5, rtol=1e-4)
 
 
 # Penalties of the mixers (Tab. 4)

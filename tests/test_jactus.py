@@ -1,6 +1,7 @@
 """JACTUS and the statistics it stands on, against float64 numpy and scipy."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from zoo import ARCHS, batch, build, loss, losses, outputs
 
 import recombine
-from recombine import Jactus, Svd
+from recombine import Balf, Jactus, Svd
 from recombine.budget import layer_report
 from recombine.calibration import Inputs, Stats, collect
 from recombine.layers import DeltaLinear, FactoredLinear
@@ -165,6 +166,43 @@ def test_smaller_unions_are_optimal_inside_themselves(m, n, kind, seed, share):
         errors.append(np.trace(cg @ delta @ cx @ delta.T))
         assert np.isfinite(delta).all()
     assert errors[0] >= errors[1] - 1e-9 * max(1.0, errors[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.sampled_from(KINDS), st.integers(0, 99), st.data())
+def test_without_gradients_full_unions_are_the_whitened_svd(m, n, kind, seed, data):
+    """sensitivity=none: |(W - W_k) C_x^1/2|_F is the tail of W C_x^1/2, and no statistic of outputs is read."""
+    site, stats = site_of(m, n, kind, seed)
+    method = Jactus(alpha=1, sensitivity="none", dense="none")
+    assert method.wants() == {"inputs"}
+    cx, _ = covariances(stats, method.floor)
+    method.stats = {"layer": Stats(stats.inputs)}
+    root, w = scipy.linalg.sqrtm(cx).real, site.linear.weight.detach().numpy()
+    u, s, _ = scipy.linalg.svd(w @ root)
+    k = data.draw(st.integers(1, min(m, n)))
+    delta = w - method.layer(site, k).dense_weight().detach().numpy()
+    scale = max(s[0], 1e-9)
+    assert abs(np.linalg.norm(delta @ root) - np.sqrt((s[k:] ** 2).sum())) <= 1e-8 * scale
+    if k == len(s) or s[k - 1] - s[k] > 1e-3 * scale:  # else the optimum is not unique
+        np.testing.assert_allclose(w - delta, u[:, :k] @ u[:, :k].T @ w, atol=1e-7 * max(np.linalg.norm(w), 1e-9))
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7, 0.95])
+def test_without_gradients_relative_shares_are_spent_as_balf_spends_them(ratio):
+    sites, stats = [], {}
+    for i, (m, n) in enumerate([(8, 8), (12, 9), (9, 14), (10, 10), (20, 6)]):
+        site, one = site_of(m, n, "random", i)
+        site.linear.weight.data *= 10.0 ** (i - 2)
+        sites.append(site._replace(name=f"l{i}"))
+        stats[f"l{i}"] = Stats(Inputs(10**12, one.inputs.xx, one.inputs.x4))  # so many tokens that nothing is shrunk
+    ours = Jactus(ratio=ratio, alpha=1, sensitivity="none", relative=True, allocation="lagrangian",
+                  counted="deployed", dense="frozen", floor=1e-12)  # fmt: skip
+    theirs = Balf(ratio=ratio)
+    ours.stats = theirs.stats = stats
+    assert ours.ranks(sites) == theirs.ranks(sites)
+    absolute = replace(ours, relative=False)
+    absolute.stats = stats
+    assert absolute.ranks(sites) != ours.ranks(sites)
 
 
 def test_gradients_turn_the_subspace():

@@ -3,10 +3,12 @@
 import recombine  # isort: skip  (its guard comes before transformers)
 
 import copy
+import gzip
 import json
 import socket
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +21,9 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
 from recombine import Budget, Svd, UsageError, data, harness, models, tasks
+from recombine import build as stages
 from recombine.data import choices, hub, language
+from recombine.lit import LitRecombine
 from recombine.models import llama, packaged
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -366,6 +370,56 @@ def test_wikitext(tmp_path, tokenizer):
     assert tokenizer.decode(module.val.ids[0]) == "\n\n = validation = \n"[:16]
 
 
+def test_c4_is_a_stream(tmp_path, tokenizer, monkeypatch, offline):
+    """Read no further than the windows need: a file that breaks off later is as good as a whole one."""
+    monkeypatch.setattr(language, "PORTION", 3)
+    files = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+    noise = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 40_000)))  # which gzip cannot shorten
+    (tmp_path / "en").mkdir()
+    for split, file in files.items():
+        cells = [
+            {"text": f"{split} {i} " + noise[100 * i : 100 * i + 100], "timestamp": "2019", "url": "a"}
+            for i in range(400)
+        ]
+        packed = gzip.compress("".join(json.dumps(cell) + "\n" for cell in cells).encode())
+        (tmp_path / file).write_bytes(packed[: len(packed) // 2])
+    module = loaded("text", tokenizer, task="c4", root=tmp_path, max_length=50, limit=20)
+    told = {split: tokenizer.decode(getattr(module, split).ids.flatten()) for split in ("train", "val", "test")}
+    assert told["train"].startswith("train 0 ") and "</s>train 8 " in told["train"] and len(module.train) == 20
+    assert told["test"].startswith("validation 0 ") and "</s>validation 2 " in told["test"]
+    assert told["val"].startswith("validation 1 ") and "validation 2 " not in told["val"]
+    assert module.info["shared_train_test"] == 0 and "allenai/c4@1588ec45" in module.info["note"]
+    assert "cannot read" in line(loaded, "text", tokenizer, task="c4", root=tmp_path, max_length=50, limit=10**6)
+    assert "data.limit=null" in line(data.build, "text", task="c4")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    assert "allenai/c4 is not cached" in line(loaded, "text", tokenizer, task="c4", limit=1)
+    (tmp_path / files["train"]).write_bytes(gzip.compress(b'{"txt": "x"}\n'))
+    assert "row 0 has no column 'text'" in line(loaded, "text", tokenizer, task="c4", root=tmp_path, limit=1)
+    (tmp_path / files["train"]).unlink()
+    assert "c4-train.00000-of-01024.json.gz: put it there" in line(
+        loaded, "text", tokenizer, task="c4", root=tmp_path, limit=1
+    )
+
+
+def test_packing_takes_no_more_documents_than_it_needs(tokenizer, monkeypatch):
+    monkeypatch.setattr(language, "PORTION", 2)
+    taken = []
+    endless = (taken.append(i) or "seven b" for i in iter(int, 1))
+    assert language.pack(tokenizer, endless, 16, 4).shape == (4, 16) and len(taken) == 8  # 8 tokens each
+    assert language.pack(tokenizer, ["seven b"] * 5, 16, None).shape == (2, 16)
+    assert language.pack(tokenizer, ["seven b"], 16, 4).shape == (0, 16)
+
+
+def test_rows_of_train_that_are_in_test_are_said(tmp_path, tokenizer, packages, capsys):
+    asked = [{"query": f"{i} + 1?", "response": "so"} for i in range(40)]  # the test asks 1 + 1?
+    write(tmp_path / "MetaMathQA-395K.json", asked)
+    module = loaded("gsm8k", tokenizer, task="metamath", root=tmp_path)
+    at = [prompt for prompt, _ in module.train.rows].index(language.metamath("1 + 1?"))
+    assert module.info["shared_train_test"] == 1 and module.info["first_shared"] == (at, 0)
+    assert f"1 rows of train are in test too, the first is row {at} of train and 0 of test" in capsys.readouterr().err
+    assert loaded("choices", tokenizer, task="wiki_description").info["shared_train_test"] == 0
+
+
 @pytest.mark.parametrize("name, task, file", [
     ("text", "wikitext2", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
     ("commonsense", "commonsense_170k", "commonsense_170k.json"), ("gsm8k", "metamath", "MetaMathQA-395K.json"),
@@ -429,6 +483,45 @@ def test_the_task_of_the_stages_has_the_same_loss(model, packages, tokenizer):
     assert harness.perplexity(model, module.test) == pytest.approx(loss.exp().item(), rel=1e-5)
 
 
+def test_a_splits_loss_is_the_mean_over_its_tokens(model, packages, tokenizer):
+    """Through the trainer, in batches of other numbers of tokens, the last of them of fewer rows."""
+    module = loaded("choices", tokenizer, task="wiki_description", batch_size=3)
+    module.test.rows = [
+        (prompt, response * (1 + 5 * (i % 4 == 0))) for i, (prompt, response) in enumerate(module.test.rows)
+    ]
+    sums, counts = [], []
+    for i in range(len(module.test)):  # one by one, so that nothing is padding
+        one = module.test.__getitems__([i])
+        log, labels = model(input_ids=one["input_ids"]).logits.double().log_softmax(-1)[0, :-1], one["labels"][0, 1:]
+        sums.append(F.nll_loss(log, labels, ignore_index=-100, reduction="sum").item())
+        counts.append((labels != -100).sum().item())
+    by_batch = [sum(counts[i : i + 3]) for i in range(0, len(counts), 3)]
+    exact, by_rows = (
+        sum(sums) / sum(counts),
+        np.average(
+            [sum(sums[i : i + 3]) / n for i, n in zip(range(0, len(sums), 3), by_batch, strict=True)],
+            weights=[min(3, len(sums) - i) for i in range(0, len(sums), 3)],
+        ),
+    )
+    assert len(set(by_batch)) > 1 and len(counts) % 3 and abs(exact - by_rows) > 1e-3 * exact
+    lit = LitRecombine(copy.deepcopy(model), Svd(), tasks.build(module))
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = L.Trainer(accelerator="cpu", devices=1, **quiet)
+    (found,) = trainer.test(lit, module.test_dataloader(), verbose=False)
+    assert found["test/loss"] == pytest.approx(exact, rel=1e-6)
+    (found,) = trainer.validate(lit, module.test_dataloader(), verbose=False)
+    assert found["val/loss"] == pytest.approx(exact, rel=1e-6)
+    assert lit.task.report({"loss": exact})["ppl"] == pytest.approx(harness.perplexity(model, module.test), rel=1e-5)
+    nothing = {k: v[:, :2] for k, v in module.test.__getitems__([0]).items()}  # a batch without a token that counts
+    loss, _ = lit.task.loss(model, nothing)
+    assert loss == 0 and lit.task.weight(nothing) == 0
+
+
 def test_likelihoods_are_the_models(model, packages, tokenizer, offline):
     """Against log-likelihoods summed here; nothing connects."""
     found = harness.evaluate(model, tokenizer, choices.TASKS, batch_size=3)
@@ -482,6 +575,64 @@ def test_answers_are_generated_and_read(model, packages, tokenizer, tmp_path, of
         marks = [task.process_results(i.doc, [i.filtered_resps["none"]])["exact_match"] for i in task.instances]
         assert marks == right[name], name
     assert "test.json" in line(harness.load, ["commonsense_piqa"], tmp_path / "none")
+
+
+# --- the stages
+
+
+def execute(folder: Path, *overrides: str) -> dict:
+    said = ["model=tiny_llama", "trainer=cpu", "trainer.progress=false", "trainer.epochs=1", "harness.limit=2"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        stages.main(compose("config", [*said, *overrides]), folder)
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_the_original_model_is_scored(packages, tokenizer, tmp_path, offline):
+    """Perplexity and the harness, before anything is trained; and what a rewriting alone does to both."""
+    common = ["data=text", "data.max_length=16", "data.limit=9", "data.batch_size=4"]
+    told = execute(tmp_path / "a", *common, "stage=evaluate", "harness.tasks=[capital_of]")
+    assert told["method"] is None and told["account"]["trained"] == 0 and "capital_of/acc" in told["test"]
+    torch.manual_seed(0)  # the run's seed draws the model
+    model = models.build(**told["model"]).eval()
+    module = loaded("text", tokenizer, task="wiki", max_length=16, limit=9)
+    assert told["test"]["ppl"] == pytest.approx(harness.perplexity(model, module.test), rel=1e-5)
+    same = execute(tmp_path / "b", *common, "stage=retrofit", "stage.test=true", "method=svd", "method.ratio=1.0")
+    assert same["test"]["ppl"] != told["test"]["ppl"] and same["test"].keys() == {"loss", "ppl"}
+    assert execute(tmp_path / "c", *common, "stage=retrofit", "method=svd", "method.ratio=0.5")["test"] == {}
+
+
+def test_one_data_set_calibrates_and_another_trains(packages, tmp_path, monkeypatch):
+    common = ["data=choices", "data.limit=8", "calibration.samples=6", "calibration.batch_size=3", "method=svd_llm"]
+    common += ["method.ratio=0.5", "stage=retrofit"]
+    inside = ["calibration.data.max_length=16", "calibration.data.limit=12"]
+    own = execute(tmp_path / "own", *common)
+    other = execute(tmp_path / "other", *common, "data@calibration.data=text", *inside)
+    assert own["calibration"] is None and own["data"] == other["data"]
+    assert other["calibration"]["name"] == "text" and other["calibration"]["sizes"]["train"] == 12
+    assert own["weight_error"] != other["weight_error"]
+    alone = execute(tmp_path / "alone", *common, "data=text", "data.max_length=16", "data.limit=12")
+    assert alone["weight_error"] == other["weight_error"]  # as if the run's own data were the other's
+    added = execute(tmp_path / "named", *common, "calibration.data.name=text", *("+" + part for part in inside))
+    word = execute(tmp_path / "word", *common, "calibration.data=text")
+    assert added["calibration"] == other["calibration"] and word["calibration"]["max_length"] == 256
+
+    seen, step = [], LitRecombine.training_step
+    monkeypatch.setattr(
+        LitRecombine, "training_step", lambda lit, batch, i: (seen.append(batch), step(lit, batch, i))[1]
+    )
+    pair = ["data=choices", "data.limit=8", "method@compressor=svd_llm", "compressor.ratio=0.5", "method=lora"]
+    trained = execute(tmp_path / "adapt", *pair, "calibration.data.name=text", "harness.tasks=[capital_of]")
+    assert trained["calibration"]["name"] == "text" and trained["data"]["name"] == "choices"
+    assert (seen[0]["labels"] == -100).any()  # prompts, which text has not
+    assert "data=text is no task for model tiny_bert: take model=smollm2_135m" in line(
+        execute, tmp_path / "w", "model=tiny_bert", "data=text", "data.limit=8"
+    )
+    for stage in ("adapt", "evaluate"):
+        assert "data=sentences is no task for model tiny_llama: take model=minilm" in line(
+            execute, tmp_path / "v", "data=sentences", f"stage={stage}"
+        )
+    assert "says nothing of data=choices" in line(execute, tmp_path / "x", *common, "calibration.data=offline")
+    assert "unknown data 'txt': did you mean 'text'?" in line(execute, tmp_path / "y", *common, "calibration.data=txt")
 
 
 def test_tasks_that_cannot_be_had(model, tokenizer, offline, monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from recombine import assets
+from recombine import assets, models
 from recombine.errors import UsageError
 from recombine.models import build, list_models, packaged, roles
 from recombine.models.split_qkv import SplitQKV, fuse_qkv, split_qkv
@@ -125,6 +125,34 @@ def test_random_weights_follow_the_seed_and_source_rebuilds():
     assert again.recombine_source == source
     assert [p.shape for p in again.parameters()] == [p.shape for p in a.parameters()]
     assert build(**config("tiny_vit", mean=[0, 0, 0], std=[1, 1, 1])).recombine_source["std"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["tiny_vit", "tiny_swin"])
+@pytest.mark.parametrize("key", ["drop_path", "attn_drop"])
+def test_what_is_dropped_is_dropped_in_training_only(name, key):
+    torch.manual_seed(0)
+    model, x = build(**config(name, **{key: 0.5})), torch.randn(8, 3, 32, 32)
+    recombine.apply(model, recombine.Svd(targets=("q", "k", "v"), ratio=0.5))  # splits qkv
+    with torch.no_grad():
+        assert not torch.equal(model.train()(x), model(x)) and torch.equal(model.eval()(x), model(x))
+    assert model.recombine_source[key] == 0.5
+    assert build(**model.recombine_source).recombine_source == model.recombine_source
+
+
+def test_weights_say_how_many_classes_their_own_head_has(tmp_path):
+    for classes in (0, 5):
+        save_file(build(**config("tiny_swin", num_classes=classes)).state_dict(), tmp_path / f"{classes}.safetensors")
+
+    def made(own: int, classes: int):
+        return build(**config("tiny_swin", checkpoint=tmp_path / f"{own}.safetensors", num_classes=classes))
+
+    cases = {(5, 5): (5, True), (5, 0): (5, False), (5, 7): (5, False), (0, 5): (0, False)}
+    for (own, classes), expected in cases.items():
+        model = made(own, classes)
+        assert (model.own_classes, models.has_own_head(model)) == expected
+    model = made(5, 5)
+    models.reset_head(model, 5)  # for five others
+    assert not models.has_own_head(model) and not models.has_own_head(build(**config("tiny_vit", num_classes=5)))
 
 
 def test_hub_weights_come_from_the_cache_without_network(tmp_path, monkeypatch):

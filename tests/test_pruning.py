@@ -9,6 +9,7 @@ import scipy.stats
 import timm
 import torch
 import torch_pruning
+from torch import nn
 from zoo import ARCHS, batch, build, losses, outputs, train
 
 import recombine
@@ -18,9 +19,9 @@ from recombine.layers import DeltaLinear, FactoredLinear
 from recombine.methods import finish, train_only
 from recombine.methods.base import find_sites
 from recombine.methods.dgmr import gram_schmidt
-from recombine.methods.isomorphic import best, gradients
+from recombine.methods.isomorphic_parts import best, gradients
 from recombine.methods.mlp_pruning import rows
-from recombine.methods.prunenet import ks_distance, search, spectrum
+from recombine.methods.prunenet_policy import ks_distance, search, spectrum
 from recombine.models import roles
 
 ALL = ("qkv", "o", "up", "down", "gate?")
@@ -172,6 +173,40 @@ def test_the_learnt_slice_is_no_worse_than_a_random_one(h, d, k):
     assert len(kept.unique()) == k and kept.equal(kept.sort().values)
 
 
+def test_prunenet_as_the_paper_has_it():
+    """The authors' algorithm written out: noisy keep probabilities, sum(log o) times the bare discounted reward."""
+    generator = torch.Generator().manual_seed(1)
+    states = [torch.randn(30, 12, generator=generator) * torch.logspace(0, -1, 12) for _ in range(3)]
+    kept = search(states, 14, episodes=5, lr=5e-3, seed=0, estimator="paper")
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        project, importance = nn.Linear(12, 30), nn.Parameter(torch.rand(30))
+    rng, optimizer = torch.Generator().manual_seed(0), torch.optim.AdamW([importance, *project.parameters()], 5e-3)
+
+    def keep_probabilities(w):
+        alpha = torch.sigmoid(project(w) @ importance)
+        eps = torch.rand(30, generator=rng)
+        return torch.sigmoid(torch.log(eps) - torch.log(1 - eps) + torch.log(alpha) - torch.log(1 - alpha))
+
+    def draw(w):
+        return torch.multinomial(keep_probabilities(w).detach(), 14, generator=rng).sort().values
+
+    def reward(w, action):
+        both = (np.linalg.svd(x.double().numpy(), compute_uv=False) for x in (w, w[action]))
+        return 1 / scipy.stats.ks_2samp(*both).statistic
+
+    for _ in range(5):
+        actions = [draw(w) for w in states]
+        rewards = [0.99**i * reward(w, action) for i, (w, action) in enumerate(zip(states, actions, strict=True))]
+        for w, action, gain in zip(states, actions, rewards, strict=True):
+            optimizer.zero_grad()
+            (-torch.gather(torch.log(keep_probabilities(w)), 0, action).sum() * gain).backward()
+            optimizer.step()
+    assert [rows.tolist() for rows in kept] == [draw(w).tolist() for w in states]
+    assert [rows.tolist() for rows in kept] != [x.tolist() for x in search(states, 14, 5, 5e-3, 0)]
+
+
 def test_prunenet_depends_on_its_seed_alone():
     def widths(seed):
         torch.manual_seed(torch.seed())  # whatever torch's own state is
@@ -195,11 +230,13 @@ def test_zero_and_duplicate_weights_make_no_nan(method):
 # Isomorphic
 
 
-def test_ranking_is_torch_prunings():
+@pytest.mark.parametrize("round_to", [1, 2, 4])
+def test_ranking_is_torch_prunings(round_to):
     """Its own pruner, with its isomorphic groups, keeps the same weights; the embedding stays, then it goes too."""
     for width in (False, True):
         model, theirs = build("tiny_vit"), build("tiny_vit")
-        recombine.apply(model, Isomorphic(heads=0.5, head_dims=0.25, width=width), losses=losses(model))
+        method = Isomorphic(heads=0.5, head_dims=0.25, width=width, round_to=round_to)
+        recombine.apply(model, method, losses=losses(model))
         with gradients(theirs, losses(theirs)):
             pruner = torch_pruning.pruner.BasePruner(
                 theirs,
@@ -215,6 +252,7 @@ def test_ranking_is_torch_prunings():
                 num_heads={block.attn.qkv: 3 for block in theirs.blocks},
                 ignored_layers=[theirs.head] if width else [theirs.head, theirs.patch_embed],
                 unwrapped_parameters=None,
+                round_to=None if round_to == 1 else round_to,
             )
             for group in pruner.step(interactive=True):
                 if width or len(group) < 15:  # the embedding's group is by far the longest
@@ -263,6 +301,8 @@ def test_best_keeps_one_of_each():
     assert [k.tolist() for k in best(scores, 0.0)] == [[0, 1, 2], [0, 1]]
     assert [k.tolist() for k in best(scores, 0.6)] == [[2], [0, 1]]
     assert [k.tolist() for k in best(scores, 1.0)] == [[2], [1]]
+    assert [k.tolist() for k in best(scores, 0.0, 2)] == [[1, 2], [0, 1]]
+    assert [k.tolist() for k in best(scores, 0.9, 2)] == [[2], [1]]  # fewer than a multiple of it are left
 
 
 def test_isomorphic_without_a_gradient_makes_no_nan():
@@ -481,6 +521,36 @@ def test_the_pretrained_weights_fade_out(schedule, half):
         assert method.advance(model, 1.0)
 
 
+def test_a_fading_bias_is_the_papers_two():
+    """y = f (W x + b) + left right x + b' with b' from 0, trained apart: the same model after every step."""
+    model, reference = build("tiny_vit").double(), build("tiny_vit").double()
+    method = PcLora(targets=ALL, decay=0.7, schedule="linear", fade_bias=True)
+    recombine.apply(model, method)
+    layers = {name: model.get_submodule(name) for name in model.recombined.targets}
+    train_only(model, {f"{name}.{part}" for name in layers for part in ("left", "right", "bias")})
+    known = {name: (reference.get_submodule(name).weight.detach(), reference.get_submodule(name).bias.detach())
+             for name in layers}  # fmt: skip
+    parts = {name: [x.left.detach().clone(), x.right.detach().clone(), 0 * x.bias.detach()]
+             for name, x in layers.items()}  # fmt: skip
+    ours = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    theirs = torch.optim.SGD([t.requires_grad_() for trio in parts.values() for t in trio], 0.1)
+    x = batch(model).double()
+    for step in range(6):
+        method.advance(model, step / 5)
+        f = max(0.0, 1 - step / 5 / 0.7)
+        values = {}
+        for name, (left, right, bias) in parts.items():
+            weight, old = known[name]
+            values |= {f"{name}.weight": f * weight + left @ right, f"{name}.bias": f * old + bias}
+        expected, got = torch.func.functional_call(reference, values, x), model(x)
+        assert torch.allclose(got, expected, atol=1e-9)
+        for optimizer, y in ((ours, got), (theirs, expected)):
+            optimizer.zero_grad()
+            y.square().mean().backward()
+            optimizer.step()
+    assert all(torch.allclose(layers[name].bias, bias) for name, (_, _, bias) in parts.items())
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_pc_lora_leaves_the_low_rank_pair_alone(arch, tmp_path):
     method = PcLora(decay=0.5)
@@ -513,8 +583,9 @@ def test_pc_lora_leaves_the_low_rank_pair_alone(arch, tmp_path):
         assert torch.allclose(outputs(recombine.merge(model), x), outputs(loaded, x), atol=2e-5)
 
 
-def test_pc_lora_resumes_while_it_fades(tmp_path):
-    method = PcLora(rank=4)
+@pytest.mark.parametrize("fade_bias", [False, True])
+def test_pc_lora_resumes_while_it_fades(fade_bias, tmp_path):
+    method = PcLora(rank=4, fade_bias=fade_bias)
     model = recombine.apply(build("tiny_vit"), method)
     train_only(model, method.distils(model))
     distil(model, build("tiny_vit"), method, 3)
@@ -522,6 +593,8 @@ def test_pc_lora_resumes_while_it_fades(tmp_path):
     loaded = reload(model, "tiny_vit", tmp_path)
     x = batch(model)
     assert torch.equal(loaded.eval()(x), model.eval()(x)) and not method.advance(loaded, 0.5)
+    method.advance(model, 0.5)
+    assert torch.equal(loaded(x), model(x))
 
 
 def test_pc_lora_without_distillation_is_refused():

@@ -1,5 +1,6 @@
 """The papers' picture sets on tiny files in the form of their hub counterparts; VTAB-1k's folder; the shared cache."""
 
+import csv
 import hashlib
 import io
 import json
@@ -21,9 +22,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
+from hydra import compose, initialize_config_dir
 from PIL import Image
+from safetensors.torch import save_file
 
-from recombine import data
+from recombine import build, data, models
 from recombine.data import augment, hub, vision
 from recombine.data.source import Lazy, Source, shuffled
 from recombine.data.suites import Fgvc, Imagenet, Vision8
@@ -33,6 +37,7 @@ from recombine.errors import UsageError
 
 SETS = {(cls, task): row for cls in (Fgvc, Vision8, Imagenet) for task, row in cls.rows.items()}
 UNIQUE = list({row.repository: key for key, row in reversed(SETS.items())}.values())
+ROOT = Path(__file__).parents[1]
 PINNED = "0123456789abcdef0123456789abcdef01234567"
 EXTRA = {  # the other columns of each repository, in words of `datasets`
     "uoft-cs/cifar100": {"coarse_label": datasets.ClassLabel(names=["aquatic"])},
@@ -156,6 +161,25 @@ def test_tables_agree_with_the_papers():
     assert data.suite("folder") == {} and len(data.suite("offline")) == 10
 
 
+def printed(table: str) -> dict[str, dict[str, str]]:
+    """A table of CRISP: row -> what is printed of it."""
+    found: dict[str, dict[str, str]] = {}
+    with next((ROOT / "experiments" / "crisp").glob(f"{table}_*.csv")).open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["row"], {})[row["metric"]] = row["value"]
+    return found
+
+
+def test_classes_and_sizes_are_those_of_crisps_tables():
+    vtab = printed("tab06")
+    assert len(vtab) == 19
+    for row, told in zip(Vtab.rows.values(), vtab.values(), strict=True):  # in the table's order
+        assert (row.classes, row.sizes["test"]) == (int(told["classes"]), int(told["test"])), told
+        assert (told["train"], told["val"]) == ("800/1000", "200") == (f"{row.sizes['train']}/1000", "200")
+    for (_, *mine), told in zip(Fgvc.papers.values(), printed("tab07").values(), strict=True):
+        assert mine == [int(told["classes"]), int(told["samples"])], told
+
+
 def test_the_list_of_two_percent_is_pinned():
     row = Imagenet.rows["imagenet"]
     rows = np.sort(shuffled(row.sizes["train"], 0)[: math.ceil(row.share * row.sizes["train"])])
@@ -221,7 +245,7 @@ def test_imagenet_root_may_be_the_folder_itself(tmp_path, monkeypatch):
     shade = 0
     for split in ("train", "val"):
         for i in range(row.classes):
-            path = tmp_path / split / f"n{i:08}" / "a.JPEG"
+            path = tmp_path / split / f"n{i:08}" / "a.JPEG"  # folders have the WordNet ids' names
             path.parent.mkdir(parents=True)
             path.write_bytes(encoded(shade := shade + 1, "BMP", 1))
     module = make(Imagenet, "imagenet", root=tmp_path, image_size=1)
@@ -231,6 +255,91 @@ def test_imagenet_root_may_be_the_folder_itself(tmp_path, monkeypatch):
     assert "must be one of official" in line(Imagenet, task="imagenet", split="80/20")
     monkeypatch.setitem(Imagenet.rows, "imagenet", replace(row, share=0.02))
     assert "1 pictures are too few to hold out 10%" in line(make, Imagenet, "imagenet", root=tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / split / "n00000007").rename(tmp_path / split / "goldfish")
+    assert "class folder 'goldfish' is no WordNet id" in line(make, Imagenet, "imagenet", root=tmp_path)
+
+
+# A backbone's own head
+
+
+def imagenet(tmp_path: Path, classes: int = 1000) -> tuple[Path, Path]:
+    """ImageNet's parquet files, one picture a class and split, and the weights of a tiny ViT with a head of its own."""
+    if not (tmp_path / "imagenet").is_dir():
+        store(tmp_path / "imagenet", Imagenet.rows["imagenet"])
+    torch.manual_seed(0)
+    chosen = yaml.safe_load((ROOT / "conf" / "model" / "tiny_vit.yaml").read_text())
+    save_file(
+        models.build(**chosen | {"num_classes": classes}).state_dict(), file := tmp_path / f"{classes}.safetensors"
+    )
+    return tmp_path, file
+
+
+def execute(folder: Path, root: Path, *overrides: str) -> dict:
+    said = ["model=tiny_vit", "data=imagenet", f"data.root={root}", "data.batch_size=100", "trainer=cpu", "probe=false"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        build.main(compose("config", [*said, "trainer.progress=false", "trainer.epochs=1", *overrides]), folder)
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_the_original_model_is_scored_with_its_own_head(tmp_path):
+    """CRISP Fig. 4: ImageNet's validation set, before and after an exact rewrite."""
+    root, file = imagenet(tmp_path)
+    weights = f"model.checkpoint={file}"
+    first = execute(tmp_path / "a", root, "stage=evaluate", weights)
+    assert first["method"] is None and first["checkpoint"] is None and first["account"]["trained"] == 0
+    assert first["linear_probe"] is None and first["account"]["retained"] == 1 and first["layers"] == []
+
+    model = models.build(**first["model"]).eval()
+    module = make(Imagenet, "imagenet", root=root, image_size=32)
+    module.mean, module.std = model.recombine_source["mean"], model.recombine_source["std"]
+    with torch.no_grad():
+        logits = model(module.normalise(torch.from_numpy(np.array(module.test.images)))).double()
+    labels = torch.from_numpy(module.test.labels)
+    assert models.has_own_head(model) and len(labels) == 1000
+    assert first["test"]["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert first["test"]["acc"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+
+    exact = ["method=crisp", "method.chunk=16"]
+    after = execute(tmp_path / "b", root, "stage=retrofit", "stage.test=true", weights, *exact)
+    assert after["test"] == pytest.approx(first["test"], rel=1e-4) and after["logit_error"] < 1e-3
+    still = ["optim.lr=0", "optim.lr_head=0", "stage.distil.epochs=0"]  # nothing moves: the head is still the own one
+    kept = execute(tmp_path / "c", root, "stage=joint", weights, *exact, *still)
+    assert kept["test"] == pytest.approx(first["test"], rel=1e-4)
+    again = execute(tmp_path / "d", root, "stage=evaluate", weights, f"stage.checkpoint={kept['checkpoint']}")
+    assert again["test"] == pytest.approx(kept["test"], rel=1e-5) and again["method"]["name"] == "Crisp"
+
+
+def test_no_head_for_the_data_is_one_line(tmp_path):
+    root, file = imagenet(tmp_path, 7)
+    look = "stage=evaluate"
+    assert "has no head of its own for data=imagenet (its weights have none)" in line(
+        execute, tmp_path / "a", root, look
+    )
+    seven = line(execute, tmp_path / "b", root, look, f"model.checkpoint={file}")
+    assert "its weights tell 7 classes apart, not 1000" in seven and "take model.tag=augreg_in21k_ft_in1k" in seven
+    folder = tmp_path / "photos"
+    for i in range(7 * 20):
+        path = folder / f"class {i % 7}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(i, "PNG"))
+    mine = ["data=folder", f"data.root={folder}", "data.batch_size=32", f"model.checkpoint={file}"]
+    where = tmp_path / "c"
+    told = line(execute, where, folder, look, *mine)
+    assert "the one in its weights is of 7 classes too" in told and "+model.num_classes=7 takes it" in told
+    assert not (where / "result.json").exists() and "of 7 classes too" in line(
+        execute, where, folder, "stage=retrofit", "stage.test=true", "method=svd", *mine
+    )
+    taken = execute(where, folder, look, *mine, "+model.num_classes=7")
+    assert taken["data"]["sizes"]["test"] == 28 and 0 <= taken["test"]["acc"] <= 1
+    fresh = execute(tmp_path / "d", folder, "method=linear_probe", "probe=true", *mine)
+    assert fresh["model"]["num_classes"] == 0 and fresh["linear_probe"]  # another head than the weights', as always
+
+
+def test_tags_with_imagenets_head():
+    assert models.tags("vit_base_patch16_224", 1000)[:2] == ["augreg2_in21k_ft_in1k", "augreg_in1k"]
+    assert "augreg_in21k" not in models.tags("vit_small_patch16_224", 1000)
+    assert "augreg_in21k" in models.tags("vit_small_patch16_224", 21843)
 
 
 # Protocols
@@ -567,9 +676,9 @@ def test_augmentation_is_for_training_and_follows_the_seed(tmp_path):
     row = Vision8.rows["cifar10"]
     store(tmp_path / "cifar10", row, each=10)
 
-    def batch(augmented="crop", seed=0, epoch=0, training=True):
+    def batch(augmented="crop", seed=0, step=0, training=True):
         module = make(Vision8, "cifar10", root=tmp_path, normalize=0.5, augment=augmented, seed=seed)
-        module.trainer = SimpleNamespace(training=training, current_epoch=epoch, global_rank=0)
+        module.trainer = SimpleNamespace(training=training, global_step=step, global_rank=0, world_size=1)
         raw = module.train.__getitems__(list(range(16)))
         return module.on_after_batch_transfer(raw, 0)[0], module.normalise(raw[0])
 
@@ -577,7 +686,7 @@ def test_augmentation_is_for_training_and_follows_the_seed(tmp_path):
         out, plain = batch(kind)
         assert out.shape == plain.shape and out.dtype == torch.float32 and not torch.equal(out, plain)
         assert torch.equal(out, batch(kind)[0]) and not torch.equal(out, batch(kind, seed=1)[0])
-        assert not torch.equal(out, batch(kind, epoch=1)[0]) and torch.equal(*batch(kind, training=False))
+        assert not torch.equal(out, batch(kind, step=1)[0]) and torch.equal(*batch(kind, training=False))
     assert torch.equal(*batch("none"))
     module = make(Vision8, "cifar10", root=tmp_path, normalize=0.5, augment="crop")  # no trainer: calibration, probe
     raw = module.train.__getitems__([0, 1])

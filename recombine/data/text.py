@@ -4,7 +4,8 @@ A subclass says where sentences come from (``source``) and what identifies them 
 per tokenizer and length into one file under ``cache_dir()/texts``. A batch is padded to its longest sentence; training
 batches are of similar lengths (``Buckets``), so that little of a batch is padding:
 
-    {"input_ids" (B, T), "attention_mask" (B, T), "labels" (B,)}, and "token_type_ids" (B, T) for pairs of sentences
+    {"input_ids" (B, T), "attention_mask" (B, T), "labels" (B,)}, and "token_type_ids" (B, T) for pairs of sentences,
+    and "part" (B,) of a test set that has two parts: 0, or 1 for a row of the source's ``test_more``
 
 ``select`` says what chooses the epoch:
     val   a validation set of the task's own, or a seeded tenth of train, held out; the test set is read once
@@ -31,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
-from torchmetrics import MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
 from recombine.assets import cache_dir, writing
@@ -48,7 +49,8 @@ Row = tuple[str, ...]  # one sentence, or two
 
 @dataclass(frozen=True)
 class TextSource:
-    """splits: train, test and perhaps val, each rows and their labels (int64, or float64 for regression)."""
+    """splits: train, test and perhaps val, each rows and their labels (int64, or float64 for regression); and perhaps
+    test_more, a second part of the test set."""
 
     licence: str
     splits: dict[str, tuple[list[Row], np.ndarray]]
@@ -59,11 +61,13 @@ class TextSource:
 class Texts(Dataset):
     """Rows of a tokenised split.
 
-    ids: int32, all sentences one after the other; ends: (N,), where each ends; types: uint8 like ids, or None.
+    ids: int32, all sentences one after the other; ends: (N,), where each ends; types: uint8 like ids, or None; parts:
+    (N,), of which part of the split a row is, or None.
     """
 
     def __init__(self, ids: np.ndarray, ends: np.ndarray, types: np.ndarray | None, labels: np.ndarray, pad: int):
         self.ids, self.types, self.labels, self.pad = ids, types, labels, pad
+        self.parts: np.ndarray | None = None
         self.lengths = np.diff(ends, prepend=0)
         self.starts = ends - self.lengths
 
@@ -82,6 +86,8 @@ class Texts(Dataset):
         batch = {"input_ids": np.where(keep, self.ids[at], self.pad), "attention_mask": keep}
         if self.types is not None:
             batch["token_type_ids"] = np.where(keep, self.types[at], 0)
+        if self.parts is not None:
+            batch["part"] = self.parts[indices]
         batch = {key: torch.from_numpy(value.astype(np.int64)) for key, value in batch.items()}
         return batch | {"labels": torch.from_numpy(self.labels[indices])}
 
@@ -113,8 +119,37 @@ class PositiveF1(BinaryF1Score):
         super().update(logits.argmax(-1), labels)
 
 
+class PartAccuracy(Metric):
+    """Accuracy on one part of a test set, or the mean over the parts that there are. A set without parts is part 0.
+
+    Args:
+        which: the part; None: the mean.
+    """
+
+    full_state_update = False
+
+    def __init__(self, which: int | None = None, parts: int = 2):
+        super().__init__()
+        self.which = which
+        self.add_state("right", torch.zeros(parts, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("rows", torch.zeros(parts, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor, part: Tensor | None = None) -> None:
+        part = torch.zeros_like(labels) if part is None else part  # (B,)
+        self.rows += torch.bincount(part, minlength=len(self.rows))
+        self.right += torch.bincount(part[logits.argmax(-1) == labels], minlength=len(self.rows))
+
+    def compute(self) -> Tensor:
+        """nan of a part without rows."""
+        share = self.right / self.rows
+        return share[self.rows > 0].mean() if self.which is None else share[self.which]
+
+
 METRICS = {  # name -> metric of logits (B, classes), or of values (B,), and labels
     "acc": lambda classes: MulticlassAccuracy(classes, average="micro"),
+    "acc_m": lambda classes: PartAccuracy(0),
+    "acc_mm": lambda classes: PartAccuracy(1),
+    "m+mm": lambda classes: PartAccuracy(),
     "balanced_acc": lambda classes: MulticlassAccuracy(classes, average="macro"),
     "mcc": lambda classes: MulticlassMatthewsCorrCoef(classes),
     "f1": lambda classes: PositiveF1(),
@@ -207,7 +242,8 @@ class TextData(CachedModule):
             meta["splits"][split] = {"size": len(rows), "sha256": whole, "cut": cut}
         if self.limit is None:
             self.check({split: part["sha256"] for split, part in meta["splits"].items()})
-        places = {digest: i for i, digest in reversed(list(enumerate(seen["test"])))}
+        tests = seen["test"] + seen.get("test_more", [])
+        places = {digest: i for i, digest in reversed(list(enumerate(tests)))}
         shared = [(i, places[d]) for i, d in enumerate(seen["train"] + seen.get("val", [])) if d in places]
         meta["shared_train_test"], meta["first_shared"] = len(shared), shared[0] if shared else None
         with writing(path.parent):
@@ -246,6 +282,10 @@ class TextData(CachedModule):
 
             splits = {split: load(split) for split in meta["splits"]}
         self.train, self.test = splits["train"], splits["test"]
+        if "test_more" in splits:
+            sizes = len(self.test), len(splits["test_more"])
+            self.test = join(self.test, splits["test_more"])
+            self.test.parts = np.repeat([0, 1], sizes)
         if self.select == "val":
             if "val" in splits:
                 self.val = splits["val"]
@@ -302,14 +342,14 @@ class TextData(CachedModule):
 
     # Loaders
 
-    def _buckets(self, split: Texts, sampler, bucket: int, generator: torch.Generator | None = None) -> DataLoader:
-        batches = Buckets(sampler, self.batch_size, False, split.lengths, bucket, generator)
-        return self._loader(split, batch_sampler=batches)
+    def _buckets(self, split: Texts, sampler, bucket: int, generator=None, start=(0, 0)) -> DataLoader:
+        return self._loader(split, Buckets(sampler, self.batch_size, False, split.lengths, bucket, generator), start)
 
     def train_dataloader(self) -> DataLoader:
         """Other batches every epoch, the same ones for the same seed."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._buckets(self.train, RandomSampler(self.train, generator=generator), self.bucket, generator)
+        generator = torch.Generator()
+        sampler = RandomSampler(self.train, generator=generator)
+        return self._buckets(self.train, sampler, self.bucket, generator, self.start)
 
     def val_dataloader(self) -> DataLoader | list:
         return [] if self.val is None else self._all(self.val)

@@ -70,6 +70,7 @@ class VisionData(CachedModule):
     suite: ClassVar[dict[str, str]] = {}  # task -> group: what data.task=all runs
     select = "val"  # what chooses the weights: val, or last for the last epoch
     joined = False  # train is train and val together
+    native = False  # the very classes that classifiers of pretrained backbones tell apart, in their order
 
     def __init__(
         self,
@@ -239,8 +240,8 @@ class VisionData(CachedModule):
         return (augmentation.crop(images, draws) if draws and self.augment == "crop" else images), labels
 
     def _draws(self) -> torch.Generator:
-        """Starts anew at every epoch of every rank, so that an epoch's draws depend on nothing before it."""
-        state = (self.seed, self.trainer.current_epoch, self.trainer.global_rank)
+        """Starts anew at every step of every rank, so that its draws depend on nothing before it."""
+        state = (self.seed, self.trainer.global_step, self.trainer.global_rank)
         if getattr(self, "_state", None) != state:
             self._state = state
             self._generator = torch.Generator().manual_seed(int(np.random.SeedSequence(state).generate_state(1)[0]))

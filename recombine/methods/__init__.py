@@ -1,4 +1,4 @@
-"""One file for each paper or library; a method's fields are its configuration."""
+"""One file for each paper or library; a method's fields are its configuration. What is imported here is public."""
 
 from recombine.methods.balf import Balf
 from recombine.methods.base import Method, Record, Site, Step, apply, finish, train_only
@@ -15,42 +15,11 @@ from recombine.methods.prunenet import PruneNet
 from recombine.methods.recast import Recast
 from recombine.methods.rosa import Rosa
 from recombine.methods.shared_svd import BasisSharing, Dfjr
-from recombine.methods.spectral_tuning import Svfit, Svft
 from recombine.methods.ssf import Ssf
 from recombine.methods.svd import Svd
+from recombine.methods.svfit import Svfit
+from recombine.methods.svft import Svft
 from recombine.methods.wecolora import WeCoLora
 from recombine.methods.weighted_svd import Asvd, Fwsvd, SvdLlm
 
-__all__ = [
-    "Asvd",
-    "Balf",
-    "BasisSharing",
-    "Cersa",
-    "Crisp",
-    "Dfjr",
-    "Dgmr",
-    "DobiSvd",
-    "Full",
-    "Fwsvd",
-    "Isomorphic",
-    "Jactus",
-    "LinearProbe",
-    "Method",
-    "PcLora",
-    "Peft",
-    "PruneNet",
-    "Recast",
-    "Record",
-    "Rosa",
-    "Site",
-    "Ssf",
-    "Step",
-    "Svd",
-    "SvdLlm",
-    "Svfit",
-    "Svft",
-    "WeCoLora",
-    "apply",
-    "finish",
-    "train_only",
-]
+__all__ = [name for name, thing in list(vars().items()) if callable(thing) and not name.startswith("_")]

@@ -7,8 +7,9 @@ layer's output energy; dense costs m n and loses nothing. One price per weight, 
 
 Stored: left (m, k) and right (k, n), or the layer as it was. Trains: nothing.
 
-Paper: in its code, what the last price leaves of the budget stays unspent. Here: it is given out. The paper's
-convolutions and its budget in FLOPs, which for linear layers differs only by the tokens each sees, are left out.
+Paper: in its code, what the last price leaves of the budget stays unspent (`fill=false`). Here: it is given out.
+The paper's convolutions and its budget in FLOPs, which for linear layers differs only by the tokens each sees, are
+left out.
 """
 
 from dataclasses import dataclass
@@ -67,7 +68,13 @@ def most(site: Site) -> int:
 
 @dataclass(kw_only=True)
 class Balf(Whitened):
-    """Ranks, or dense, by a knapsack over the shares of output energy."""
+    """Ranks, or dense, by a knapsack over the shares of output energy.
+
+    Args:
+        fill: give out what one price for all layers leaves of the budget.
+    """
+
+    fill: bool = True
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         ranks = self.ranks(sites)
@@ -76,7 +83,7 @@ class Balf(Whitened):
     def ranks(self, sites: list[Site]) -> list[int | None]:
         """The rank of every layer; None: dense."""
         costs, losses = zip(*map(self.options, sites), strict=True)
-        picks = lagrangian(costs, losses, self.ratio * sum(float(cost[-1]) for cost in costs))
+        picks = lagrangian(costs, losses, self.ratio * sum(float(cost[-1]) for cost in costs), fill=self.fill)
         return [None if i == most(site) else i + 1 for i, site in zip(picks, sites, strict=True)]
 
     def options(self, site: Site) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,15 @@ A Method rewrites the linear layers of a pretrained model in place. Its dataclas
 configuration. What trains is whatever has `requires_grad`.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import ClassVar, NamedTuple
 from weakref import ref
 
 from torch import Tensor, nn
 
+from recombine import progress
 from recombine.budget import Budget, solve
 from recombine.calibration import Losses, Stats, collect
 from recombine.errors import UsageError
@@ -77,7 +79,7 @@ class Method:
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses: Losses | None = None) -> None:
         """Replaces the target layers of a frozen model and marks what trains. Override to share or prune."""
-        for site in sites:
+        for site in progress.of(sites, "rewriting", "layers"):
             model.set_submodule(site.name, self.recombine(site))
 
     def recombine(self, site: Site) -> nn.Module:
@@ -205,9 +207,7 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
 
 def calibrate(model: nn.Module, method: Method, sites: list[Site], losses: Losses | None, wanted: set[str]) -> None:
     """Collects what the method wants to know of the data."""
-    name = type(method).__name__
-    if losses is None:
-        raise UsageError(f"{name} calibrates: give apply(..., losses=), which yields a task loss per batch when called")
+    need_losses(method, losses)
     method.stats = collect(model, sites, losses, wanted)
 
 
@@ -238,6 +238,14 @@ def find_sites(model: nn.Module, method: Method) -> list[Site]:
     return sites
 
 
+def consecutive(sites: list[Site], size: Callable[[str], int]) -> list[list[Site]]:
+    """Runs of size(role) consecutive layers of one role and shape; the last run of a role may be shorter."""
+    alike = defaultdict(list)
+    for site in sites:
+        alike[site.role, site.linear.weight.shape].append(site)
+    return [run[i : i + size(role)] for (role, _), run in alike.items() for i in range(0, len(run), size(role))]
+
+
 def train_only(model: nn.Module, names: set[str]) -> None:
     """Trains exactly these parameters. What trained before no longer counts as the backbone's own."""
     for name, p in model.named_parameters():
@@ -249,6 +257,13 @@ def train_only(model: nn.Module, names: set[str]) -> None:
 def spec_class(kind: str) -> type[RecombinedLinear]:
     """The layer class of that name."""
     return next(cls for cls in RecombinedLinear.__subclasses__() if cls.__name__ == kind)
+
+
+def need_losses(method: Method, losses: Losses | None) -> None:
+    """Raises UsageError where there is nothing to calibrate with."""
+    if losses is None:
+        name = type(method).__name__
+        raise UsageError(f"{name} calibrates: give apply(..., losses=), which yields a task loss per batch when called")
 
 
 def need(ok: bool, method: Method, name: str, why: str) -> None:

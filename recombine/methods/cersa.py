@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 
+from recombine import progress
 from recombine.layers import FactoredLinear
 from recombine.linalg import energy_rank
 from recombine.methods.base import Site, need
@@ -72,7 +73,7 @@ class Cersa(Spectral):
         return kept, kept if self.beta is None or self.rank is not None else energy_rank(s, self.beta)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        ranks = [self.ranks(site) for site in sites]
+        ranks = [self.ranks(site) for site in progress.of(sites, "factors", "layers")]
         trained = sum(kb * kb if self.core == "matrix" else kb for _, kb in ranks)
         outer = sum(ka * sum(site.linear.weight.shape) + ka - kb for (ka, kb), site in zip(ranks, sites, strict=True))
         return outer + trained, trained

@@ -60,9 +60,3 @@ def ungate(basis: Tensor, gated: Tensor, gate: str, gauge: str) -> tuple[Tensor,
         low, high = low.amin(), high.amax()
     scale = scale * torch.minimum(LOWEST[gate] / low.clamp(max=-1e-12), HIGHEST[gate] / high.clamp(min=1e-12))
     return basis / scale.T, INVERSES[gate](gated * scale)
-
-
-def retrofit(group: list[Site], rank: int, chunk: int, gate: str, gauge: str) -> tuple[Tensor, list[Tensor]]:
-    """The basis (m n / s, r) and the mixers A_i (r, s) that fit the group's weights best, in float64."""
-    basis, mixers = ungate(*truncate(stack(group, chunk), rank), gate, gauge)
-    return basis, list(mixers.split(chunk, 1))

@@ -7,6 +7,7 @@ Tab. 4) and the gates and placements that have no closed form.
 Paper: rate 0.01, a step scheduler, up to 1000 steps, B and A_i from N(0, 0.01) in Alg. 2, orthogonal A_i in the text,
 optimiser not named. RECAST's code: RMSprop 0.1, Kaiming templates, a tenth of the rate every 200 steps. Here: Adam,
 the scheduler of RECAST, and 0.01 as the standard deviation of B: with 0.1, or Kaiming, 1000 steps are not enough.
+RECAST's is `optimizer=rmsprop lr=0.1 basis=kaiming`.
 """
 
 from dataclasses import dataclass
@@ -31,18 +32,20 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 
 @dataclass
 class Mimicry:
-    """loss: smooth_l1, huber, mse or l1. init: of the mixers, orthogonal, uniform, kaiming, xavier or normal.
-    optimizer: adam or rmsprop, with the rate lr, divided by 10 every `decay_every` of `steps` steps."""
+    """loss: smooth_l1, huber, mse or l1. init: of the mixers, orthogonal, uniform, kaiming, xavier or normal; basis:
+    of the basis. optimizer: adam or rmsprop, with the rate lr, divided by 10 every `decay_every` of `steps` steps.
+    """
 
     loss: str = "smooth_l1"
     init: str = "orthogonal"
+    basis: str = "normal"
     optimizer: str = "adam"
     lr: float = 0.01
     steps: int = 1000
     decay_every: int = 200
 
     def check(self) -> None:
-        for name, known in (("loss", LOSSES), ("init", INITS), ("optimizer", OPTIMIZERS)):
+        for name, known in (("loss", LOSSES), ("init", INITS), ("basis", INITS), ("optimizer", OPTIMIZERS)):
             if (value := getattr(self, name)) not in known:
                 raise UsageError(f"method.mimicry.{name}={value}: must be one of {', '.join(known)}")
         for name in ("lr", "steps", "decay_every"):
@@ -56,7 +59,7 @@ def mimic(
     """The basis (m n / s, r), the mixers [A_1 ... A_g] (r, g s) and the loss reached; weights all (m, n)."""
     pieces = [weight.float().reshape(-1, chunk) for weight in weights]
     goal = torch.cat(pieces, 1)  # (m n / s, g s): equal shapes, so the sum of means is g times the mean
-    basis = torch.empty(len(goal), rank).normal_(0, 0.01, generator=rng).to(goal.device)
+    basis = INITS[how.basis](torch.empty(len(goal), rank), rng).to(goal.device)
     mixer = torch.cat([INITS[how.init](torch.empty(rank, chunk), rng) for _ in pieces], 1).to(goal.device)
     loss, compose, gate = LOSSES[how.loss], PLACEMENTS[placement], GATES[gate]
     best, reached = (basis.clone(), mixer.clone()), float("inf")

@@ -7,17 +7,18 @@ ranks are rounded under the exact budget and W' = P_k P_k^T W, which is the whit
 
 Stored: left (m, k), right (k, n). Trains: nothing.
 
-Paper: P is the SVD of each batch's activations, differentiated with care for close singular values, and incremental PCA
-pools it afterwards. Here: P is pooled over the calibration batches from the start, so only the k need gradients. Paper:
-k moves in steps of ranks. Here: Adam moves k (m + n) / (m n), the layer's own ratio, so one step size fits all widths.
-Paper's code: beta = 10, so that only the one direction next to k gives k its gradient, over thousands of steps. Here:
-0.1, some 20 directions, so that tens of steps are enough (on DINOv2-S at half its size, 32 steps lower the calibration
-loss from 1.33 to 0.90 instead of to 1.27).
+Paper: while k is learnt P is the SVD of each batch's activations, differentiated with care for close singular values,
+and incremental PCA pools it afterwards (`basis=batch`, with PCA on all batches at once). Here: P is pooled over the
+calibration batches from the start, so only the k need gradients. Paper: Adam moves k (`unit=rank`). Here: it moves
+k (m + n) / (m n), the layer's own ratio, so one step size fits all widths. Paper's code: `beta=10`, so that only the
+one direction next to k gives k its gradient, over thousands of steps. Here: 0.1, some 20 directions, so that tens of
+steps are enough (on DINOv2-S at half its size, 32 steps lower the calibration loss from 1.33 to 0.90 instead of to
+1.27).
 Paper: k may pass the rank from which dense is smaller, which remapped (quantised) storage makes worthwhile. Here: that
 storage is not used, and k stops there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -26,10 +27,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from recombine.calibration import Losses, quiet
-from recombine.errors import UsageError
+from recombine.allocation import nearest
+from recombine.calibration import Losses, passes, quiet
 from recombine.methods.balf import Whitened, dims, most
 from recombine.methods.base import Site, need
+from recombine.methods.dobi_truncation import Truncation
 from recombine.methods.weighted_svd import truncated
 
 
@@ -37,13 +39,17 @@ from recombine.methods.weighted_svd import truncated
 class DobiSvd(Whitened):
     """Args:
     steps: of Adam, one calibration batch each; 0 keeps the same ratio in every layer.
-    step_size: of Adam, in units of a layer's own ratio.
+    step_size: of Adam, in the unit of what it moves.
+    unit: Adam moves each layer's own ratio, or its rank.
+    basis: of the soft truncation: pooled over all batches, or of each batch, with gradients through it.
     beta: sharpness of the truncation, per rank.
     weight: of the distance to the budget.
     """
 
     steps: int = 30
     step_size: float = 0.02
+    unit: str = "ratio"
+    basis: str = "pooled"
     beta: float = 0.1
     weight: float = 10.0
 
@@ -57,25 +63,31 @@ class DobiSvd(Whitened):
         super().check(sites)
         need(self.steps >= 0, self, "steps", "must be 0 or more")
         need(self.step_size > 0, self, "step_size", "must be more than 0")
+        need(self.unit in ("ratio", "rank"), self, "unit", "must be ratio or rank")
+        need(self.basis in ("pooled", "batch"), self, "basis", "must be pooled or batch")
         need(self.beta > 0, self, "beta", "must be more than 0: the gate falls from 1 to 0 at k")
         need(self.weight >= 0, self, "weight", "must be 0 or more")
 
     def learn(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         dense = torch.tensor([site.linear.weight.numel() for site in sites], dtype=torch.float64)
-        share = torch.full((len(sites),), self.ratio, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.Adam([share], lr=self.step_size)
-        with quiet(model), torch.enable_grad(), self.softly(sites, share):
+        cost = torch.tensor([sum(dims(site)) for site in sites], dtype=torch.float64)  # of one rank
+        unit = cost / dense if self.unit == "rank" else torch.ones_like(dense)  # ratio per unit of `moved`
+        moved = (self.ratio / unit).requires_grad_()
+        optimizer = torch.optim.Adam([moved], lr=self.step_size)
+        with quiet(model), torch.enable_grad(), self.softly(sites, lambda: moved * unit):
             for loss in islice(passes(losses), self.steps):
-                kept = (share * dense).sum() / dense.sum()
+                kept = (moved * unit * dense).sum() / dense.sum()
                 optimizer.zero_grad()
                 (loss + self.weight * (kept - self.ratio).abs()).backward()
                 optimizer.step()
-                share.data.clamp_(0, 1)
-        self._ranks = spend(share.detach(), sites, self.ratio)
+                moved.data.copy_(moved.data.clamp(min=0).minimum(1 / unit))
+        ranks = moved.detach() * unit * dense / cost
+        top = torch.tensor([most(site) for site in sites], dtype=torch.float64)
+        self._ranks = nearest(ranks, cost, dense / cost, top, self.ratio * float(dense.sum()))
 
     @contextmanager
-    def softly(self, sites: list[Site], share: Tensor) -> Iterator[None]:
-        """Truncates what the layers give, as far as `share` (layers,) says."""
+    def softly(self, sites: list[Site], share: Callable[[], Tensor]) -> Iterator[None]:
+        """Truncates what the layers give, as far as share() (layers,), a ratio each, says."""
 
         def hook(site: Site, i: int):
             m, n = dims(site)
@@ -83,10 +95,13 @@ class DobiSvd(Whitened):
             index = torch.arange(1, basis.shape[1] + 1, device=basis.device, dtype=basis.dtype)
 
             def truncate(linear: nn.Linear, args: tuple, y: Tensor) -> Tensor:
-                k = (share[i] * m * n / (m + n)).to(basis)
+                k = (share()[i] * m * n / (m + n)).to(basis)
                 gate = (1 + torch.tanh(self.beta * (k - index))) / 2
                 y = y if linear.bias is None else y - linear.bias
-                y = (y @ basis * gate) @ basis.T
+                if self.basis == "pooled":
+                    y = (y @ basis * gate) @ basis.T
+                else:
+                    y = Truncation.apply(y.flatten(0, -2), gate).view_as(y)
                 return y if linear.bias is None else y + linear.bias
 
             return site.linear.register_forward_hook(truncate)
@@ -106,36 +121,3 @@ class DobiSvd(Whitened):
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site, k in zip(sites, self._ranks, strict=True):
             model.set_submodule(site.name, truncated(site, self._factors.pop(site.name)[0][:, :k]))
-
-
-def passes(losses: Losses) -> Iterator[Tensor]:
-    """Batch after batch, pass after pass."""
-    while True:
-        loss = None
-        for loss in losses():
-            yield loss
-        if loss is None:
-            raise UsageError("DobiSvd passes over the calibration batches more than once: losses() must begin anew")
-
-
-def spend(share: Tensor, sites: list[Site], ratio: float) -> list[int]:
-    """Whole ranks nearest to the layers' own ratios `share`, moved up or down together until they just fit `ratio`."""
-    dense = torch.tensor([site.linear.weight.numel() for site in sites], dtype=torch.float64)
-    cost = torch.tensor([sum(dims(site)) for site in sites], dtype=torch.float64)
-    top = torch.tensor([most(site) for site in sites], dtype=torch.float64)
-    budget = ratio * float(dense.sum())
-
-    def moved(by: float) -> Tensor:
-        return ((share + by) * dense / cost).clamp(min=1).minimum(top)  # real ranks
-
-    low, high = -1.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if moved(middle) @ cost <= budget else (low, middle)
-    ranks = moved(low).floor()
-    left = budget - float(ranks @ cost)
-    for i in (moved(low) - ranks).argsort(descending=True, stable=True).tolist():  # the nearest to the next rank first
-        if cost[i] <= left and ranks[i] < top[i]:
-            ranks[i] += 1
-            left -= float(cost[i])
-    return [int(k) for k in ranks]

@@ -5,9 +5,10 @@ frozen. During the distillation f falls from 1 to 0 over the first share `decay`
 which is done, f = 1 - sin(pi u / 2), 1 - u or cos(pi u / 2). W is dropped when the distillation ends: k (m + n) per
 layer are stored then, m n + k (m + n) until then. A retained budget limits the former, a memory budget the latter.
 
-Paper: f multiplies the old bias as well, and a new one starts at 0. Here: the one bias trains from its pretrained
-value; what can be reached is the same. Norms train along in the distillation. The paper's decay share was not at hand:
-0.8 and the sine are a reimplementation's, its random start LoRA's.
+Paper: f multiplies the old bias as well, and a new one starts at 0 (`fade_bias`: before every step the one bias moves
+by as much, which is the same but for weight decay). Here: it trains from its pretrained value; what can be reached is
+the same. Norms train along in the distillation. The paper's decay share was not at hand: 0.8 and the sine are a
+reimplementation's, its random start LoRA's.
 """
 
 import math
@@ -35,6 +36,7 @@ class PcLora(Method):
     rank: the same k for all layers instead of `ratio`.
     decay: share of the distillation over which the pretrained weights fade out.
     schedule: sine, linear or cosine.
+    fade_bias: the pretrained biases fade out too.
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?")
@@ -42,6 +44,7 @@ class PcLora(Method):
     rank: int | None = None
     decay: float = 0.8
     schedule: str = "sine"
+    fade_bias: bool = False
 
     compresses: ClassVar[bool] = True
     knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
@@ -70,7 +73,16 @@ class PcLora(Method):
         return sum(site.linear.weight.numel() for site in sites) + trained, trained
 
     def recombine(self, site: Site) -> DeltaLinear:
-        return low_rank(site.linear, self.layer_rank(site.linear))
+        layer = low_rank(site.linear, self.layer_rank(site.linear))
+        if self.fade_bias and layer.bias is not None:
+            layer.register_buffer("faded_bias", layer.bias.detach().clone())
+        return layer
+
+    def restore(self, model: nn.Module, layers: dict[str, dict]) -> None:
+        super().restore(model, layers)
+        for layer in map(model.get_submodule, layers):
+            if self.fade_bias and layer.bias is not None and isinstance(layer, DeltaLinear):
+                layer.register_buffer("faded_bias", layer.bias.detach().clone())
 
     def distils(self, model: nn.Module) -> set[str]:
         fading = {id(layer.base) for layer in own(model).values()}
@@ -79,6 +91,8 @@ class PcLora(Method):
     def advance(self, model: nn.Module, share: float) -> bool:
         factor = SCHEDULES[self.schedule](share / self.decay) if share < self.decay else 0.0
         for layer in own(model).values():
+            if self.fade_bias and layer.bias is not None:
+                layer.bias.data += (factor - layer.keep_base) * layer.faded_bias
             layer.keep_base.fill_(factor)
         return factor == 0
 

@@ -5,27 +5,22 @@ A peft method is a YAML: `config` names a peft class, `options` are its argument
 less what its adapter took over) and the adapter. Trains: what peft marks.
 """
 
-import logging
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from recombine.budget import held
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
-from recombine.methods.base import Method, Site, need
+from recombine.methods.base import Method, Site
+from recombine.methods.peft_guard import check_options, narrowest, one_line, output, warn_if_moved
 from recombine.models import roles
 
-log = logging.getLogger(__name__)
-
 FACTORED = ("pissa", "olora")  # values of init_lora_weights that factor the weight and take a part of it away
-NOT_IDENTITY = 1e-4  # relative change of a layer's output that rounding does not explain
 
 
 @dataclass(kw_only=True)
@@ -48,34 +43,7 @@ class Peft(Method):
         return (nn.Linear, RecombinedLinear) if self.config == "LoraConfig" else (nn.Linear,)
 
     def check(self, sites: list[Site]) -> None:
-        import peft
-
-        kinds = [k for k in dir(peft) if k.endswith("Config") and issubclass(getattr(peft, k), peft.PeftConfig)]
-        near = get_close_matches(self.config, kinds, 3) or ["LoraConfig"]
-        need(self.config in kinds, self, "config", f"peft has no such class; near: {', '.join(near)}")
-        known = {f.name for f in fields(getattr(peft, self.config))}
-        need("target_modules" in known, self, "config", "adapts no linear layers; choose one that does: LoraConfig")
-        for key in self.options:
-            if key not in known or key in ("r", "target_modules"):
-                near = get_close_matches(key, known - {"r", "target_modules"}, 3) or sorted(known)
-                raise UsageError(f"method.options.{key}: {self.config} takes no such option; near: {', '.join(near)}")
-        if self.rank is not None:
-            need("r" in known, self, "rank", f"{self.config} has no rank; set method.rank=null")
-            most = narrowest(sites)
-            need(1 <= self.rank <= most, self, "rank", f"must be from 1 to {most}, the narrowest target layer")
-        targets = [target.removesuffix("?") for target in self.targets]
-        for role in self.options.get("feedforward_modules") or ():
-            if role not in targets:
-                raise UsageError(f"method.options.feedforward_modules: {role!r} is not in targets {' '.join(targets)}")
-        if self.options.get("boft_n_butterfly_factor", 1) != 1 and not butterflies():
-            factor = self.options["boft_n_butterfly_factor"]
-            why = "peft's CUDA extension for it cannot be built here and peft would use one factor: set it to 1"
-            raise UsageError(f"method.options.boft_n_butterfly_factor={factor}: {why}")
-        init = self.options.get("init_lora_weights", True)
-        for site in sites:
-            if isinstance(site.linear, RecombinedLinear) and isinstance(init, str) and init != "gaussian":
-                why = f"{site.name} is a {type(site.linear).__name__}, which holds no weight to take a part of"
-                raise UsageError(f"method.options.init_lora_weights={init}: {why}; set it to true")
+        check_options(self, sites)
         self.ghosts(sites)
 
     def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
@@ -124,14 +92,8 @@ class Peft(Method):
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         before = {site.name: output(site.linear) for site in sites}
         self.inject(model, {site.name: site.role for site in sites})
-        changes = {}
-        for name, y in before.items():
-            new = output(model.get_submodule(name).eval())  # `apply` sets the mode that the model is in
-            changes[name] = ((new - y).norm() / y.norm().clamp(min=1e-30)).item()
-        worst = max(changes, key=changes.get)
-        if not changes[worst] <= NOT_IDENTITY:
-            text = "%s is not the identity at the start: it changes the output of %s, the most, by %.2g of its norm"
-            log.warning(text, self.config, worst, changes[worst])
+        after = {name: output(model.get_submodule(name).eval()) for name in before}  # `apply` sets the model's mode
+        warn_if_moved(self.config, before, after)
 
     def describe(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
         played = roles.find(model, self.targets, nn.Module)
@@ -140,33 +102,3 @@ class Peft(Method):
     def restore(self, model: nn.Module, layers: dict[str, dict]) -> None:
         with torch.random.fork_rng(devices=[]):
             self.inject(model, {name: spec["role"] for name, spec in layers.items()}, fresh=False)
-
-
-@contextmanager
-def one_line(method: Peft):
-    """What peft refuses becomes one line for the user."""
-    try:
-        yield
-    except Exception as error:  # peft raises nearly every kind
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UsageError(f"method.options={method.options}: {method.config}: {reason}; change that option") from error
-
-
-def narrowest(sites: list[Site]) -> int:
-    """The largest rank that every target layer can have; no compressed layer is built for it."""
-    return min(min(site.linear.in_features, site.linear.out_features) for site in sites)
-
-
-def butterflies() -> bool:
-    """Whether peft finds or builds the CUDA extension that BOFT needs for more than one butterfly factor."""
-    from peft.tuners.boft.layer import get_fbd_cuda
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return bool(get_fbd_cuda())
-
-
-def output(layer: nn.Module) -> Tensor:
-    """(8, out): of a layer on the same Gaussian inputs every time."""
-    x = torch.randn(8, layer.in_features, generator=torch.Generator().manual_seed(0))
-    return layer(x.to(next(layer.parameters())))

@@ -6,7 +6,8 @@ right (k, n), one parameter of all its layers, and left_i (m_i, k) of each; k (n
 Trains: nothing.
 
 Basis Sharing groups consecutive layers of one role and weighs inputs with S S^T = E[x x^T] summed over the group.
-Paper: at high ratios the coefficients are fitted again to the inputs that the compressed layers give. Here: not.
+Paper: at high ratios the coefficients left_i are fitted again to the inputs that the compressed layers give (`refit`).
+Here: to the original model's inputs.
 DFJR groups q with k, and gate with up, of one block, and looks at no data.
 """
 
@@ -16,9 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from recombine import progress
+from recombine.calibration import Losses
 from recombine.layers import FactoredLinear
 from recombine.linalg import project, weighted_svd
-from recombine.methods.base import Site, need
+from recombine.methods.base import Site, consecutive, need, need_losses
+from recombine.methods.refit import refit
 from recombine.methods.svd import Truncated
 
 
@@ -30,16 +34,22 @@ class SharedSvd(Truncated):
         """E[x x^T] (n, n) of the group's inputs, times any number; None: the identity."""
         return None
 
-    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
-        for group in self.groups(sites):
+    def factored(self, sites: list[Site]) -> dict[str, FactoredLinear]:
+        """The layers, by site name."""
+        layers = {}
+        for group in progress.of(self.groups(sites), "factors", "groups"):
             weights = [site.linear.weight for site in group]
             stack = torch.cat([weight.detach().double() for weight in weights])  # (sum m_i, n)
             u = weighted_svd(stack, self.moment(group))[0][:, : self.group_rank(group)]
             left, right = project(u, stack)
             basis = nn.Parameter(right.to(weights[0]), requires_grad=False)  # one parameter: it counts once
             for site, part in zip(group, left.split([len(weight) for weight in weights]), strict=True):
-                layer = FactoredLinear(part.to(weights[0]), basis, bias=site.linear.bias)
-                model.set_submodule(site.name, layer)
+                layers[site.name] = FactoredLinear(part.to(weights[0]), basis, bias=site.linear.bias)
+        return layers
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        for name, layer in self.factored(sites).items():
+            model.set_submodule(name, layer)
 
 
 @dataclass(kw_only=True)
@@ -48,11 +58,13 @@ class BasisSharing(SharedSvd):
     group_size: how many consecutive layers of a role share a basis.
     shared: the roles that do; the others are factored layer by layer.
     whiten: weigh the inputs by their second moments; without it no data is looked at.
+    refit: fit the coefficients again, block after block, to the inputs that the compressed blocks give.
     """
 
     group_size: int = 2
     shared: tuple[str, ...] = ("qkv", "q", "k", "v", "up", "gate")
     whiten: bool = True
+    refit: bool = False
 
     def check(self, sites: list[Site]) -> None:
         need(self.group_size >= 1, self, "group_size", "a group has at least one layer")
@@ -61,16 +73,20 @@ class BasisSharing(SharedSvd):
     def wants(self) -> set[str]:
         return {"inputs"} if self.whiten else set()
 
+    def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        if self.refit:
+            need_losses(self, losses)
+
     def groups(self, sites: list[Site]) -> list[list[Site]]:
-        """Runs of consecutive layers of one role and shape; the last run may be shorter."""
-        alike = defaultdict(list)
-        for site in sites:
-            alike[site.role, site.linear.weight.shape].append(site)
-        size = {role: self.group_size if role in self.shared else 1 for role, _ in alike}
-        return [run[i : i + size[role]] for (role, _), run in alike.items() for i in range(0, len(run), size[role])]
+        return consecutive(sites, lambda role: self.group_size if role in self.shared else 1)
 
     def moment(self, group: list[Site]) -> Tensor | None:
         return sum(self.stats[site.name].inputs.xx for site in group) if self.whiten else None
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        if not self.refit:
+            return super().rewrite(model, sites)
+        refit(model, sites, self.factored(sites), losses)
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,8 @@
 y = gamma * Op(x) + beta after every linear layer, norm and the patch embedding. Stored: the model as it was, beside
 it gamma and beta (C,) for each layer, which alone train: 2 C a layer, 102,912 for ViT-S. Merges into weight and bias.
 
-Paper: gamma starts at N(1, 0.02^2), beta at N(0, 0.02^2). Here: at 1 and 0, so the model starts exactly as it was.
+Paper: gamma starts at N(1, 0.02^2), beta at N(0, 0.02^2) (`start=normal`). Here: at 1 and 0, so the model starts as
+it was.
 Paper: vision models. Here: also language models, whose RMSNorms are scaled and not shifted, since they hold no bias.
 Merging gives a linear layer that had no bias (Llama's, Swin's reduction) one.
 """
@@ -16,20 +17,23 @@ from torch import nn
 from recombine.budget import held
 from recombine.errors import UsageError
 from recombine.layers import ScaleShift
-from recombine.methods.base import Method, Site
+from recombine.methods.base import Method, Site, need
 
 
 @dataclass(kw_only=True)
 class Ssf(Method):
     """Args:
     targets: roles of linear layers, norms, embed (the patch embedding) and reduction (Swin's, between its stages).
+    start: identity, or normal, the paper's.
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?", "reduction?", "norm", "embed?")
+    start: str = "identity"
 
     on: ClassVar[tuple[type, ...]] = (nn.Module,)
 
     def check(self, sites: list[Site]) -> None:
+        need(self.start in ("identity", "normal"), self, "start", "must be identity or normal")
         for site in sites:
             if hasattr(site.linear, "base_layer"):
                 kind = type(site.linear).__name__
@@ -40,7 +44,12 @@ class Ssf(Method):
         return held(site.linear for site in sites) + trained, trained
 
     def recombine(self, site: Site) -> ScaleShift:
-        return ScaleShift(site.linear)
+        layer = ScaleShift(site.linear)
+        if self.start == "normal":
+            nn.init.normal_(layer.gamma, 1, 0.02)
+            if layer.beta is not None:
+                nn.init.normal_(layer.beta, 0, 0.02)
+        return layer
 
     def describe(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
         return {name: {} for name in names}

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from recombine import progress
 from recombine.layers import FactoredLinear
 from recombine.linalg import energy_rank, svd
 from recombine.methods.base import Method, Site, need
@@ -35,7 +36,7 @@ class Spectral(Method):
         return svd(site.linear.weight)
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
-        for site in sites:
+        for site in progress.of(sites, "rewriting", "layers"):
             model.set_submodule(site.name, self.recombine(site))
             self._factors.pop(site.name, None)
 
@@ -79,6 +80,11 @@ class Truncated(Spectral):
 def shape(group: list[Site]) -> tuple[int, int]:
     """(m, n) of the group's weights, one upon the other."""
     return sum(site.linear.weight.shape[0] for site in group), group[0].linear.weight.shape[1]
+
+
+def directions(site: Site) -> int:
+    """N = min(m, n), the number of singular values."""
+    return min(site.linear.weight.shape)
 
 
 @dataclass(kw_only=True)

@@ -11,26 +11,34 @@ papers' W' without their S^-1, so inputs that never vary, or all of them, may be
 
 FWSVD's rows are inputs: the paper writes y = x W with W (in, out) and gives every row of W, the weights that multiply
 one input, the sum of their Fisher information; of an nn.Linear's weight (out, in) those are the columns. Paper: F is
-the mean over samples. Here: over calibration batches.
+the mean over samples (`calibration.batch_size=1`). Here: over calibration batches.
 ASVD. Paper: ranks by a search over sensitivities. Here: the same ratio for every layer, as where others compare it.
-SVD-LLM. Paper: its first version fits, at high ratios, later layers to the inputs that the compressed ones give them.
+SVD-LLM. Paper: at high ratios its first version fits left again to the inputs that compressed layers give (`refit`).
 Here: all layers are fitted to the original model's inputs. Its LoRA on U, then on V, is the pair
 method@compressor=svd_llm method=lora, with LoRA on the whole layer.
 """
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from recombine import progress
 from recombine.layers import FactoredLinear
 from recombine.linalg import project, weighted_svd
 from recombine.methods.base import Site, need
+from recombine.methods.refit import refit
 from recombine.methods.svd import Truncated
 
 
 @dataclass(kw_only=True)
 class WeightedSvd(Truncated):
-    """What the three have in common."""
+    """What the three have in common.
+
+    Args:
+        refit: fit the left factors again, block after block, to the inputs that the compressed blocks give.
+    """
+
+    refit: bool = False
 
     def moment(self, site: Site) -> Tensor:
         """M (n, n), or its diagonal (n,)."""
@@ -42,6 +50,13 @@ class WeightedSvd(Truncated):
 
     def recombine(self, site: Site) -> FactoredLinear:
         return truncated(site, self.factors(site)[0][:, : self.group_rank([site])])
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        if not self.refit:
+            return super().rewrite(model, sites)
+        layers = {site.name: self.recombine(site) for site in progress.of(sites, "factors", "layers")}
+        self._factors.clear()
+        refit(model, sites, layers, losses)
 
 
 def truncated(site: Site, u: Tensor) -> FactoredLinear:

@@ -3,6 +3,9 @@
 ``library: transformers`` in the YAML dispatches to ``models/text.py`` and ``models/llama.py``; the rest is timm's.
 The weights come from exactly one place: a local ``checkpoint``; a package (``tag: packaged``); timm's hub under a
 pinned ``tag``; or nowhere (``pretrained=False``, drawn from torch's current seed). All go through one strict load.
+
+``model.own_classes`` says how many classes the weights' own classifier tells apart (0: they have none). It is in place
+where ``num_classes`` is that number (``has_own_head``); data of other classes get a fresh one (``reset_head``).
 """
 
 import difflib
@@ -16,10 +19,10 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from recombine.errors import UsageError
-from recombine.models import packaged
+from recombine.models import packaged, roles
 from recombine.models.weights import hub_file, load
 
-__all__ = ["build", "list_models", "reset_head", "tokenizer"]
+__all__ = ["build", "has_own_head", "list_models", "reset_head", "tags", "tokenizer"]
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 
@@ -43,10 +46,23 @@ def tokenizer(source: Mapping):
 
 def reset_head(model: nn.Module, num_classes: int) -> None:
     """Gives the model a fresh classifier, in place; 0 classes: none, features come out."""
+    model.own_classes = 0
     if hasattr(model, "reset_classifier"):
         model.reset_classifier(num_classes)
     else:
         import_module("recombine.models.text").reset_head(model, num_classes)
+
+
+def has_own_head(model: nn.Module) -> bool:
+    """Whether the model's classifier is the one that came with its weights."""
+    head = roles.head(model)
+    return head is not None and head.out_features == getattr(model, "own_classes", 0)
+
+
+def tags(arch: str, classes: int) -> list[str]:
+    """Of timm's weights of an architecture those whose classifier tells that many classes apart."""
+    tagged = timm.list_pretrained(f"{arch}.*")
+    return [name.partition(".")[2] for name in tagged if get_pretrained_cfg(name).num_classes == classes]
 
 
 def _of_transformers(name: str, library: str, arch: str):
@@ -68,6 +84,7 @@ def timm_model(
     image_size: int | None = None,
     num_classes: int = 0,
     drop_path: float = 0.0,
+    attn_drop: float = 0.0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     **timm_kwargs,
@@ -83,17 +100,17 @@ def timm_model(
 
     size = {} if image_size is None else {"img_size": image_size}
     kwargs = {key: tuple(x) if isinstance(x, list | ListConfig) else x for key, x in timm_kwargs.items()}
+    drops = {"drop_path_rate": drop_path, "attn_drop_rate": attn_drop}
     try:
-        model = timm.create_model(source, num_classes=num_classes, drop_path_rate=drop_path, **size, **kwargs)
+        model = timm.create_model(source, num_classes=num_classes, **drops, **size, **kwargs)
     except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        given = " ".join(f"{key}={value}" for key, value in {**size, "drop_path": drop_path, **kwargs}.items())
+        given = " ".join(f"{key}={value}" for key, value in {**size, **drops, **kwargs}.items())
         reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
         raise UsageError(f"model {name}: {arch} cannot be built with {given} ({reason}): correct it") from error
     config = model.pretrained_cfg
     image_size = image_size or config["input_size"][-1]
     _check_patches(name, model, image_size)
-    if path is not None:
-        load(model, path, num_classes)
+    model.own_classes = 0 if path is None else load(model, path, num_classes)
 
     model.recombine_source = {
         "name": name,
@@ -105,6 +122,7 @@ def timm_model(
         "mean": list(mean or config["mean"]),
         "std": list(std or config["std"]),
         "drop_path": drop_path,
+        "attn_drop": attn_drop,
         "num_classes": num_classes,
         **{key: list(x) if isinstance(x, tuple) else x for key, x in kwargs.items()},
     }

@@ -110,7 +110,8 @@ def build(
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"model {name}: {cls.__name__} cannot be built ({reason}): correct that key") from error
     if path is not None:
-        model = load(name, cls, path, wanted, config)
+        model, own = load(name, cls, path, wanted, config)
+    model.own_classes = 0 if path is None else own
     if not num_classes:
         reset_head(model, 0)
     model.recombine_source = {
@@ -126,8 +127,9 @@ def build(
     return model.train()  # as a new module is; transformers loads into eval mode
 
 
-def load(name: str, cls: type, path: Path, wanted, config: dict) -> nn.Module:
-    """The folder's weights, strictly: every tensor of the backbone; only heads may be missing or too much."""
+def load(name: str, cls: type, path: Path, wanted, config: dict) -> tuple[nn.Module, int]:
+    """The folder's weights, strictly: every tensor of the backbone; only heads may be missing or too much. Beside them
+    how many classes the folder's own classifier tells apart, 0 where it has none."""
     try:
         found = AutoConfig.from_pretrained(path, local_files_only=True)
     except UNREADABLE as error:
@@ -167,7 +169,9 @@ def load(name: str, cls: type, path: Path, wanted, config: dict) -> nn.Module:
             torch.manual_seed(0)
             fresh(model, model.pooler.dense)
         log.info("%s gives no pooler: it is drawn, the same in every run", path)
-    return model
+    heads = {key: shape for key, shape, _ in told["mismatched_keys"] if key == "classifier.weight"}
+    heads |= dict.fromkeys({"classifier.weight"} & set(told["missing_keys"]), (0,))
+    return model, heads.get("classifier.weight", model.classifier.weight.shape)[0]
 
 
 def reset_head(model: nn.Module, num_classes: int) -> None:

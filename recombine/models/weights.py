@@ -73,8 +73,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")[:160]
 
 
-def load(model: nn.Module, path: Path, num_classes: int) -> None:
-    """Fills the model from the file, position embeddings resampled as timm does; only the classifier may differ."""
+def load(model: nn.Module, path: Path, num_classes: int) -> int:
+    """Fills the model from the file, position embeddings resampled as timm does; only the classifier may differ.
+
+    Returns how many classes the file's own classifier tells apart, 0 where it has none.
+    """
     state, wanted, head = read(path), model.state_dict(), _head_names(model)
     patch = "patch_embed.proj.weight"
     if patch in state and patch in wanted and state[patch].dim() == 4:  # timm would resample it: that is another model
@@ -85,6 +88,7 @@ def load(model: nn.Module, path: Path, num_classes: int) -> None:
     except Exception as error:  # not this model's tensors: the comparison below names the first
         log.debug("timm cannot convert %s: %s", path, error)
 
+    own = next((len(state[name]) for name in sorted(head) if name in state), 0)
     for name in sorted(head):
         if name in state and (name not in wanted or state[name].shape != wanted[name].shape):
             dropped = f"{name} {_shape(state.pop(name))}"
@@ -102,6 +106,7 @@ def load(model: nn.Module, path: Path, num_classes: int) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UsageError(f"{path} is damaged: {name} {_shape(tensor)} is not finite; delete or replace the file")
     model.load_state_dict(state, strict=True)
+    return own
 
 
 def read(path: Path) -> dict[str, Tensor]:

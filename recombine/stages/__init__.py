@@ -4,15 +4,17 @@ retrofit: rewrite the model, count, compare with the original; no training.
 compress: rewrite under a budget, distil from the original, then train the classifier alone.
 adapt:    rewrite, then train what the method trains and the classifier.
 joint:    compress, then adapt.
-evaluate: score a checkpoint on the test set.
+evaluate: score a checkpoint, or the original model, on the test set.
+profile:  rewrite, count and time, beside a reference; no training.
 """
 
 from recombine.stages.adapt import adapt, fit, test
 from recombine.stages.compress import compress, joint
 from recombine.stages.evaluate import evaluate
+from recombine.stages.profile import profile
 from recombine.stages.retrofit import retrofit
 from recombine.stages.run import Run
 
-STAGES = {"retrofit": retrofit, "compress": compress, "adapt": adapt, "joint": joint, "evaluate": evaluate}
+STAGES = {f.__name__: f for f in (retrofit, compress, adapt, joint, evaluate, profile)}
 
 __all__ = ["STAGES", "Run", "fit", "test"]

@@ -7,17 +7,20 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from recombine import export
+from recombine import distributed, export
+from recombine.curves import Curves
+from recombine.epochs import Epochs
 from recombine.errors import UsageError
 from recombine.lit import KeepBest, LitRecombine
 from recombine.methods import Method
+from recombine.resume import TrainingState, where
 from recombine.stages.retrofit import rewrite_all
 from recombine.stages.run import Run
 from recombine.tasks import Task
 
 
 def adapt(run: Run) -> dict:
-    rewrite_all(run)
+    run.phase("rewritten", lambda: rewrite_all(run))
     if not run.method.advance(run.model, 0.0):
         name = type(run.method).__name__.lower()
         raise UsageError(f"stage=adapt: {name} takes its form in a distillation; set stage=joint or stage=compress")
@@ -29,7 +32,9 @@ def train_and_test(run: Run) -> dict:
     optim, task = run.cfg.optim, run.task(run.cfg.optim.label_smoothing)
     if not any(p.requires_grad for p in run.model.parameters()):  # compressed, without a head: there is nothing to fit
         lit = LitRecombine(run.model, run.method, task)
-        path = export.save(run.model, run.out / "best.safetensors")
+        path = run.out / "best.safetensors"
+        if distributed.rank() == 0:
+            export.save(run.model, path)
         return {"test": test(run, lit), "checkpoint": str(path)}
     lit, best = fit(run, task, optim, run.cfg.trainer.epochs, "best", run.method)
     val = {} if run.data.val is None else {task.metric: best.value}
@@ -42,9 +47,10 @@ def fit(
     """Trains the parameters that require a gradient and leaves the model with the best weights by validation."""
     knobs = {key: optim[key] for key in ("lr_head", "weight_decay", "warmup", "schedule")}
     lr = method.lr if optim.lr is None else optim.lr
-    lit = LitRecombine(run.model, method, task, lr=lr, **knobs)
+    lit = LitRecombine(run.model, method, task, lr=lr, seed=run.cfg.seed, **knobs)
     monitor = f"val/{task.metric}"
-    callbacks = [best := KeepBest(monitor, task.mode, run.out / f"{name}.safetensors")]
+    callbacks = [best := KeepBest(monitor, task.mode, run.out / f"{name}.safetensors"), history := Curves()]
+    callbacks.append(Epochs(name))
     if run.cfg.trainer.patience and run.data.val is None:
         raise UsageError(
             f"trainer.patience={run.cfg.trainer.patience}: without validation data nothing says when to stop; "
@@ -53,9 +59,14 @@ def fit(
     if run.cfg.trainer.patience:
         patience = run.cfg.trainer.patience
         callbacks.append(EarlyStopping(monitor, mode=task.mode, patience=patience, check_finite=False))
-    trainer = make_trainer(run, epochs, callbacks, optim.clip)
+    callbacks.append(state := TrainingState(run.state, name, run.cfg.trainer.checkpoint_minutes))
+    trainer = make_trainer(run, epochs, callbacks, optim.clip, run.logger and run.logger.fit(name))
+    found = state.find()
+    run.data.start = where(found) if found else (0, 0)
     with run.timed(f"train_{name}"):
-        trainer.fit(lit, run.data)
+        trainer.fit(lit, run.data, ckpt_path=found, weights_only=True)
+    run.seconds[f"train_{name}"] += round(state.before, 3)
+    run.curves[name] = history.curves
     return lit, best
 
 
@@ -73,36 +84,46 @@ def test(run: Run, lit: LitRecombine) -> dict[str, float]:
             "root": getattr(run.data, "root", None),
         }
         with run.timed("harness"):
-            scores |= harness.evaluate(run.model, run.data.tokenizer, names, **knobs)
+            if distributed.rank() == 0:
+                scores |= harness.evaluate(run.model, run.data.tokenizer, names, **knobs)
+            distributed.wait()
+        if found := [value for key, value in scores.items() if key.endswith(("/acc", "/exact_match"))]:
+            scores["tasks_mean"] = sum(found) / len(found)
     return scores
 
 
-def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None) -> L.Trainer:
-    trainer = run.cfg.trainer
+def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None, logger=None) -> L.Trainer:
+    return trainer_on(
+        run.cfg.trainer,
+        max_epochs=epochs,
+        gradient_clip_val=clip,
+        callbacks=callbacks,
+        logger=logger or False,
+        enable_checkpointing=any(isinstance(callback, TrainingState) for callback in callbacks),
+        enable_progress_bar=run.cfg.trainer.progress,
+        limit_val_batches=0 if run.data.val is None else 1.0,
+        default_root_dir=run.out,
+    )
+
+
+def trainer_on(trainer: DictConfig, **knobs) -> L.Trainer:
+    """A Trainer on the devices that the configuration names."""
     try:
-        made = L.Trainer(
+        return L.Trainer(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
             strategy=trainer.strategy if isinstance(trainer.strategy, str) else instantiate(trainer.strategy),
             precision=precision(trainer.precision, trainer.accelerator),
-            max_epochs=epochs,
-            gradient_clip_val=clip,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
+            plugins=distributed.cluster(),
+            use_distributed_sampler=False,  # recombine/data/batches.py divides, and pads nothing
             enable_model_summary=False,
-            enable_progress_bar=trainer.progress,
             num_sanity_val_steps=0,
-            limit_val_batches=0 if run.data.val is None else 1.0,
             log_every_n_steps=1,
-            default_root_dir=run.out,
+            **knobs,
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"trainer: {' '.join(str(error).split())}; correct that key of trainer") from error
-    if made.world_size > 1:
-        raise UsageError(f"trainer.devices={trainer.devices}: a run takes one device for now; set trainer.devices=1")
-    return made
 
 
 def precision(wanted: str, accelerator: str) -> str:

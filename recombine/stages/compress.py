@@ -3,6 +3,8 @@
 
 import copy
 
+from torch import nn
+
 from recombine import methods
 from recombine.errors import UsageError
 from recombine.methods import train_only
@@ -15,7 +17,7 @@ from recombine.tasks import Distillation
 
 def compress(run: Run) -> dict:
     """Compress and distil, then the classifier only."""
-    added = distil(run)
+    added, _ = distil(run)
     head = [] if (found := roles.head(run.model)) is None else list(found.parameters())
     train_only(run.model, {name for name, p in run.model.named_parameters() if any(p is q for q in head)})
     return added | train_and_test(run)
@@ -23,15 +25,15 @@ def compress(run: Run) -> dict:
 
 def joint(run: Run) -> dict:
     """Compress and distil, then adapt."""
-    added = distil(run)
+    added, original = distil(run)
     if run.compressor is not None:
-        rewrite(run, run.method)
+        run.phase("adapted", lambda: rewrite(run, run.method), base=original)
     train_only(run.model, run.model.recombined.trains)
     return added | train_and_test(run)
 
 
-def distil(run: Run) -> dict:
-    """Rewrites the model and lets it follow the original on the training data; labels are not used."""
+def distil(run: Run) -> tuple[dict, nn.Module]:
+    """Rewrites the model and lets it follow the original, which comes back too, on the training data without labels."""
     method = compressor(run)
     if not method.compresses:
         raise UsageError(
@@ -39,7 +41,7 @@ def distil(run: Run) -> dict:
             "or put a compressor before it: method@compressor=svd"
         )
     teacher = copy.deepcopy(run.model)
-    rewrite(run, method)
+    run.phase("rewritten", lambda: rewrite(run, method))
     added = {"weight_error": weight_errors(teacher, run.model)}
     knobs = run.cfg.stage.distil
     if knobs.epochs:
@@ -47,6 +49,7 @@ def distil(run: Run) -> dict:
         task = Distillation(teacher, knobs.kl, knobs.mse, knobs.features)
         _, best = fit(run, task, knobs, knobs.epochs, "distilled", method)
         added["distil"] = {"val_loss": None if run.data.val is None else best.value, "best_epoch": best.epoch}
+        added["distil"]["curves"] = run.curves["distilled"]
     method.advance(run.model, 1.0)
     methods.finish(run.model, method, alone=run.compressor is None)
-    return added
+    return added, teacher

@@ -1,6 +1,9 @@
-"""Score a checkpoint on the test set."""
+"""Score a checkpoint on the test set; without one, the original model, as far as it can do the task untrained."""
 
-from recombine import export
+import lightning as L
+from torch import nn
+
+from recombine import export, models
 from recombine.errors import UsageError
 from recombine.lit import LitRecombine
 from recombine.models import roles
@@ -9,9 +12,28 @@ from recombine.stages.run import Run
 
 
 def evaluate(run: Run) -> dict:
-    run.model = export.load(run.cfg.stage.checkpoint, run.model)
-    head = roles.head(run.model)
-    if head is not None and (classes := head.out_features) != run.data.num_classes:
-        why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
-        raise UsageError(f"{run.cfg.stage.checkpoint}: {why}; set data.task to the one it was trained on")
-    return {"test": test(run, LitRecombine(run.model, run.method, run.task())), "checkpoint": run.cfg.stage.checkpoint}
+    path = run.cfg.stage.checkpoint
+    if path is None:
+        run.model.requires_grad_(False)
+    else:
+        run.model = export.load(path, run.model)
+        head = roles.head(run.model)
+        if head is not None and (classes := head.out_features) != run.data.num_classes:
+            why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
+            raise UsageError(f"{path}: {why}; set data.task to the one it was trained on")
+    return {"test": test(run, LitRecombine(run.model, run.method, run.task())), "checkpoint": path}
+
+
+def needs_head(model: nn.Module, data: L.LightningDataModule) -> None:
+    """Refuses to score a model whose weights brought no classifier for the data; a language model needs none."""
+    if data.num_classes is None or models.has_own_head(model):
+        return
+    source, own = model.recombine_source, model.own_classes
+    what = f"model {source['name']} has no head of its own for data={data.name}"
+    why = f"its weights tell {own} classes apart, not {data.num_classes}" if own else "its weights have none"
+    fix = "train one with stage=adapt and give stage.checkpoint=FILE"
+    if own == data.num_classes:  # of other classes, for all that is known
+        why, fix = f"the one in its weights is of {own} classes too", f"+model.num_classes={own} takes it"
+    elif getattr(data, "native", False) and (tags := models.tags(source["arch"], data.num_classes)):
+        fix = f"take model.tag={' or '.join(tags[:3])}"
+    raise UsageError(f"{what} ({why}): {fix}")

@@ -6,6 +6,7 @@ import torch
 
 from recombine import layers, methods, tasks
 from recombine.budget import Budget
+from recombine.lit import LitRecombine
 from recombine.methods import Method, apply
 from recombine.models import roles
 from recombine.stages.run import Run
@@ -48,7 +49,12 @@ def retrofit(run: Run) -> dict:
     run.model.eval()
     batch = run.fetch(run.data.train, list(range(min(32, len(run.data.train)))))
     reference, logits = tasks.call(original, batch), tasks.call(run.model, batch)
-    return {
+    scores = {}
+    if run.cfg.stage.test:
+        from recombine.stages.adapt import test  # which needs this module
+
+        scores = {"test": test(run, LitRecombine(run.model, run.method, run.task()))}
+    return scores | {
         "weight_error": weight_errors(original, run.model),
         "logit_error": (logits - reference).abs().max().item(),
         "logit_scale": reference.abs().max().item(),

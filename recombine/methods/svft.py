@@ -1,13 +1,12 @@
-"""SVFit (arXiv 2409.05926) and SVFT (arXiv 2405.19597): the singular vectors stay, what lies between them trains.
+"""SVFT: the singular vectors stay, a sparse matrix between them trains (arXiv 2405.19597).
 
-W = U diag(s) V^T with all N = min(m, n) directions: U (m, N), V (N, n) and s (N,) are stored.
-SVFit trains the `rank` largest entries of s, N at most.
-SVFT trains M and g of U (diag(s) + sigmoid(g) M) V^T: the scalar g and the entries of M (N, N) on a fixed sparsity
-pattern, of which a band of d diagonals on each side has N (2 d + 1) - d (d + 1); stored beside them.
+U (diag(s) + sigmoid(g) M) V^T with W = U diag(s) V^T, all N = min(m, n) directions: U (m, N), V (N, n) and s (N,) are
+stored, and beside them the scalar g and the entries of M (N, N) on a fixed sparsity pattern, which alone train: in a
+band of d diagonals on each side N (2 d + 1) - d (d + 1).
 
-Paper (SVFit): the rest of W is kept as a residual matrix. Here: as the other singular values, which is the same W and
-what CERSA's Table 14 counts. Paper (SVFT): top-k takes the largest u_i . v_j. Here: the largest in magnitude, as a
-singular pair has no sign of its own. The paper's code draws M at random. Here: M = 0, so the model starts as it was.
+Paper: top-k takes the largest u_i . v_j (`pattern=top_k_signed`). Here: the largest in magnitude, as a singular pair
+has no sign of its own. The paper's code draws M (Kaiming normal over its e entries, of variance 2 / e;
+`start=kaiming`). Here: M = 0, so the model starts as it was.
 """
 
 from collections.abc import Sequence
@@ -15,54 +14,27 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recombine.errors import UsageError
 from recombine.layers import FactoredLinear
 from recombine.methods.base import Site, need
-from recombine.methods.svd import Spectral
-
-
-@dataclass(kw_only=True)
-class Svfit(Spectral):
-    """Args:
-    rank: how many of the largest singular values train.
-    """
-
-    targets: tuple[str, ...] = ("q", "v")
-    rank: int = 768
-
-    compresses: ClassVar[bool] = False
-    knobs: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
-
-    def check(self, sites: list[Site]) -> None:
-        need(self.rank >= 1, self, "rank", "must be 1 or more; all singular values train where it exceeds their number")
-
-    def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
-        return range(1, 1 + max(directions(site) for site in sites))
-
-    def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        stored = sum(directions(site) * (1 + sum(site.linear.weight.shape)) for site in sites)
-        return stored, sum(min(self.rank, directions(site)) for site in sites)
-
-    def recombine(self, site: Site) -> FactoredLinear:
-        (u, s, vh), weight = self.factors(site), site.linear.weight
-        core, tail = s[: self.rank].to(weight), s[self.rank :].to(weight)
-        layer = FactoredLinear(u.to(weight), vh.to(weight), core, tail if len(tail) else None, site.linear.bias)
-        layer.core.requires_grad_(True)
-        return layer
+from recombine.methods.svd import Spectral, directions
 
 
 @dataclass(kw_only=True)
 class Svft(Spectral):
     """Args:
-    pattern: where M may differ from 0: plain (the diagonal), banded, or random or top_k with as many entries as banded.
+    pattern: where M may differ from 0: plain (the diagonal), banded, or random, top_k or top_k_signed with as many
+        entries as banded.
     band: diagonals on each side of the main one; plain does not read it.
+    start: of M: zero, or kaiming, where the model does not start as it was.
     """
 
     targets: tuple[str, ...] = ("q", "v")
     pattern: str = "banded"
     band: int = 3
+    start: str = "zero"
 
     compresses: ClassVar[bool] = False
     knobs: ClassVar[dict[str, str]] = {"trainable": "band", "memory": "band"}
@@ -71,7 +43,8 @@ class Svft(Spectral):
         need(self.pattern in PATTERNS, self, "pattern", f"must be one of {', '.join(PATTERNS)}")
         most = min(directions(site) for site in sites) - 1
         need(0 <= self.band <= most, self, "band", f"must be from 0 to {most}: the narrowest target layer has no more")
-        if self.pattern == "top_k":
+        need(self.start in ("zero", "kaiming"), self, "start", "must be zero or kaiming")
+        if self.pattern.startswith("top_k"):
             for site in sites:
                 m, n = site.linear.weight.shape
                 why = f"compares left with right singular vectors, but {site.name} is {m} x {n}; take banded or random"
@@ -94,12 +67,15 @@ class Svft(Spectral):
     def recombine(self, site: Site) -> FactoredLinear:
         (u, s, vh), weight = self.factors(site), site.linear.weight
         index = PATTERNS[self.pattern](u, vh).flatten().topk(self.entries(site)).indices.sort().values
+        entries = weight.new_zeros(len(index))
+        if self.start == "kaiming":
+            nn.init.kaiming_normal_(entries[None])
         layer = FactoredLinear(
             u.to(weight),
             vh.to(weight),
             tail=s.to(weight),
             bias=site.linear.bias,
-            entries=weight.new_zeros(len(index)),
+            entries=entries,
             index=torch.stack([index // len(s), index % len(s)]),
             gate=weight.new_zeros(()),
         )
@@ -119,9 +95,5 @@ PATTERNS = {  # (U, V^T) -> a score for each entry of M (N, N), of which the lar
     "banded": diagonals,
     "random": lambda u, vh: torch.rand(len(vh), len(vh), device=vh.device),
     "top_k": lambda u, vh: (u.T @ vh.T).abs(),
+    "top_k_signed": lambda u, vh: u.T @ vh.T,
 }
-
-
-def directions(site: Site) -> int:
-    """N, the number of singular values."""
-    return min(site.linear.weight.shape)

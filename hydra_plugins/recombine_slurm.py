@@ -1,0 +1,27 @@
+"""Hydra's end of recombine.sweep.slurm; Hydra looks for plugins in this namespace only, and imports them all."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+
+
+class SlurmLauncher(Launcher):
+    """Takes hydra-submitit-launcher's keys, and srun_args."""
+
+    def __init__(self, **params: Any):
+        self.params = params
+
+    def setup(self, *, hydra_context, task_function, config) -> None:
+        from recombine.errors import UsageError
+
+        try:
+            from recombine.sweep.slurm import Jobs
+        except ModuleNotFoundError as error:
+            raise UsageError(f"hydra/launcher=slurm needs {error.name}: pip install 'recombine[slurm]'") from error
+        self.jobs = Jobs(**self.params)
+        self.jobs.setup(hydra_context=hydra_context, task_function=None, config=config)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        return self.jobs.launch(job_overrides, initial_job_idx)

@@ -1,0 +1,66 @@
+"""Progress of long work: a bar on a terminal, a plain line every half a minute where stderr is a file.
+
+Nothing shows in the first seconds, so short work stays silent, as do other ranks than the first.
+`trainer.progress=false` silences it all.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+
+shown = True  # what trainer.progress says
+EVERY = 30.0  # seconds between lines in a file
+
+
+def bar(what: str, total: int | None = None, unit: str = "it"):
+    """A tqdm bar: `update(n)` it, and close it or use it as a context."""
+    from tqdm import tqdm
+
+    dist = sys.modules.get("torch.distributed")  # who has not imported it has one process
+    first = dist is None or not dist.is_initialized() or dist.get_rank() == 0
+    knobs = {"desc": what, "total": total, "unit": unit, "leave": False, "disable": not (shown and first)}
+    if sys.stderr.isatty():
+        return tqdm(**knobs, delay=1)
+    line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left"
+    if total is None:
+        line = "{desc}: {n_fmt} {unit}, {elapsed} passed"
+    return tqdm(**knobs, delay=EVERY, mininterval=EVERY, maxinterval=EVERY, file=Lines(), bar_format=line)
+
+
+def of(items: Iterable, what: str, unit: str = "it") -> Iterator:
+    """The items, one after the other, with a bar. A bar lives as long as the loop, also where that ends early."""
+    with bar(what, len(items) if hasattr(items, "__len__") else None, unit) as shows:
+        for item in items:
+            yield item
+            shows.update()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Counts the seconds while another process works."""
+    done = Event()
+
+    def tick() -> None:
+        with bar(what, unit="s") as shows:
+            while not done.wait(1):
+                shows.update()
+
+    thread = Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+class Lines:
+    """Stderr for tqdm: what it writes over and over becomes lines."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            sys.stderr.write(f"{text}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()

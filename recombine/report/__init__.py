@@ -1,0 +1,80 @@
+"""The report of an experiment: its runs as slim records, its table beside the paper's, its plots.
+
+    report = load("cersa/tab09")
+    print(render.text(report.table))
+    save(report)
+
+Nothing here imports torch: a thousand results are a second's work.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recombine.errors import UsageError
+from recombine.files import replacing
+from recombine.report import records, render, table
+from recombine.report.records import RUNS, Runs
+from recombine.report.table import Table
+from recombine.sweep import grid
+from recombine.sweep.grid import Experiment
+
+
+@dataclass(frozen=True)
+class Report:
+    """experiment.report is the YAML's `report`; runs are what exists of its cells."""
+
+    experiment: Experiment
+    runs: Runs
+    table: Table
+
+    @property
+    def folder(self) -> Path:
+        """Where its evidence is committed."""
+        return records.EVIDENCE / self.experiment.name
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Report:
+    """Reads what an experiment has run so far.
+
+    Raises:
+        UsageError: there is no such experiment, it has no grid or report, or a file cannot be read.
+    """
+    return build(grid.load(name, overrides))
+
+
+def build(experiment: Experiment) -> Report:
+    """The report of an experiment that is composed already."""
+    if not experiment.grid or not experiment.report:
+        raise UsageError(f"experiment={experiment.name}: has no grid and report, so there is no table to show")
+    runs = records.read(experiment)
+    return Report(experiment, runs, table.build(experiment.name, experiment.report, runs))
+
+
+def save(report: Report) -> list[Path]:
+    """Writes the evidence into experiments/<name>: the records, the table in three formats, the plots.
+
+    Raises:
+        UsageError: the report is of some of the runs, or there are none yet.
+    """
+    if report.experiment.overrides:
+        raise UsageError(f"--save {' '.join(report.experiment.overrides)}: evidence is the whole grid; leave these out")
+    if not report.runs.records:
+        raise UsageError(
+            f"--save: {report.experiment.name} has no results yet; python run.py experiment=... makes them"
+        )
+    from recombine.report import plots  # matplotlib takes a second
+
+    texts = {
+        RUNS: records.dump(report.runs.records),
+        "table.md": render.markdown(report.table),
+        "table.tex": render.latex(report.table),
+        "table.csv": render.as_csv(report.table),
+    }
+    report.folder.mkdir(parents=True, exist_ok=True)
+    for name, content in texts.items():
+        with replacing(report.folder / name) as temporary:
+            temporary.write_text(content)
+    return [report.folder / name for name in texts] + plots.save(
+        report.experiment.report.get("plots") or {}, report.runs, report.folder
+    )

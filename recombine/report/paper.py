@@ -1,0 +1,115 @@
+"""The paper's printed numbers, from experiments/<paper>/<table>.csv: one number a line, corrected or doubted there.
+
+    paper:
+      file: experiments/cersa/tab09_vitb_8datasets.csv
+      where: {metric: top1}                     # lines that count; what follows is more particular
+      rows: {"CERSA (α = 0.9)": CERSA}          # our label -> the file's `row`, or {column: value, ...}
+      columns: {cifar100: CIFAR-100}            # -> `dataset`
+      values: {latency (ms): latency}           # -> `metric`
+      means: {mean: Avg}                        # -> `dataset`
+      extra: {memory (MiB): memory}             # -> the column of the row's lines that has it, or {column: value}
+      compare: order                            # not the difference: only whether the rows come in the paper's order
+
+Labels that are not named stand in the file as they are, or have no number there.
+"""
+
+import csv
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from recombine.errors import UsageError
+from recombine.sweep.grid import CONF
+
+KEYS = ("file", "where", "rows", "columns", "values", "means", "extra", "compare")
+Selector = Mapping[str, Any]
+
+
+class Number(NamedTuple):
+    """A number of the paper, corrected where the paper contradicts itself, and why it is doubtful."""
+
+    text: str  # its digits as printed
+    value: float
+    doubt: str
+
+
+@dataclass
+class Paper:
+    """The numbers of one table. `spec` is the `paper` of an experiment's report."""
+
+    spec: Mapping[str, Any]
+    lines: list[dict[str, str]] = field(init=False)
+
+    def __post_init__(self):
+        if unknown := set(self.spec) - set(KEYS):
+            raise UsageError(f"report.paper.{unknown.pop()}: there is no such key; it takes {', '.join(KEYS)}")
+        path = CONF.parent / self.spec["file"]
+        try:
+            with path.open(newline="") as file:
+                self.lines = list(csv.DictReader(file))
+        except OSError as error:
+            raise UsageError(f"report.paper.file={self.spec['file']}: {error.strerror}") from error
+        self.where = self.spec.get("where", {})
+        for label, selected in self.spec.get("rows", {}).items():
+            if not self.find(select(selected, "row")):
+                raise UsageError(f"report.paper.rows: {label}: {selected} is no row of {self.spec['file']}")
+
+    @property
+    def compares(self) -> bool:
+        """Whether a difference to ours means anything."""
+        return self.spec.get("compare", "difference") == "difference"
+
+    def cell(self, row: str, column: str | None, value: str) -> Number | None:
+        """The number of a row, a column (None: the table has none) and a measured value."""
+        wanted = self.row(row) | (self.named("columns", column, "dataset") if column is not None else {})
+        return self.one(
+            wanted | (self.named("values", value, "metric") if value in self.spec.get("values", {}) else {})
+        )
+
+    def mean(self, row: str, mean: str) -> Number | None:
+        return self.one(self.row(row) | self.named("means", mean, "dataset"))
+
+    def extra(self, row: str, extra: str) -> Number | None:
+        selected = self.spec.get("extra", {}).get(extra)
+        if isinstance(selected, Mapping):
+            return self.one(self.row(row) | dict(selected))
+        lines = self.find(self.row(row)) if selected else []
+        found = {line[selected]: self.number(line, selected) for line in lines if line[selected]}
+        return self.single(list(found.values()), f"{row}, {selected}")
+
+    def row(self, label: str) -> dict[str, Any]:
+        return dict(self.where) | self.named("rows", label, "row")
+
+    def named(self, kind: str, label: str, column: str) -> dict[str, Any]:
+        return select(self.spec.get(kind, {}).get(label, label), column)
+
+    def one(self, wanted: Selector) -> Number | None:
+        return self.single([self.number(line, "value") for line in self.find(wanted)], str(dict(wanted)))
+
+    def find(self, wanted: Selector) -> list[dict[str, str]]:
+        if unknown := wanted.keys() - self.lines[0].keys():
+            raise UsageError(f"report.paper: {self.spec['file']} has no column {unknown.pop()}")
+        return [line for line in self.lines if all(line[key] == str(value) for key, value in wanted.items())]
+
+    def single(self, found: list[Number | None], what: str) -> Number | None:
+        if len(found) > 1:
+            raise UsageError(
+                f"report.paper: {self.spec['file']} has {len(found)} lines for {what}; say more in `where`"
+            )
+        return found[0] if found else None
+
+    def number(self, line: Mapping[str, str], column: str) -> Number | None:
+        if not (match := re.search(r"-?\d+(\.\d+)?", line[column])):
+            return None
+        about, doubt = re.match(r"(\w+): (.*)", line["doubt"]), line["doubt"]
+        if about and about[1] in line:  # of that column, not of the value
+            doubt = about[2] if about[1] == column else ""
+        elif column != "value":
+            doubt = ""
+        text = line["corrected"] if column == "value" and line["corrected"] else match[0]
+        return Number(text, float(text), doubt)
+
+
+def select(selected: Any, column: str) -> dict[str, Any]:
+    return dict(selected) if isinstance(selected, Mapping) else {column: selected}

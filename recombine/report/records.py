@@ -1,0 +1,155 @@
+"""Slim records: of each result.json what tables and plots need, so that the evidence of a whole grid is one small file.
+
+A record is the result without its configuration (its hash is kept), its checkpoint's path and its layers' names:
+`layers` is {role: {field: [one value a layer, in model order]}}. Committed as experiments/<name>/runs.jsonl, one line a
+run; the key `cell` is the run's folder.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from recombine.errors import UsageError
+from recombine.sweep.grid import CONF, Experiment
+
+EVIDENCE = CONF.parent / "experiments"
+RUNS = "runs.jsonl"
+LEFT_OUT = ("config", "layers", "checkpoint", "weight_error")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: where it stands in the grid, and its result."""
+
+    labels: dict[str, str]  # axis -> label
+    result: dict[str, Any]  # as it was read: whole or slim
+    cell: str
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """The slim result."""
+        return self.result if "cell" in self.result else slim(self.result, self.cell)
+
+    def get(self, path: str) -> Any:
+        """What lies at a dotted path of the slim result, {metric} being the run's own; None if nothing does.
+        `linear_probe.test`, `test.{metric}`, `layers.q.rank`."""
+        found: Any = self.data if path.startswith(LEFT_OUT) else self.result  # most tables ask for nothing of that
+        for part in path.replace("{metric}", self.result.get("metric") or "").split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of an experiment: the records that exist, of the cells that there are."""
+
+    records: list[Record]
+    cells: list[dict[str, str]]  # the labels of every cell, run or not
+    failed: dict[str, str]  # folder of a run that failed -> why
+
+
+def read(experiment: Experiment) -> Runs:
+    """Each cell's result: from its folder, or else from the committed runs.jsonl.
+
+    Raises:
+        UsageError: a file is not readable.
+    """
+    kept = {record["cell"]: record for record in lines(EVIDENCE / experiment.name / RUNS)}
+    records, failed = [], {}
+    for cell in experiment.cells:
+        name = cell.folder
+        folder = experiment.folder / name
+        try:
+            result = json.loads((folder / "result.json").read_text())
+        except FileNotFoundError:
+            result = kept.get(name)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{folder / 'result.json'}: not a readable result ({error}); move it away") from error
+        if result is not None:
+            records.append(Record(cell.labels, result, name))
+        elif (reason := folder / "failed.txt").is_file():
+            failed[name] = reason.read_text().strip()
+    return Runs(records, [cell.labels for cell in experiment.cells], failed)
+
+
+def lines(path: Path) -> list[dict]:
+    """The records of a runs.jsonl; none where there is no such file."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UsageError(f"{path}: not a readable line of JSON ({error}); restore it from the repository") from error
+
+
+def dump(records: Iterable[Record]) -> str:
+    """The text of a runs.jsonl, in the order of the cells' names, so that a new run changes one line."""
+    found = sorted((record.data for record in records), key=lambda data: data["cell"])
+    return "".join(json.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n" for data in found)
+
+
+def slim(result: Mapping[str, Any], cell: str) -> dict[str, Any]:
+    """A result.json as a record's data."""
+    kept = {"cell": cell} | {key: rounded(value) for key, value in result.items() if key not in LEFT_OUT}
+    if errors := result.get("weight_error"):
+        kept["weight_error"] = rounded({"mean": sum(errors.values()) / len(errors), "worst": max(errors.values())})
+    if hashes := kept.get("data", {}).get("sha256"):
+        kept["data"]["sha256"] = {split: digest[:12] for split, digest in hashes.items()}
+    text = json.dumps(result.get("config"), sort_keys=True)
+    return kept | {
+        "layers": by_role(result.get("layers", ())),
+        "config": hashlib.sha256(text.encode()).hexdigest()[:12],
+    }
+
+
+def by_role(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list]]:
+    """Layers as columns: {"q": {"m": [384, ...], "n": [...], "rank": [...], "held": [...]}}; null where a layer has no
+    such field."""
+    roles: dict[str, list[dict]] = {}
+    for row in rows:
+        numbers = {key: rounded(value) for key, value in row.items() if isinstance(value, int | float)}
+        roles.setdefault(row["role"], []).append({"m": row["shape"][0], "n": row["shape"][1]} | numbers)
+    return {
+        role: {key: [row.get(key) for row in same] for key in dict.fromkeys(key for row in same for key in row)}
+        for role, same in roles.items()
+    }
+
+
+def rounded(value: Any) -> Any:
+    """The same with seven digits: more than a table shows, a third of the file."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def provenance(records: Sequence[Record]) -> str | None:
+    """One line where the records are of several commits, package versions or machines; None where they are of one."""
+    mixed = []
+    commits = Counter((record.get("environment.commit") or "unknown")[:7] + dirty(record) for record in records)
+    if len(commits) > 1:
+        mixed.append(f"{len(commits)} commits ({counted(commits)})")
+    packages = dict.fromkeys(name for record in records for name in record.get("environment.versions") or ())
+    for name in packages:
+        versions = Counter(str((record.get("environment.versions") or {}).get(name)) for record in records)
+        if len(versions) > 1:
+            mixed.append(f"{len(versions)} versions of {name} ({counted(versions)})")
+    devices = Counter(str(record.get("environment.device")) for record in records)
+    if len(devices) > 1:
+        mixed.append(f"{len(devices)} machines ({counted(devices)})")
+    return f"Warning: these results come from {'; '.join(mixed)}." if mixed else None
+
+
+def dirty(record: Record) -> str:
+    return "+" if (record.get("environment.commit") or "").endswith("+") else ""
+
+
+def counted(found: Counter) -> str:
+    shown = ", ".join(f"{name}: {n}" for name, n in found.most_common(4))
+    return shown + (", ..." if len(found) > 4 else "")

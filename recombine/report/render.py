@@ -1,0 +1,165 @@
+"""A `Table` as text for the terminal, Markdown, LaTeX (booktabs) or CSV.
+
+Under each row that the paper has numbers for stands a row with those and our difference to them. A cell without a
+result is a long dash.
+"""
+
+import csv
+import io
+import re
+import textwrap
+from collections.abc import Callable
+
+from recombine.report.table import Column, Entry, Table, shown
+
+MISSING = "—"
+GREEK = {"α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lambda$", "ρ": r"$\rho$", "σ": r"$\sigma$"}
+TEX = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **GREEK,
+    "±": r"$\pm$",
+    "−": "$-$",
+    "×": r"$\times$",
+    "→": r"$\rightarrow$",
+    "—": "---",
+}
+Strong = Callable[[str], str]
+
+
+def ours(table: Table, column: Column, entry: Entry, strong: Strong) -> str:
+    """81.2 ± 1.6, the best one emphasised; with (n) where the table's entries differ in it."""
+    if entry.mean is None:
+        return MISSING
+    spread = "" if entry.spread is None else f" ± {shown(entry.spread, entry.digits)}"
+    n = "" if table.even or column.kind == "extra" else f" ({entry.n})"
+    return (strong(entry.text) if entry.best else entry.text) + spread + n
+
+
+def theirs(table: Table, entry: Entry) -> str:
+    """80.7 (+0.5): what the paper prints, and ours less that."""
+    if entry.paper is None:
+        return ""
+    if not table.compares or entry.difference is None:
+        return entry.paper.text
+    return f"{entry.paper.text} ({entry.difference:+.{max(entry.digits, 1)}f})".replace("(-", "(−")
+
+
+def grid(table: Table, strong: Strong, paper: str) -> list[list[str]]:
+    """The rows as text; the first is the head. `paper` labels the rows of the paper's numbers."""
+    lines = [[*table.axes, *(column.title for column in table.columns)]]
+    for row in table.rows:
+        both = zip(table.columns, row.entries, strict=True)
+        lines.append([*row.labels, *(ours(table, column, entry, strong) for column, entry in both)])
+        if any(entry.paper for entry in row.entries):
+            lead = [*[""] * (len(table.axes) - 1), paper]
+            lines.append([*lead, *(theirs(table, entry) for entry in row.entries)])
+    return lines
+
+
+def text(table: Table, colour: bool = False, width: int = 160) -> str:
+    """For the terminal; without colour an asterisk marks what is best. A wider table is folded, each part with the
+    labels of its rows."""
+    lines = grid(table, (lambda best: f"\0{best}"), "  paper")
+    n = len(table.axes)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    parts = fold(widths, n, width)
+    shown = []
+    for part in parts:
+        columns = [*range(n), *part]
+        for line in lines:
+            cells = [line[i].ljust(widths[i]) if i < n else line[i].rjust(widths[i]) for i in columns]
+            shown.append("  ".join(cells).rstrip())
+    rule = "─" * max(map(len, shown))
+    for k in reversed(range(len(parts))):  # around every head
+        shown.insert(k * len(lines) + 1, rule)
+        shown.insert(k * len(lines), rule)
+    notes = [line for note in table.notes for line in textwrap.wrap(note, width, subsequent_indent="  ")]
+    body = "\n".join([table.title, *shown, rule, *notes]) + "\n"
+    return re.sub("\0([-0-9.]+)", "\033[1m \\1\033[0m" if colour else r"*\1", body)
+
+
+def fold(widths: list[int], n: int, width: int) -> list[list[int]]:
+    """The columns after the first n in parts of which each fits into the width beside those n."""
+    parts: list[list[int]] = [[]]
+    for i in range(n, len(widths)):
+        if parts[-1] and sum(widths[j] + 2 for j in (*range(n), *parts[-1], i)) - 2 > width:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+
+def markdown(table: Table) -> str:
+    lines = grid(table, lambda best: f"**{best}**", "*paper*")
+    n = len(table.axes)
+    rule = ["---"] * n + ["---:"] * (len(lines[0]) - n)
+    rows = [[cell.replace("|", "\\|") for cell in line] for line in (lines[0], rule, *lines[1:])]
+    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    notes = "\n".join(f"- {note}" for note in table.notes)
+    return f"**{table.title}**\n\n{body}\n\n{notes}\n"
+
+
+def latex(table: Table) -> str:
+    """A booktabs tabular in a table; needs \\usepackage{booktabs}."""
+    bold = "\0{}\1"  # survives the escaping
+    lines = grid(table, bold.format, r"  paper")
+    n = len(table.axes)
+
+    def cell(content: str) -> str:
+        return "".join(TEX.get(c, c) for c in content).replace("\0", r"\textbf{").replace("\1", "}")
+
+    def row(line: list[str]) -> str:
+        small = line[n - 1] == "  paper"
+        cells = [cell(c.strip()) for c in line]
+        if small:
+            cells = [rf"\footnotesize {c}" if c else "" for c in cells]
+            cells[n - 1] = rf"\quad {cells[n - 1]}"
+        return " & ".join(cells) + r" \\"
+
+    head, *rest = lines
+    notes = "\n\n".join(cell(note) for note in table.notes)
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{cell(table.title)}}}",
+            rf"\begin{{tabular}}{{{'l' * n}{'r' * (len(head) - n)}}}",
+            r"\toprule",
+            row(head),
+            r"\midrule",
+            *map(row, rest),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+            r"\smallskip\footnotesize",
+            notes,
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def as_csv(table: Table) -> str:
+    """One number a line, with six digits."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = ["kind", "column", "measure", "mean", "stdev", "n", "wanted", "best", "paper", "difference", "doubt"]
+    writer.writerow([*table.axes, *head])
+    for row in table.rows:
+        for column, entry in zip(table.columns, row.entries, strict=True):
+            measured = column.measure.label if column.measure else row.labels[-1]
+            paper, difference, doubt = None, None, None
+            if entry.paper is not None:
+                paper, doubt = entry.paper.value, entry.paper.doubt
+                difference = entry.difference if table.compares else None
+            ours = [None if value is None else f"{value:.6g}" for value in (entry.mean, entry.spread)]
+            counts = [entry.n, entry.wanted, int(entry.best)]
+            writer.writerow(
+                [*row.labels, column.kind, column.label, measured, *ours, *counts, paper, difference, doubt]
+            )
+    return out.getvalue()
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {"text": text, "markdown": markdown, "latex": latex, "csv": as_csv}

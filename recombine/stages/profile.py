@@ -1,0 +1,182 @@
+"""What a method costs, measured without training: parameters, bytes, FLOPs and, beside a rival, its speed.
+
+Seconds of two processes differ by more than two methods do. So each run times its method and one reference in turns, in
+one process: `ratio` is the median over the rounds of reference / method, more than 1 where it is faster, and ratios of
+several runs to one reference may stand in one table. Samples a second belong to one machine and one moment.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from recombine import budget, models, tasks
+from recombine.budget import MIB, Budget
+from recombine.errors import UsageError
+from recombine.methods import Full, Method, base
+from recombine.stages.retrofit import rewrite_all
+from recombine.stages.run import Run
+
+
+def profile(run: Run) -> dict:
+    """`account` is always there; `profile` only where there are rounds."""
+    stage = run.cfg.stage
+    if not stage.rewrite:
+        return predict(run)
+    rival = None
+    if stage.rounds:
+        rival = replace(run, model=copy.deepcopy(run.model).cpu(), compressor=None, budget=Budget(), seconds={})
+        rival.method = named(stage.reference)
+    rewrite_all(run)
+    if rival is None:
+        return {}
+    rewrite_all(rival)
+    batch = run.fetch(run.data.train, [i % len(run.data.train) for i in range(run.data.batch_size)])
+    samples = len(tasks.labels_of(batch))
+    device, peaks = next(run.model.parameters()).device, {}
+    subjects = {"method": Subject(run, batch, device), "reference": Subject(rival, batch, device)}
+    run.model.cpu()
+    for name, subject in subjects.items():  # each alone, on a GPU
+        subject.model.to(device)
+        peaks[name] = peak(subject, device)
+        subject.model.cpu()
+        subject.optimizer.state.clear()
+    works = {}
+    for name, subject in subjects.items():
+        subject.model.to(device)
+        works[name, "train"] = subject.train
+        works[name, "infer"] = subject.infer
+    with run.timed("profile"):
+        seconds = turns(works, stage.rounds)
+    found = {part: speeds(part, seconds, samples) | {"peak_mib": peaks[part]} for part in subjects}
+    ratios = {kind: ratio(seconds["reference", kind], seconds["method", kind]) for kind in ("train", "infer")}
+    return {"profile": found["method"] | {"ratio": ratios, "reference": found["reference"], "batch_size": samples}}
+
+
+class Subject:
+    """A rewritten model and what one step of training and one batch of inference take of it."""
+
+    def __init__(self, run: Run, batch, device: torch.device):
+        self.model, self.batch, self.device, self.keep = run.model, batch, device, run.cfg.stage.keep
+        self.task, self.penalty = run.task(), run.method.penalty
+        trains = [p for p in run.model.parameters() if p.requires_grad]
+        # a rate of 0 costs what another does, and leaves the weights as they are
+        self.optimizer = torch.optim.AdamW(trains or [nn.Parameter(torch.zeros(()))], lr=0.0)
+        self.trains = bool(trains)
+        self.cast = autocast(run.cfg.trainer, device)
+
+    def train(self) -> float:
+        """Seconds of a whole step: forward, loss, backward, AdamW; nan where nothing trains."""
+        self.model.train()
+        return timed(self.step, self.device) if self.trains else float("nan")
+
+    def step(self) -> None:
+        with self.cast():
+            loss, _ = self.task.loss(self.model, self.batch)
+            loss = loss + self.penalty(self.model)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def infer(self) -> float:
+        """Seconds of a forward in eval mode; with `keep` what eval mode builds once is there already."""
+        self.model.train().eval()
+        if self.keep:
+            self.forward()
+        return timed(self.forward, self.device)
+
+    def forward(self) -> Tensor:
+        with self.cast():
+            return tasks.call(self.model, self.batch)
+
+
+def autocast(trainer: DictConfig, device: torch.device) -> Callable:
+    """The run's precision, as Lightning would give it to a step."""
+    from recombine.stages.adapt import precision  # which needs this package
+
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision(trainer.precision, device.type))
+    return lambda: torch.autocast(device.type, dtype=half, enabled=half is not None)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device is through with it."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def turns(works: Mapping, rounds: int) -> dict:
+    """Each work's seconds of every round, the works taking turns; one round before that warms up."""
+    seconds = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            took = work()
+            if turn:
+                seconds[name].append(took)
+    return seconds
+
+
+def peak(subject: Subject, device: torch.device) -> float | None:
+    """MiB that one training step takes at most, AdamW's state included; None where the device does not tell."""
+    if device.type != "cuda":
+        return None
+    subject.train()
+    torch.cuda.reset_peak_memory_stats(device)
+    subject.train()
+    return torch.cuda.max_memory_allocated(device) / MIB
+
+
+def speeds(part: str, seconds: Mapping, samples: int) -> dict[str, float | None]:
+    train, infer = (statistics.median(seconds[part, kind]) for kind in ("train", "infer"))
+    return {
+        "train_samples_s": samples / train if train == train else None,
+        "infer_samples_s": samples / infer,
+        "latency_ms": 1000 * infer / samples,  # of a sample in a batch, as CRISP Tab. 5 has it
+    }
+
+
+def ratio(reference: list[float], method: list[float]) -> float | None:
+    value = statistics.median(a / b for a, b in zip(reference, method, strict=True))
+    return value if value == value else None
+
+
+def named(reference: DictConfig) -> Method:
+    """The method of conf/method/<name>.yaml with the fields that are given beside the name."""
+    from recombine import build  # which needs this package
+
+    fields = OmegaConf.to_container(reference, resolve=True)
+    file = models.CONF.parent / "method" / f"{fields.pop('name')}.yaml"
+    if not file.is_file():
+        raise UsageError(f"stage.reference.name={file.stem}: there is no such method; take lora or full")
+    return build.method(OmegaConf.create(OmegaConf.to_container(OmegaConf.load(file)) | fields))
+
+
+def predict(run: Run) -> dict:
+    """The account by the method's closed form: nothing is rewritten, so large models cost no factorisation."""
+    if run.compressor is not None:
+        raise UsageError("stage.rewrite=false: a pair's second needs what the first leaves; set stage.rewrite=true")
+    if isinstance(run.method, Full):
+        raise UsageError("stage.rewrite=false: counts the target layers, and full trains more; set stage.rewrite=true")
+    method = replace(run.method)
+    sites = base.find_sites(run.model, method)
+    if wanted := method.wants():
+        base.calibrate(run.model, method, sites, run.losses, wanted)
+    method.prepare(run.model, sites, run.losses)
+    if run.budget.kind != "none":
+        budget.solve(method, run.model, sites, run.budget)
+    method.learn(run.model, sites, run.losses)
+    named = {"name": type(method).__name__, **asdict(method)}
+    return {"method": named, "account": budget.predict(method, run.model, sites).as_dict()}
