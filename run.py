@@ -14,23 +14,32 @@ import recombine.naming  # noqa: E402, F401  resolvers that conf/config.yaml use
 from recombine.errors import EXPECTED, one_line  # noqa: E402
 
 
+failures: list[Exception] = []
+
+
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float:
-    from recombine import build  # torch and Lightning are not needed for --help
+    from recombine import build
 
-    return build.task(cfg)
+    try:
+        return build.task(cfg)
+    except EXPECTED as error:  # Hydra would print lines of its own
+        failures.append(error)
+        return float("nan")
 
 
 def cli() -> int:
     """Runs the command line. Bad input is one line on stderr and exit code 2."""
+    failures.clear()
     try:
         main()
     except EXPECTED as error:
-        if DEBUG:
-            raise
+        failures.append(error)
+    if failures and DEBUG:
+        raise failures[0]
+    for error in failures:
         print(f"run.py: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return 2 if failures else 0
 
 
 if __name__ == "__main__":

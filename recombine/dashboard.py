@@ -101,7 +101,7 @@ def workspace(name: str, entity: str, project: str):
         sections=[ws.Section(name=title, panels=panels, is_open=True) for title, panels in sections.items()],
         settings=ws.WorkspaceSettings(x_axis=X, max_runs=100),
         runset_settings=ws.RunsetSettings(
-            filters=[ws.Metric("Group") == name], groupby=[ws.Config("labels.method"), ws.Config("labels.task")]
+            filters=f"Metric('Group') == '{name}'", groupby=[ws.Config("labels.method"), ws.Config("labels.task")]
         ),
     )
 

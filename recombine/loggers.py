@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import OmegaConf
 from PIL import Image
@@ -218,8 +217,8 @@ def sweep(out: Path) -> str | None:
     if not HydraConfig.initialized():
         return None
     hydra = HydraConfig.get()
-    if hydra.mode is RunMode.MULTIRUN:
-        return hydra.runtime.choices.get("experiment") or "/".join(Path(hydra.sweep.dir).parts[-2:])
+    if not OmegaConf.is_missing(hydra.job, "num"):  # numbered: one of several
+        return hydra.runtime.choices.get("experiment") or "/".join(Path(hydra.runtime.output_dir).parts[-3:-1])
     return out.parent.name if of_suite(out) else None
 
 

@@ -219,11 +219,13 @@ def test_runs_of_a_sweep_share_a_group(tmp_path):
     }
 
 
-@pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
-def test_other_ranks_write_nothing(logger, tmp_path, monkeypatch):
-    monkeypatch.setattr(loggers.distributed, "rank", lambda: 1)
-    execute(tmp_path, f"logger={logger}", *SVD)
-    assert not (tmp_path / "wandb").exists() and not list(tmp_path.glob("events*"))
+def test_of_two_ranks_the_first_writes(tmp_path):
+    said, _ = (process := start(tmp_path, "logger=wandb", *SVD, "trainer.devices=2")).communicate(timeout=280)
+    assert process.returncode == 0, said
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1 and said.count("W&B: ") == 1
+    record = Record(tmp_path)
+    assert record.exit == 0 and [step for step, _ in record.series("train/loss")] == [0, 1, 2, 3]
+    assert record.summary["score"] == json.loads((tmp_path / "result.json").read_text())["test"]["acc"]
 
 
 def events(folder: Path):
@@ -305,7 +307,7 @@ def test_a_fit_in_a_file_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     [
         ("cersa/tab09", "adaptation", ["account/trained_without_head", "train/loss"]),
         ("start", "compression", ["account/retained", "distilled/val/loss"]),
-        ("llama", "language", ["test/ppl", "test/wordnet_definition/acc"]),
+        ("offline/llama", "language", ["test/ppl", "test/wordnet_definition/acc"]),
     ],
 )
 def test_dashboard_of_each_family(experiment, family, panels, tmp_path, capsys):

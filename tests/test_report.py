@@ -127,7 +127,8 @@ def test_what_is_no_column_is_averaged_within_a_seed():
 
 def test_values_can_be_the_rows():
     spec = {"columns": "data.task", "values": {"trained": {"key": "account.trained"}, "acc": {"key": "test.acc"}}}
-    made = table.build("x", spec, runs(lambda c: c["method"] == "LoRA"))
+    full = runs(lambda c: c["method"] == "LoRA")
+    made = table.build("x", spec, Runs(full.records, [r.labels for r in full.records], {}))
     assert [row.label for row in made.rows] == ["trained", "acc"] and made.axes == ("value",)
     assert made.rows[1].entries[2].mean == pytest.approx(SCORES[0, 2].mean())
 

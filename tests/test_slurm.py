@@ -109,7 +109,8 @@ def test_announced_end_puts_the_job_into_the_queue_again(slurm, tmp_path):
     folder, words = tmp_path / "sweep", ["trainer.epochs=300", "hydra.launcher.timeout_min=5"]
     running = sweep(slurm, folder, *words)
     until(lambda: list(folder.rglob("best-*.ckpt")))
-    subprocess.run(["scancel", "--signal=USR2", job(folder, 0)], env=slurm, check=True)
+    (submitted,) = folder.glob(".submitit/*/*_submitted.pkl")  # one job is no array
+    subprocess.run(["scancel", "--signal=USR2", submitted.parent.name], env=slurm, check=True)
     out, err = running.communicate()
     assert running.returncode == 0, out + err
     logs = "".join(path.read_text() for path in folder.rglob("*_log.*"))

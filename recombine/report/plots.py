@@ -194,7 +194,8 @@ class Drawing:
         if axis == "value":
             return list(self.options.paths)
         if axis == "role":
-            return [r for r in ROLES if any(item.labels["role"] == r for item in self.items)]
+            found = dict.fromkeys(item.labels["role"] for item in self.items)
+            return sorted(found, key=lambda role: ROLES.index(role) if role in ROLES else len(ROLES))
         return labels_of(self.cells, axis)
 
     def split(self, items: Sequence[Item], axis: str | None) -> dict[str, list[Item]]:
