@@ -91,6 +91,8 @@ class WandB(Watch):
         import wandb
 
         knobs, tags = run.cfg.logger, labels(run)
+        if not isinstance(knobs.timeout, int | float) or knobs.timeout <= 0:
+            raise UsageError(f"logger.timeout={knobs.timeout}: must be a number of seconds, more than 0")
         settings = {"silent": True, "x_transaction_log_flush_interval": 1, "finish_timeout": PATIENCE}
         settings |= {"init_timeout": knobs.timeout, "disable_git": True}  # a remote's URL may hold a token
         wandb.setup(wandb.Settings(silent=True))

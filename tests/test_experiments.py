@@ -1,12 +1,17 @@
 """Every experiment of conf/experiment: its cells are runs, its report speaks of axes, keys and numbers that exist."""
 
+import copy
 import csv
+import json
+from functools import cache
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from torch import nn
 
-from recombine import build, data
+from recombine import build, data, methods, models
 from recombine.report import plots, records, table
 from recombine.report.paper import Paper, select
 from recombine.report.records import Record, Runs
@@ -32,7 +37,14 @@ def record(tmp_path_factory):
     with initialize_config_dir(str(grid.CONF), version_base="1.3"):
         cfg = compose("config", [*small, *asked, "method=cersa"])
     build.main(cfg, folder)
-    return Record({}, records.slim(build.results.read(folder / "result.json"), "cell"))
+    return Record({}, records.slim(build.results.read(folder / "result.json"), "run"), "run")
+
+
+@cache
+def model(config: str) -> nn.Module:
+    """The model of a configuration, without memory."""
+    with torch.device("meta"):
+        return models.build(**json.loads(config) | {"pretrained": False, "checkpoint": None})
 
 
 def sample(experiment):
@@ -54,7 +66,9 @@ def test_cells_are_runs(name, experiments):
             cfg = compose("config", [f"experiment={name}", *cell.overrides])
             OmegaConf.resolve(cfg)
             build.check(cfg)
-            build.pair(cfg)
+            for method in filter(None, build.pair(cfg)):
+                net = model(json.dumps(OmegaConf.to_container(cfg.model), sort_keys=True))
+                assert methods.base.find_sites(copy.deepcopy(net), method)
             module = data.build(**OmegaConf.to_container(cfg.data), seed=cfg.seed)
             assert module.task == cfg.data.task and set(cfg.analyse.elsewhere) <= set(data.suite(cfg.data.name))
 

@@ -253,7 +253,9 @@ def test_tensorboard_record_survives_a_kill(tmp_path):
     assert len(steps) > 4 and steps == list(range(len(steps)))
 
 
-def test_unknown_logger_is_one_line(tmp_path):
+def test_bad_loggers_are_one_line(tmp_path):
+    with pytest.raises(UsageError, match="logger.timeout=soon: must be a number"):
+        execute(tmp_path, "logger=wandb", "logger.timeout=soon", *SVD)
     with pytest.raises(UsageError, match="logger.name=mlflow: must be one of none, wandb, tensorboard"):
         execute(tmp_path, "logger.name=mlflow", *SVD)
 

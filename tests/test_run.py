@@ -177,7 +177,6 @@ def line(capsys, monkeypatch, tmp_path, *arguments) -> str:
         (["method=svd", "method.rank=4", "budget=energy_95"], ["method.rank=4", "energy_95", "drop"]),
         (["data=folder", "data.root=nowhere", "data.task=null"], ["nowhere"]),
         (["data=folder"], ["data.root"]),
-        (["trainer.devices=2", CHUNK], ["trainer.devices=2", "one device"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )
@@ -302,7 +301,19 @@ def test_output_folder_that_cannot_be_made(tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("a file where the folder should be")
     assert str(tmp_path / "out") in line(capsys, monkeypatch, tmp_path, "method=linear_probe")
     with pytest.raises(recombine.UsageError, match="cannot be written"):
-        results.reserve(tmp_path / "out" / "deeper")
+        with results.reserved(tmp_path / "out" / "deeper"):
+            pass
+
+
+def test_a_finished_run_is_not_run_again_and_no_two_processes_share_a_folder(tmp_path, capsys):
+    first = execute(tmp_path, "method=linear_probe")
+    capsys.readouterr()
+    assert execute(tmp_path, "method=linear_probe", "trainer.progress=true") == first  # how it is shown does not count
+    assert "finished before" in capsys.readouterr().out
+    with pytest.raises(recombine.UsageError, match=r"another configuration \(optim.lr=None there, 0.1 here\)"):
+        execute(tmp_path, "method=linear_probe", "optim.lr=0.1")
+    with results.reserved(tmp_path / "new"), pytest.raises(recombine.UsageError, match="another process runs here"):
+        execute(tmp_path / "new", "method=linear_probe")
 
 
 def test_help_teaches():

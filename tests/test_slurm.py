@@ -95,7 +95,9 @@ def test_a_sweep_of_which_one_job_is_killed(slurm, tmp_path):
 def test_two_ranks(tasks, slurm, tmp_path):
     """Started by the run itself, as slurm_ddp has it, or by srun, as slurm_multinode."""
     folder = tmp_path / "sweep"
-    running = sweep(slurm, folder, "trainer.devices=2", "trainer.strategy=ddp", f"hydra.launcher.tasks_per_node={tasks}")
+    running = sweep(
+        slurm, folder, "trainer.devices=2", "trainer.strategy=ddp", f"hydra.launcher.tasks_per_node={tasks}"
+    )
     out, err = running.communicate()
     assert running.returncode == 0, out + err
     (path,) = folder.glob("*/result.json")
@@ -106,7 +108,7 @@ def test_two_ranks(tasks, slurm, tmp_path):
 def test_announced_end_puts_the_job_into_the_queue_again(slurm, tmp_path):
     """SIGUSR2, as Slurm sends before the time is up: the state is kept, the job comes again, and ends as if nothing
     had happened."""
-    folder, words = tmp_path / "sweep", ["trainer.epochs=300", "hydra.launcher.timeout_min=5"]
+    folder, words = tmp_path / "sweep", ["trainer.epochs=60", "hydra.launcher.timeout_min=5"]
     running = sweep(slurm, folder, *words)
     until(lambda: list(folder.rglob("best-*.ckpt")))
     (submitted,) = folder.glob(".submitit/*/*_submitted.pkl")  # one job is no array
@@ -116,7 +118,7 @@ def test_announced_end_puts_the_job_into_the_queue_again(slurm, tmp_path):
     logs = "".join(path.read_text() for path in folder.rglob("*_log.*"))
     assert "stopped by SIGUSR2 at step" in logs
     (path,) = folder.glob("*/result.json")
-    expected = alone(tmp_path / "alone", "trainer.epochs=300")
+    expected = alone(tmp_path / "alone", "trainer.epochs=60")
     assert result(path.parent)["test"] == expected["test"] and result(path.parent)["curves"] == expected["curves"]
 
 
