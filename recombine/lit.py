@@ -5,6 +5,7 @@ import math
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from recombine import export
@@ -64,8 +65,8 @@ class LitRecombine(L.LightningModule):
         self.task.ranks, self.task.void = 1, False
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        keep = {f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad}
-        keep |= {f"model.{name}" for name, _ in self.model.named_buffers()}
+        keep = {f"model.{unwrapped(name)}" for name, p in self.model.named_parameters() if p.requires_grad}
+        keep |= {f"model.{unwrapped(name)}" for name, _ in self.model.named_buffers()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in keep or k.startswith("train_metrics.")}
 
@@ -149,6 +150,11 @@ class LitRecombine(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def unwrapped(name: str) -> str:
+    """A parameter's name without what FSDP puts around blocks."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
 class KeepBest(Callback):
     """Keeps the weights that validation likes best, in memory and as a checkpoint, and puts them back at the end.
 
@@ -165,11 +171,15 @@ class KeepBest(Callback):
         value = self.sign * trainer.callback_metrics[self.monitor].item()
         if value > self.best:
             self.best, self.epoch = value, trainer.current_epoch
-            trained = {n: p for n, p in lit.model.named_parameters() if p.requires_grad}
-            self.weights = {n: p.detach().cpu().clone() for n, p in trained.items()}
-            self.write(trainer, lit)
+            self.keep(trainer, lit)
 
-    def write(self, trainer, lit) -> None:
+    def keep(self, trainer, lit) -> None:
+        trained = {unwrapped(n): p for n, p in lit.model.named_parameters() if p.requires_grad}
+        if isinstance(trainer.strategy, FSDPStrategy):  # puts shards together, for the first rank; `put` writes
+            whole = trainer.strategy.lightning_module_state_dict()
+            self.weights = {n: whole[f"model.{n}"] for n in trained if f"model.{n}" in whole}
+            return
+        self.weights = {n: p.detach().cpu().clone() for n, p in trained.items()}
         if trainer.is_global_zero:
             export.save(lit.model, self.path)
         lit.last_good = str(self.path)
@@ -177,12 +187,16 @@ class KeepBest(Callback):
     def on_fit_end(self, trainer, lit) -> None:
         if self.weights is None:
             self.epoch, self.best = trainer.current_epoch - 1, math.nan
-            self.write(trainer, lit)
-        else:
-            here = dict(lit.model.named_parameters())
-            with torch.no_grad():
-                for name, value in self.weights.items():
-                    here[name].copy_(value)
+            self.keep(trainer, lit)
+        if not isinstance(trainer.strategy, FSDPStrategy):
+            self.put(lit.model)
+
+    def put(self, model: nn.Module) -> None:
+        """The kept weights into the model, or into one like it."""
+        here = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in self.weights.items():
+                here[name].copy_(value)
 
     def state_dict(self) -> dict:
         return {"best": self.best, "epoch": self.epoch, "weights": self.weights}

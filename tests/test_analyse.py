@@ -133,6 +133,8 @@ def test_nothing_is_compared_unless_asked(tmp_path):
     _, found = run(tmp_path, "data.limit=8", "stage=retrofit", "method=lora", "method.rank=2")
     assert "subspaces" not in found and "elsewhere" not in found and "images_per_second" not in found
     assert found["memory_rate"]["targets"] == pytest.approx((48 * 48 + 4 * 2 * 96) / (48 * 48))
+    _, found = run(tmp_path / "full", "data.limit=8", "stage=retrofit", "method=full")
+    assert found["memory_rate"] == pytest.approx({"targets": 4, "model": 4})  # Tab. 1's 4 mn
 
 
 @pytest.mark.parametrize("override, why", [

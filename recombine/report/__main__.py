@@ -1,14 +1,15 @@
 """python -m recombine.report <experiment> [key=value ...]: the experiment's table, from what has been run so far.
 
 Results are read from outputs/<experiment>, or else from the committed experiments/<experiment>/runs.jsonl.
-key=value are those that the runs were started with (trainer.epochs=1, only=...).
+key=value are those that the runs were started with (trainer.epochs=1, only=...). --page is over all experiments.
 """
 
 import argparse
 import shutil
 import sys
+from pathlib import Path
 
-from recombine.errors import EXPECTED, one_line
+from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.report import load, save
 from recombine.report.render import FORMATS, text
 
@@ -17,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m recombine.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("experiment", help="the name of a file in conf/experiment, for example cersa/tab09")
+    parser.add_argument("experiment", nargs="?", help="the name of a file in conf/experiment, for example cersa/tab09")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument(
@@ -25,8 +26,19 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="also write experiments/<experiment>/: runs.jsonl, the table as .md, .tex and .csv, and the plots",
     )
+    parser.add_argument(
+        "--page",
+        nargs="?",
+        const="outputs/report.html",
+        metavar="FILE",
+        help="instead: one HTML page over all experiments (default: %(const)s)",
+    )
     given = parser.parse_intermixed_args(arguments)
     try:
+        if given.page:
+            return whole(given)
+        if not given.experiment:
+            raise UsageError("names no experiment; say one of conf/experiment, for example cersa/tab09, or --page")
         report = load(given.experiment, given.overrides)
         if given.format == "text":
             width = shutil.get_terminal_size((160, 0)).columns
@@ -39,6 +51,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"report: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def whole(given: argparse.Namespace) -> int:
+    """Writes the page over all experiments; 1 if one of them could not be read."""
+    from recombine.report.page import write
+
+    if given.experiment or given.save:
+        raise UsageError(f"--page: is over all experiments; leave out {given.experiment or '--save'}")
+    unread = write(Path(given.page))
+    print(*(f"report: {name}: {why}" for name, why in unread), sep="\n", end="\n" if unread else "", file=sys.stderr)
+    print(f"wrote {given.page}")
+    return 1 if unread else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Train what the method trains. Validation chooses the weights; the test set is read once, with those."""
 
+import copy
+
 import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
@@ -63,8 +66,15 @@ def fit(
     trainer = make_trainer(run, epochs, callbacks, optim.clip, run.logger and run.logger.fit(name))
     found = state.find()
     run.data.start = where(found) if found else (0, 0)
+    whole = copy.deepcopy(run.model) if isinstance(trainer.strategy, FSDPStrategy) else None  # it wraps in place
     with run.timed(f"train_{name}"):
         trainer.fit(lit, run.data, ckpt_path=found, weights_only=True)
+    if whole is not None:
+        best.weights = trainer.strategy.broadcast(best.weights)
+        best.put(whole)
+        run.model = lit.model = whole
+        if distributed.rank() == 0:
+            export.save(whole, best.path)
     run.seconds[f"train_{name}"] += round(state.before, 3)
     run.curves[name] = history.curves
     return lit, best

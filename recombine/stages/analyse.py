@@ -51,9 +51,10 @@ def costs(run: Run) -> dict:
     found, record = {}, getattr(run.model, "recombined", None)
     if record is not None:
         trained = {id(p): p.numel() for p in run.model.parameters() if p.requires_grad}
-        inside = {id(p) for name in record.targets for p in run.model.get_submodule(name).parameters()}
+        layers = [run.model.get_submodule(name) for name in record.targets]
+        inside = {id(p) for layer in layers for n, p in layer.named_parameters() if not n.endswith("bias")}
         stored = sum(p.numel() for p in run.model.parameters())
-        targets = stored_in_targets(run.model) + 3 * sum(n for p, n in trained.items() if p in inside)
+        targets = stored_in_targets(run.model) + 3 * sum(trained.get(p, 0) for p in inside)
         found["memory_rate"] = {
             "targets": targets / record.dense,
             "model": (stored + 3 * sum(trained.values())) / record.total,

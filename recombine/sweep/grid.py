@@ -87,8 +87,9 @@ def jobs(config: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
     experiment = [line for line in arguments if line.startswith("experiment=")]
     if any(len(values(line)) > 1 for line in experiment):
         raise UsageError(f"{experiment[0]}: a sweep takes one experiment; call run.py once for each")
+    shown = [line for line in arguments if line.startswith(("logger", "trainer.progress"))]  # no cell's, but each run's
     grid = OmegaConf.to_container(config.grid, resolve=True) if config.grid else {}
-    return [[*experiment, *cell.overrides] for cell in cells(grid, arguments, config.only)]
+    return [[*experiment, *shown, *cell.overrides] for cell in cells(grid, arguments, config.only)]
 
 
 def cells(grid: Mapping[str, Any], overrides: Iterable[str] = (), only: Sequence[str] | None = None) -> list[Cell]:
