@@ -111,10 +111,9 @@ def run(cfg: DictConfig, out: Path) -> dict:
     match(module, model.recombine_source)
     if OmegaConf.select(cfg, "stage.checkpoint") is None and (cfg.stage.name == "evaluate" or cfg.stage.get("test")):
         needs_head(model, module)
-    for part in filter(
-        None, (first, chosen) if cfg.stage.name != "evaluate" else ()
-    ):  # bad fields are refused before the data is made
-        methods.base.find_sites(copy.deepcopy(model), part)
+    for part in (first, chosen):  # bad fields are refused before the data is made
+        if part is not None and cfg.stage.name != "evaluate":
+            methods.base.find_sites(copy.deepcopy(model), part)
     other = calibrates(cfg, module, model.recombine_source)
     others = elsewhere(cfg, module, model.recombine_source)
     for part in filter(None, (module, other, *others.values())):

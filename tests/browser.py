@@ -16,10 +16,13 @@ def browser(profile: Path):
     """A browser with one tab. profile: an empty folder."""
     their_in, our_out = os.pipe()
     our_in, their_out = os.pipe()
-    flags = f"--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --user-data-dir={profile} --remote-debugging-pipe"
-    shell = f'exec "$0" {flags} about:blank 3<&{their_in} 4>&{their_out}'  # the protocol is on 3 and 4
+    flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe"  # on 3 and 4
+    line = f'exec "$0" {flags} --user-data-dir="$1" about:blank 3<&{their_in} 4>&{their_out}'
     process = subprocess.Popen(
-        ["sh", "-c", shell, CHROMIUM], pass_fds=(their_in, their_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["bash", "-c", line, CHROMIUM, str(profile)],
+        pass_fds=(their_in, their_out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     os.close(their_in)
     os.close(their_out)
@@ -98,6 +101,8 @@ class Tab:
 
     def look(self, width: int, height: int, dark: bool = False) -> None:
         """The size of the window and what the system prefers."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[feature])

@@ -82,7 +82,7 @@ def test_rivals_take_turns_and_the_first_round_warms_up():
 
 # What the papers print for architectures alone. Known misfits, each with its reason:
 #   CERSA Tab. 1   its 2mn for SVFit and SVFT is N (m + n): 2mn for square layers (tests/test_closed_forms.py)
-#   CERSA Tab. 14  SVFit prints 1351.5: 1351.2 by its own formula, the rest is the singular values counted twice; its
+#   CERSA Tab. 14  SVFit prints 1351.5: 1351.3 by its own formula, the rest is the singular values counted twice; its
 #                  trained 0.04M is 768 x 48 while all 1024 train, SVFT's 0.12M is 0.34M; LoRA's 0.8M and 3.2M are Q and
 #                  V's, its memory that of Q, K and V; CERSA .92 contradicts itself (8.1M against 7.7M)
 #   CERSA Tab. 6   "array" prints 1045.5 and follows from nothing: 1025.0
@@ -110,7 +110,7 @@ def printed(table: str) -> dict[tuple[str, str], float]:
     [
         ("LoRA r=8", Peft(targets=("q", "k", "v"), rank=8), 1176.6),
         ("LoRA r=32", Peft(targets=("q", "k", "v"), rank=32), 1230.6),
-        ("SVFit", Svfit(rank=1024), 1351.2),
+        ("SVFit", Svfit(rank=1024), 1351.3),
         ("SVFT", Svft(pattern="banded", band=3), 1356.0),
     ],
 )

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.files import replacing
-from recombine.report import Report, build, records
+from recombine.report import Report, build
 from recombine.report.records import RUNS, Record
 from recombine.report.render import MISSING, ours, theirs
 from recombine.report.table import Entry, Measure, Table, measure, shown
@@ -182,8 +182,16 @@ def number(table: Table, column: Any, entry: Entry) -> Markup:
     doubt = tag("abbr", "?", title=entry.paper.doubt) if paper and entry.paper.doubt else ""
     below = tag("small", "paper ", paper, doubt) if paper else ""
     if entry.mean is None:
-        return tag("td", tag("span", printed, title="not run, or not all of it"), below, class_=f"{column.kind} missing")
-    return tag("td", printed, below, class_=f"{column.kind} best" if entry.best else column.kind, data_value=f"{entry.mean:.6g}")
+        return tag(
+            "td", tag("span", printed, title="not run, or not all of it"), below, class_=f"{column.kind} missing"
+        )
+    return tag(
+        "td",
+        printed,
+        below,
+        class_=f"{column.kind} best" if entry.best else column.kind,
+        data_value=f"{entry.mean:.6g}",
+    )
 
 
 def plots(report: Report) -> list[Markup]:
@@ -218,8 +226,9 @@ def svg(figure: Any, name: str) -> Markup:
     drawn = drawn.replace(' id="halo"', ' class="halo"')
     drawn = re.sub(r' transform="rotate\(-0 [^"]*"|(?<=style=")[^"]*', lambda found: themed(found[0]), drawn)
     drawn = re.sub(r'(?<= (?:d|x|y)=")[^"]*', lambda found: re.sub(r"(\.\d\d)\d+|\s+$", r"\1", found[0]), drawn)
-    label = escape(f"plot {name}", quote=True)
-    return Markup(re.sub(r"\n\s*", "\n", drawn).replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
+    shape = "wide" if figure.get_figwidth() > 6 else "narrow"  # of several panels, or of one
+    label = escape(f"plot {name}")
+    return Markup(re.sub(r"\n\s*", "\n", drawn).replace("<svg ", f'<svg class="{shape}" role="img" aria-label="{label}" ', 1))
 
 
 def themed(style: str) -> str:
@@ -247,7 +256,9 @@ def failures(report: Report) -> list[Markup]:
             why.setdefault(report.runs.failed[cell.folder], []).append(" / ".join(cell.labels.values()))
     if not why:
         return []
-    lines = [tag("li", tag("b", f"{len(names)} failed: "), reason, tag("br"), some(names)) for reason, names in why.items()]
+    lines = [
+        tag("li", tag("b", f"{len(names)} failed: "), reason, tag("br"), some(names)) for reason, names in why.items()
+    ]
     again = command(f"python run.py experiment={report.table.name} retry=true")
     return [tag("div", tag("ul", *lines), tag("p", "Run them again: ", again, class_="line"), class_="failed")]
 
@@ -267,13 +278,19 @@ def details(report: Report, folder: Path) -> list[Markup]:
         labels = [tag("th", label, scope="row") for label in record.labels.values()]
         numbers = [one(m.of(record), m) for m in measures]
         seconds = one(record.get("seconds.total"), Measure("", ""))
-        rows.append(tag("tr", *labels, *numbers, seconds, tag("td", source(report, record, folder)), repeat(report, record)))
+        rows.append(
+            tag("tr", *labels, *numbers, seconds, tag("td", source(report, record, folder)), repeat(report, record))
+        )
     title = f"{len(found)} run{'s' if len(found) > 1 else ''}: numbers, results, commands"
     return [tag("details", tag("summary", title), sheet(f"runs of {report.table.name}", heads, rows, "each"))]
 
 
 def one(value: float | None, m: Measure) -> Markup:
-    return tag("td", MISSING, class_="missing") if value is None else tag("td", shown(value, m.digits), data_value=f"{value:.6g}")
+    return (
+        tag("td", MISSING, class_="missing")
+        if value is None
+        else tag("td", shown(value, m.digits), data_value=f"{value:.6g}")
+    )
 
 
 def source(report: Report, record: Record, folder: Path) -> Markup | str:
@@ -290,7 +307,8 @@ def todo(waiting: Sequence[Report]) -> Markup:
     for report in waiting:
         table = report.table
         runs = f"{table.total} run{'s' if table.total > 1 else ''}: "
-        items.append(tag("li", table.title, tag("br"), runs, command(f"python run.py experiment={table.name}"), id=table.name))
+        start = tag("p", runs, command(f"python run.py experiment={table.name}"), class_="line")
+        items.append(tag("li", table.title, start, id=table.name))
     title = tag("h2", "Not run yet", id="not-run")
     return tag("section", title, tag("ul", *items, class_="todo"), aria_labelledby="not-run")
 

@@ -69,7 +69,7 @@ def weight_errors(original: torch.nn.Module, model: torch.nn.Module) -> dict[str
     errors = {}
     for name in model.recombined.targets:
         layer, before = model.get_submodule(name), original.get_submodule(name).weight
-        if isinstance(layer, layers.RecombinedLinear) and layer.weight.shape == before.shape:
+        if isinstance(layer, layers.RecombinedLinear) and (layer.out_features, layer.in_features) == before.shape:
             dense = before.double()
             errors[name] = ((layer.dense_weight().double() - dense).norm() / dense.norm()).item()
     return errors
