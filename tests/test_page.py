@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -241,6 +242,7 @@ def test_the_table_says_what_the_report_says(written):
     mean = f"{100 * SCORES[0, 0].mean():.1f}"
     deviation = f"{100 * SCORES[0, 0].std(ddof=1):.1f}"
     assert re.search(rf"<td [^>]*>(<strong>)?{mean}(</strong>)? ± {deviation}<small>paper [\d.]+ \([+−][\d.]+\)", text)
+    assert ">CERSA</text>" in text and text.count(f"{escape(EVIL, quote=False)}</text>") == 2  # plots have text
     assert text.count("<figure>") == 2 * len(PLOTS) and "<figcaption>losses" in text
 
 

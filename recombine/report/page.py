@@ -228,7 +228,9 @@ def svg(figure: Any, name: str) -> Markup:
     drawn = re.sub(r'(?<= (?:d|x|y)=")[^"]*', lambda found: re.sub(r"(\.\d\d)\d+|\s+$", r"\1", found[0]), drawn)
     shape = "wide" if figure.get_figwidth() > 6 else "narrow"  # of several panels, or of one
     label = escape(f"plot {name}")
-    return Markup(re.sub(r"\n\s*", "\n", drawn).replace("<svg ", f'<svg class="{shape}" role="img" aria-label="{label}" ', 1))
+    return Markup(
+        re.sub(r"\n\s*", "\n", drawn).replace("<svg ", f'<svg class="{shape}" role="img" aria-label="{label}" ', 1)
+    )
 
 
 def themed(style: str) -> str:

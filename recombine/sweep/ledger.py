@@ -1,5 +1,6 @@
 """What became of each run of a sweep, from the files in its folder: finished, failed or to do."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,7 +79,8 @@ class Ledger:
             (folder / FAILED).write_text(error + "\n")
         failed, left = sum(e is not None for _, e in self.ended.values()), len(self.folders) - len(self.ended)
         soon = f", {duration((time.monotonic() - self.start) / self.ran * left)} to go" if left else ""
-        news = f"FAILED: {error}" if error is not None else f"{value:.4g}" if isinstance(value, float) else "done"
+        scored = isinstance(value, float) and not math.isnan(value)
+        news = f"FAILED: {error}" if error is not None else f"{value:.4g}" if scored else "done"
         print(
             f"[{len(self.ended) - failed} done, {failed} failed, {left} left{soon}] {folder.name}: {news}", flush=True
         )
