@@ -30,8 +30,12 @@ def browser(profile: Path):
         try:
             yield Tab(out, answers)
         finally:
-            process.kill()
-            process.wait()
+            out.close()  # which ends it, and its children
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 class Tab:
