@@ -164,12 +164,13 @@ class Distillation(Task):
         classes, rows = logits.shape[-1], logits[..., 0].numel()
         energies = [1 if self.ranks == 1 else x.float().square().sum() for x in (target, *target_blocks)]
         share, of_logits, *of_blocks = self.shares([rows, *energies])
-        loss = self.kl * share * F.kl_div(
+        divergence = F.kl_div(
             logits.reshape(-1, classes).log_softmax(-1),
             target.reshape(-1, classes).log_softmax(-1),
             reduction="batchmean",
             log_target=True,
         )
+        loss = self.kl * share * divergence
         loss = loss + self.mse * of_logits * relative_mse(logits, target)
         if self.features and blocks[0].shape == target_blocks[0].shape:
             errors = (share * relative_mse(b, t) for share, b, t in zip(of_blocks, blocks, target_blocks, strict=True))

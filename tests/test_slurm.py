@@ -20,6 +20,7 @@ TINY = [
     *("model=tiny_vit", "trainer=cpu", "trainer.progress=false", "data.limit=32", "data.batch_size=8", "probe=false"),
     *("trainer.epochs=2", "method=lora", "method.rank=4"),
 ]
+STARTED: list[subprocess.Popen] = []
 QUEUE = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1"]
 
 
@@ -37,13 +38,16 @@ def slurm():
         pytest.skip(f"Slurm does not start on this machine: {started.stderr.strip().splitlines()[-1]}")
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
     yield environment
+    for launcher in STARTED:  # of a test that failed
+        launcher.kill()
     subprocess.run([TOOL, "stop", folder], check=True, env=environment)
     shutil.rmtree(folder)
 
 
 def sweep(slurm: dict, folder: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "run.py"), "-m", *TINY, *QUEUE, f"hydra.sweep.dir={folder}", *overrides]
-    return subprocess.Popen(command, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    STARTED.append(subprocess.Popen(command, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return STARTED[-1]
 
 
 def until(condition, seconds: float = 240):
