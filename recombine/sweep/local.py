@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from hydra import version
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig
@@ -39,6 +40,7 @@ def run(job: tuple[HydraContext, DictConfig]) -> Any:
 
     context, config = job
     setup_globals()
+    version.setbase("1.3")  # run.py's
     done = run_job(build.task, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
     if done.status is not JobStatus.COMPLETED:
         raise done._return_value

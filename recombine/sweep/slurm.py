@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import submitit
-from hydra import version
 from hydra.core.utils import JobReturn
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
@@ -34,7 +33,6 @@ class Jobs(SlurmLauncher):
 
     def __call__(self, config: DictConfig) -> tuple[Any, str | None]:
         """(value, None), or (None, what went wrong)."""
-        version.setbase("1.3")
         try:
             return local.run((self.hydra_context, config)), None
         except Exception as error:
