@@ -13,7 +13,6 @@ from omegaconf import DictConfig  # noqa: E402
 import recombine.naming  # noqa: E402, F401  resolvers that conf/config.yaml uses
 from recombine.errors import EXPECTED, one_line  # noqa: E402
 
-
 failures: list[Exception] = []
 
 

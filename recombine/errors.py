@@ -1,4 +1,4 @@
-"""The one exception that users see, a single line with the offending value, the reason and the fix; and how it reads."""
+"""The one exception that users see, a line with the offending value, the reason and the fix; and how others read."""
 
 from hydra.errors import HydraException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException

@@ -300,9 +300,8 @@ def test_full_disk_leaves_nothing_half_written(tmp_path):
 def test_output_folder_that_cannot_be_made(tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("a file where the folder should be")
     assert str(tmp_path / "out") in line(capsys, monkeypatch, tmp_path, "method=linear_probe")
-    with pytest.raises(recombine.UsageError, match="cannot be written"):
-        with results.reserved(tmp_path / "out" / "deeper"):
-            pass
+    with pytest.raises(recombine.UsageError, match="cannot be written"), results.reserved(tmp_path / "out" / "deeper"):
+        pass
 
 
 def test_a_finished_run_is_not_run_again_and_no_two_processes_share_a_folder(tmp_path, capsys):
