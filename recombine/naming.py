@@ -35,4 +35,4 @@ def sweep_folder(experiment: str | None, now: str) -> str:
 
 for resolver in (run_folder, sweep_folder):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
-OmegaConf.register_new_resolver("sweep_mode", lambda grid: "MULTIRUN" if grid else "RUN", replace=True)
+OmegaConf.register_new_resolver("sweep_mode", lambda grid: "MULTIRUN" if grid else None, replace=True)
