@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 
 DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
-os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors of its own and exits
 
-import hydra  # noqa: E402
-from omegaconf import DictConfig  # noqa: E402
+import hydra
+from omegaconf import DictConfig
 
-import recombine.naming  # noqa: E402, F401  resolvers that conf/config.yaml uses
-from recombine.errors import EXPECTED, one_line  # noqa: E402
+import recombine.naming  # noqa: F401  resolvers that conf/config.yaml uses
+from recombine.errors import EXPECTED, one_line
 
 failures: list[Exception] = []
 
@@ -30,10 +29,14 @@ def main(cfg: DictConfig) -> float:
 def cli() -> int:
     """Runs the command line. Bad input is one line on stderr and exit code 2."""
     failures.clear()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors of its own and exits
     try:
         main()
     except EXPECTED as error:
         failures.append(error)
+    finally:
+        if not DEBUG:
+            del os.environ["HYDRA_FULL_ERROR"]
     if failures and DEBUG:
         raise failures[0]
     for error in failures:

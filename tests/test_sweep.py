@@ -30,8 +30,7 @@ GRID = {
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "run.py", *TINY, f"hydra.sweep.dir={folder}", *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}  # which run.py sets where imported
-    return subprocess.Popen(command, cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
 
 
 def sweep(folder: Path, *overrides: str) -> tuple[int, str]:
