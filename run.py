@@ -4,14 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
-
 import hydra
 from omegaconf import DictConfig
 
 import recombine.naming  # noqa: F401  resolvers that conf/config.yaml uses
 from recombine.errors import EXPECTED, one_line
 
+DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
 failures: list[Exception] = []
 
 
