@@ -110,3 +110,4 @@ class Tab:
         )
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[feature])
+        self.js("new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")  # the page has heard
