@@ -8,13 +8,15 @@ All rivals live in one process and take turns; printed are ratios of medians (mo
 import argparse
 import copy
 import statistics
-import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import recombine
 from recombine import models
+from recombine.stages.profile import timed, turns
 
 RIVALS = {
     "lora r=8 (peft)": recombine.Peft(targets=("q", "k", "v"), options={"lora_alpha": 16}),
@@ -32,56 +34,60 @@ RIVALS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = arguments(__doc__).parse_args()
+    dense, x, y = setting(args)
+    rivals = {"dense": dense} | {
+        name: recombine.apply(copy.deepcopy(dense), copy.copy(m)).to(x.device) for name, m in RIVALS.items()
+    }
+    train, infer = medians(rivals, x, y, args.rounds)
+    print(f"{'':28}{'training / lora':>16}{'inference / dense':>20}")
+    for name in rivals:
+        ratios = train["lora r=8 (peft)"] / train[name], infer["dense"] / infer[name]
+        print(f"{name:28}{ratios[0]:>16.2f}{ratios[1]:>20.2f}")
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch14_dinov2")
     parser.add_argument("--size", type=int, default=70)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    return parser
+
+
+def setting(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
+    """The dense model, a batch (B, 3, S, S) and its labels; says what they are."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     arch = {"arch": args.model, "pretrained": False, "image_size": args.size, "num_classes": 16}
     dense = models.build("bench", **arch).to(device)
-    rivals = {"dense": dense} | {
-        name: recombine.apply(copy.deepcopy(dense), copy.copy(m)).to(device) for name, m in RIVALS.items()
-    }
-    x = torch.randn(args.batch, 3, args.size, args.size, device=device)
-    y = torch.randint(16, (args.batch,), device=device)
-    train, infer = ({name: [] for name in rivals} for _ in range(2))
-    for turn in range(args.rounds + 1):
-        for name, model in rivals.items():
-            took = step(model.train(), x, y), forward(model.eval(), x)
-            if turn:  # the first round warms up
-                train[name].append(took[0])
-                infer[name].append(took[1])
-    reference = statistics.median(train["lora r=8 (peft)"]), statistics.median(infer["dense"])
     print(f"{args.model} at {args.size} px, batch {args.batch}, {device}, {torch.get_num_threads()} threads")
-    print(f"{'':28}{'training / lora':>16}{'inference / dense':>20}")
-    for name in rivals:
-        ratios = reference[0] / statistics.median(train[name]), reference[1] / statistics.median(infer[name])
-        print(f"{name:28}{ratios[0]:>16.2f}{ratios[1]:>20.2f}")
+    x = torch.randn(args.batch, 3, args.size, args.size, device=device)
+    return dense, x, torch.randint(16, (args.batch,), device=device)
 
 
-def step(model, x, y) -> float:
-    start = time.perf_counter()
-    F.cross_entropy(model(x), y).backward()
-    synchronize(x)
-    model.zero_grad()
-    return time.perf_counter() - start
+def medians(rivals: dict[str, nn.Module], x: Tensor, y: Tensor, rounds: int) -> tuple[dict, dict]:
+    """Seconds of a training step and of a forward in eval mode, medians over the rounds in which rivals take turns."""
+    works = {}
+    for name, model in rivals.items():
+        works |= {(name, step): partial(step, model, x, y), (name, forward): partial(forward, model, x)}
+    seconds = turns(works, rounds)
+    return tuple({name: statistics.median(seconds[name, kind]) for name in rivals} for kind in (step, forward))
+
+
+def step(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    def work():
+        F.cross_entropy(model(x), y).backward()
+        model.zero_grad()
+
+    model.train()
+    return timed(work, x.device)
 
 
 @torch.no_grad()
-def forward(model, x) -> float:
-    model(x)  # builds what eval keeps
-    start = time.perf_counter()
-    model(x)
-    synchronize(x)
-    return time.perf_counter() - start
-
-
-def synchronize(x) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
+def forward(model: nn.Module, x: Tensor) -> float:
+    model.eval()(x)  # builds what eval keeps
+    return timed(partial(model, x), x.device)
 
 
 if __name__ == "__main__":
