@@ -28,13 +28,13 @@ class Ledger:
         self.ended: dict[int, tuple[Any, str | None]] = {}  # job: (value, error)
         self.start, self.ran = time.monotonic(), 0
         for job, folder in enumerate(self.folders):
-            if (failed := folder / FAILED).is_file():
+            if (folder / "result.json").is_file() and config.data.task != "all":  # a suite looks task by task
+                self.look(job, folder)
+            elif (failed := folder / FAILED).is_file():
                 if config.retry:
                     failed.unlink()
                 else:
                     self.ended[job] = None, failed.read_text().strip()
-            elif (folder / "result.json").is_file() and config.data.task != "all":  # a suite looks task by task
-                self.look(job, folder)
         if self.ended:
             failed = sum(error is not None for _, error in self.ended.values())
             print(
