@@ -123,7 +123,7 @@ class Account:
 
     stored, trained: the whole model's; *_without_head the same less the classification head.
     retained: weights that the target layers hold, as a share of the dense ones. retained_total: the whole model's.
-    bytes_*: of the weights as they lie in memory, of the gradients, and of AdamW's two float32 moments.
+    bytes_*: of the weights (as integers, where they were quantised), of the gradients, of AdamW's two float32 moments.
     flops: floating-point operations (2 per multiplication) of one forward of one sample; None if not measured.
     """
 
@@ -162,7 +162,7 @@ def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Accoun
         trained_without_head=sum(p.numel() for p in trained) - sum(p.numel() for p in head if p.requires_grad),
         retained=kept / record.dense if record and record.dense else 1.0,
         retained_total=stored / record.total if record else 1.0,
-        bytes_weights=sum(p.numel() * p.element_size() for p in parameters.values()),
+        bytes_weights=sum(getattr(p, "stored_bytes", p.numel() * p.element_size()) for p in parameters.values()),
         bytes_gradients=sum(p.numel() * p.element_size() for p in trained),
         bytes_optimizer=sum(p.numel() * ADAM for p in trained),
         flops=None if sample is None else flops(model, sample),

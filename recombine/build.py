@@ -248,6 +248,9 @@ def check(cfg: DictConfig) -> None:
     need("analyse.maps", lambda x: x is None or whole(x), "a whole number from 1, or null")
     need("trainer.epochs", whole, "a whole number from 1")
     need("trainer.patience", lambda x: x is None or whole(x), "a whole number from 1, or null")
+    if "bits" in cfg.stage:
+        why = "a whole number from 2 to 16, or null for weights as they are"
+        need("stage.bits", lambda x: x is None or isinstance(x, int) and 2 <= x <= 16, why)
     if cfg.stage.name == "evaluate":
         why = "the file of a checkpoint, which result.json of a run names, or null for the original model"
         need("stage.checkpoint", lambda x: x is None or Path(x).is_file(), f"{why} (no such file)")

@@ -303,6 +303,11 @@ def test_the_original_model_is_scored_with_its_own_head(tmp_path):
     exact = ["method=crisp", "method.chunk=16"]
     after = execute(tmp_path / "b", root, "stage=retrofit", "stage.test=true", weights, *exact)
     assert after["test"] == pytest.approx(first["test"], rel=1e-4) and after["logit_error"] < 1e-3
+    for folder, before, *stage in (("e", first, "stage=evaluate"), ("f", after, "stage=retrofit", "stage.test=true")):
+        rounded = execute(tmp_path / folder, root, *stage, "stage.bits=8", weights, *exact)
+        bytes_ = [found["account"]["bytes_weights"] for found in (rounded, before)]
+        assert 0.25 < bytes_[0] / bytes_[1] < 0.7 and rounded["test"]["loss"] != before["test"]["loss"]
+        assert rounded["test"]["loss"] == pytest.approx(before["test"]["loss"], rel=1e-2)
     still = ["optim.lr=0", "optim.lr_head=0", "stage.distil.epochs=0"]  # nothing moves: the head is still the own one
     kept = execute(tmp_path / "c", root, "stage=joint", weights, *exact, *still)
     assert kept["test"] == pytest.approx(first["test"], rel=1e-4)

@@ -7,6 +7,7 @@ from recombine import export, models
 from recombine.errors import UsageError
 from recombine.lit import LitRecombine
 from recombine.models import roles
+from recombine.quantise import quantise
 from recombine.stages.adapt import test
 from recombine.stages.run import Run
 
@@ -21,6 +22,10 @@ def evaluate(run: Run) -> dict:
         if head is not None and (classes := head.out_features) != run.data.num_classes:
             why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
             raise UsageError(f"{path}: {why}; set data.task to the one it was trained on")
+    if run.cfg.stage.bits is not None:
+        rewritten = getattr(run.model, "recombined", None)
+        names = rewritten.targets if rewritten else roles.find(run.model, run.method.targets)
+        quantise(map(run.model.get_submodule, names), run.cfg.stage.bits)
     return {"test": test(run, LitRecombine(run.model, run.method, run.task())), "checkpoint": path}
 
 

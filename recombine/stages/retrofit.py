@@ -9,6 +9,7 @@ from recombine.budget import Budget
 from recombine.lit import LitRecombine
 from recombine.methods import Method, apply
 from recombine.models import roles
+from recombine.quantise import quantise
 from recombine.stages.run import Run
 
 
@@ -46,6 +47,8 @@ def retrofit(run: Run) -> dict:
     original = copy.deepcopy(run.model).eval()
     with torch.enable_grad():
         rewrite_all(run)
+    if run.cfg.stage.bits is not None:
+        quantise(map(run.model.get_submodule, run.model.recombined.targets), run.cfg.stage.bits)
     run.model.eval()
     batch = run.fetch(run.data.train, list(range(min(32, len(run.data.train)))))
     reference, logits = tasks.call(original, batch), tasks.call(run.model, batch)
