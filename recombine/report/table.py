@@ -336,19 +336,19 @@ def notes(table: Table, spec: Mapping[str, Any], runs: Runs, paper: Paper | None
 
 
 def order(table: Table) -> str:
-    """For every column, of the pairs of rows that the paper tells apart, how many come in its order here; and which
-    come in the other by more than both deviations together."""
+    """For every column, of the pairs of rows of a block that the paper tells apart, how many come in its order here; and
+    which come in the other by more than both deviations together."""
     found = []
     for j, column in enumerate(table.columns):
-        both = [(row.label, e) for row in table.rows if (e := row.entries[j]).paper and e.mean is not None]
+        both = [(row, e) for row in table.rows if (e := row.entries[j]).paper and e.mean is not None]
         same, pairs, against = 0, 0, []
         for first, second in itertools.combinations(both, 2):
             (above, high), (below, low) = sorted((first, second), key=lambda one: -one[1].paper.value)
-            if high.paper.value == low.paper.value:
+            if high.paper.value == low.paper.value or above.labels[:-1] != below.labels[:-1]:
                 continue
             pairs, same = pairs + 1, same + (float(high.text) > float(low.text))
             if None not in (high.spread, low.spread) and low.mean - high.mean > high.spread + low.spread:
-                against.append(f"{below} over {above}")
+                against.append(f"{below.label} over {above.label}")
         if pairs:
             shown = f"{', '.join(against[:3])}{', ...' if len(against) > 3 else ''}"
             found.append(f"{column.title} {same} of {pairs}" + (f" (clearly not: {shown})" if against else ""))
