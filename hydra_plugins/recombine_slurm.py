@@ -19,7 +19,7 @@ class SlurmLauncher(Launcher):
         try:
             from recombine.sweep.slurm import Jobs
         except ModuleNotFoundError as error:
-            raise UsageError(f"hydra/launcher=slurm needs {error.name}: pip install 'recombine[slurm]'") from error
+            raise UsageError(f"hydra/launcher=slurm needs {error.name}: pip install -e '.[slurm]'") from error
         self.jobs = Jobs(**self.params)
         self.jobs.setup(hydra_context=hydra_context, task_function=None, config=config)
 

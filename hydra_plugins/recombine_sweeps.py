@@ -1,10 +1,12 @@
-"""Hydra's two ends of recombine.sweep; Hydra looks for plugins in this namespace only.
+"""Hydra's ends of recombine.sweep; Hydra looks for plugins in this namespace only.
 
 GridSweeper: the cells of an experiment's grid, or the product of what -m gives.
+SearchSweeper: hydra-optuna-sweeper, whose complaints become one line.
 LocalLauncher: runs them on this machine, in processes of their own.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
@@ -32,6 +34,30 @@ class GridSweeper(Sweeper):
         returns = self.launcher.launch(grid.jobs(self.config, [*params, *arguments]), 0)
         ledger.refuse_failed(returns)
         return returns
+
+
+class SearchSweeper(Sweeper):
+    """Takes hydra-optuna-sweeper's keys."""
+
+    def __init__(self, **params: Any):
+        self.params = params
+
+    def setup(self, *, hydra_context, task_function, config) -> None:
+        from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
+
+        self.search = OptunaSweeper(**self.params)
+        self.search.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        from recombine.errors import EXPECTED, UsageError, one_line
+
+        try:
+            self.search.sweep(arguments)
+        except EXPECTED:
+            raise
+        except ValueError as error:  # no trial ended with a number, or one ended with nan
+            fix = "a trial needs a budget that it can meet and validation data (data.select=val)"
+            raise UsageError(f"hydra/sweeper=search: {one_line(error).removeprefix('ValueError: ')} {fix}") from error
 
 
 class LocalLauncher(Launcher):

@@ -72,7 +72,8 @@ def suite(cfg: DictConfig, out: Path) -> float:
         with open_dict(cfg):
             cfg.data.task = task
         result = one(cfg, out / task)
-        scores.setdefault(group, {})[task] = result["test"][result["metric"]]
+        score = result["test"][result["metric"]]
+        scores.setdefault(group, {})[task] = float("nan") if score is None else score
         done.append(result)
         summary = {"groups": {g: sum(s.values()) / len(s) for g, s in scores.items()}, "tasks": scores}
         summary["mean"] = sum(summary["groups"].values()) / len(summary["groups"])  # as NOAH's
@@ -300,6 +301,7 @@ def rows(result: dict, path: Path) -> list[tuple[str, str]]:
     ]
     if test:
         shown = {key: value for key, value in test.items() if "stderr" not in key}
+        shown = {key: float("nan") if value is None else value for key, value in shown.items()}
         scores = [f"{k} {v:.3g}" if k in ("loss", "ppl") else f"{k} {100 * v:.1f} %" for k, v in shown.items()]
         table.append(("test", ", ".join(scores)))
     if linear:

@@ -42,7 +42,7 @@ def workspace(name: str, entity: str, project: str):
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError as error:
-        raise UsageError(f"dashboard: {error}; pip install 'recombine[watch]'") from error
+        raise UsageError(f"dashboard: {error}; pip install -e '.[watch]'") from error
 
     by_method = wr.Config("labels.method")
 

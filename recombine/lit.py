@@ -165,6 +165,10 @@ class KeepBest(Callback):
         self.monitor, self.sign, self.path = monitor, 1 if mode == "max" else -1, path
         self.best, self.epoch, self.weights = -math.inf, None, None
 
+    def on_train_start(self, trainer, lit) -> None:
+        if self.weights is not None:  # of an earlier process
+            lit.last_good = str(self.path)
+
     def on_validation_end(self, trainer, lit) -> None:
         if trainer.sanity_checking or self.monitor not in trainer.callback_metrics or not lit.settled:
             return
@@ -190,6 +194,8 @@ class KeepBest(Callback):
             self.keep(trainer, lit)
         if not isinstance(trainer.strategy, FSDPStrategy):
             self.put(lit.model)
+            if trainer.is_global_zero:  # again: the file may be of an epoch that an earlier process saw and lost
+                export.save(lit.model, self.path)
 
     def put(self, model: nn.Module) -> None:
         """The kept weights into the model, or into one like it."""

@@ -153,9 +153,7 @@ class TensorBoard(Watch):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UsageError(
-                f"logger=tensorboard: cannot be imported ({error}); pip install 'recombine[watch]'"
-            ) from error
+            raise UsageError(f"logger=tensorboard: cannot be imported ({error}); pip install -e '.[watch]'") from error
         self.settings = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in results.flat(results.settings(run.cfg)).items()
@@ -235,6 +233,7 @@ def labels(run: Run) -> dict[str, str]:
 def numbers(result: dict) -> dict[str, float]:
     """The numbers of a result under one flat name each: score, test/acc, account/retained, linear_probe/test ..."""
     parts = ("test", "account", "linear_probe", "distil", "weight_error", "logit_error", "best_epoch", "seconds")
+    parts += ("profile", "elsewhere", "subspaces")
     found = {key: result[key] for key in parts if result.get(key) is not None}
     found |= {"best": result["val"], "score": result["test"].get(result["metric"])}
     if errors := found.pop("weight_error", None):

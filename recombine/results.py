@@ -1,6 +1,7 @@
 """result.json: written once, atomically, at the end of a run; read by the report and by anyone."""
 
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from recombine.files import replacing
 from recombine.naming import aside
 
 PACKAGES = ("recombine", "torch", "lightning", "hydra-core", "timm", "peft", "transformers", "torchmetrics", "numpy")
+LOCK = ".running"
 ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", "num_nodes", "strategy")} | {
     "data.num_workers",
     "trainer.checkpoint_minutes",
@@ -27,7 +29,7 @@ def reserved(folder: Path) -> Iterator[None]:
     """Makes the folder of a run and holds it; refuses one that cannot be written, or where another process works."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".running")
+        lock = FileLock(folder / LOCK)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UsageError(
@@ -42,6 +44,17 @@ def reserved(folder: Path) -> Iterator[None]:
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
+def running(folder: Path) -> bool:
+    """Whether a process works in the folder of a run."""
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
 def finished(folder: Path, cfg: DictConfig) -> dict | None:
     """The result that the folder of a run holds already, or None.
 
@@ -51,12 +64,24 @@ def finished(folder: Path, cfg: DictConfig) -> dict | None:
     if not (path := folder / "result.json").is_file():
         return None
     before = read(path)
-    there, here = flat(before["config"]), flat(json.loads(json.dumps(settings(cfg), default=str)))
-    for key in there.keys() & here.keys():  # what only one of them knows came or went with a version
-        if there[key] != here[key] and key not in ELSEWHERE:
-            what = f"{key}={there[key]} there, {here[key]} here"
-            raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")
+    if (what := difference(before["config"], json.loads(json.dumps(settings(cfg), default=str)))) is not None:
+        raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")
     return before
+
+
+def difference(there: dict, here: dict) -> str | None:
+    """Where two configurations would compute different things. A key that only one of them knows came or went with a
+    version, but for what lies below a key of the other: a group that was chosen or was not."""
+    there, here = (flat({"compressor": None} | config) for config in (there, here))
+    for key in there.keys() & here.keys():
+        if there[key] != here[key] and key not in ELSEWHERE:
+            return f"{key}={there[key]} there, {here[key]} here"
+    for whole, parts in ((there, here), (here, there)):
+        for key in whole.keys() - parts.keys():
+            if below := [part for part in parts if part.startswith(f"{key}.")]:
+                one, other = f"{key}={whole[key]}", f"{below[0]}={parts[below[0]]}"
+                return f"{one} there, {other} here" if whole is there else f"{other} there, {one} here"
+    return None
 
 
 def settings(cfg: DictConfig) -> dict:
@@ -76,23 +101,35 @@ def flat(nested: dict, prefix: str = "") -> dict:
 
 def score(result: dict) -> float:
     """What validation chose by; nan where nothing did."""
-    return result["val"].get(result["metric"], float("nan"))
+    value = result["val"].get(result["metric"])
+    return float("nan") if value is None else value
 
 
 def write(path: Path, result: dict) -> Path:
-    """Writes a result, whole or not at all."""
-    text = json.dumps(result, indent=1, default=str, allow_nan=False)
+    """Writes a result, whole or not at all; a number that is not finite, which JSON does not know, as null."""
+    text = json.dumps(finite(result), indent=1, default=str, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text)
     return path
 
 
+def finite(value):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
 def read(path: Path) -> dict:
     """Reads a result.json."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"{path}: not a readable result.json ({error})") from error
+        result = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a readable result.json ({error}); move it away") from error
+    if missing := [k for k in ("config", "val", "metric") if not isinstance(result, dict) or k not in result]:
+        raise UsageError(f"{path}: no result.json of a run, {missing[0]} is missing; move it away")
+    return result
 
 
 def environment() -> dict:

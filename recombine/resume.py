@@ -102,9 +102,13 @@ class TrainingState(Checkpoint):
 
     def on_fit_start(self, trainer, lit) -> None:
         trainer.should_stop = self.stopped
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+
+    def on_train_start(self, trainer, lit) -> None:
+        """Takes the place of Lightning's own handler, which is there by now and in which ranks wait for each other."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR2):
-                self.handlers[number] = signal.signal(number, self.note)
+            for number in self.handlers:
+                signal.signal(number, self.note)
 
     def note(self, number: int, _) -> None:
         self.told = number
@@ -114,10 +118,6 @@ class TrainingState(Checkpoint):
         if progress.is_last_batch or trainer.world_size > 1 and (index + 1) % EVERY:
             return  # the end of the epoch comes after validation
         self.act(trainer, time.monotonic() - self.saved > 60 * self.minutes)
-
-    def on_validation_batch_end(self, trainer, *_) -> None:
-        if trainer.world_size == 1 and self.told:  # validation is no place to go on from
-            self.leave(trainer)
 
     def on_train_epoch_end(self, trainer, lit) -> None:
         self.stopped = trainer.should_stop
@@ -151,7 +151,7 @@ class TrainingState(Checkpoint):
         name = signal.Signals(self.told).name
         if trainer.is_global_zero:
             step = f"step {trainer.global_step} of {self.name}"
-            print(f"stopped by {name} at {step}: the same command goes on from there", file=sys.stderr, flush=True)
+            print(f"stopped by {name} at {step}: started again, it goes on from there", file=sys.stderr, flush=True)
         then = self.handlers.get(self.told)
         if self.told == signal.SIGUSR2 and callable(then):
             if trainer.is_global_zero:
@@ -161,14 +161,16 @@ class TrainingState(Checkpoint):
 
     def on_fit_end(self, trainer, lit) -> None:
         self.restore()
+        if self.told:  # while the last state was written
+            os.kill(os.getpid(), self.told)
 
     def on_exception(self, trainer, lit, exception) -> None:
         self.restore()
 
     def restore(self) -> None:
-        while self.handlers:
-            number, handler = self.handlers.popitem()
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            while self.handlers:
+                signal.signal(*self.handlers.popitem())
 
 
 def where(path: Path) -> tuple[int, int]:

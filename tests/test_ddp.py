@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,6 +79,20 @@ def test_two_ranks_are_one(joint, tmp_path):
     same(joint, tmp_path)
     assert "distil" in json.loads((tmp_path / "result.json").read_text())
     assert not (tmp_path / ".state").exists() and not (tmp_path / ".ranks").exists()
+
+
+def test_told_to_stop_two_ranks_leave_one_state(tmp_path):
+    """Lightning's own handler would have one rank wait for the other for ever."""
+    long = ["method=lora", "method.rank=4", "probe=false", "trainer.epochs=900", f"hydra.run.dir={tmp_path}"]
+    told = subprocess.Popen(command(*long, *TWO), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.rglob("best-*.ckpt")):
+        assert told.poll() is None
+        time.sleep(0.02)
+    told.terminate()
+    said = told.communicate(timeout=60)[1]
+    assert told.returncode == 128 + signal.SIGTERM
+    step = int(re.search(r"stopped by SIGTERM at step (\d+) of best", said)[1])
+    assert list(tmp_path.rglob(f"best-{step:08}-*.ckpt")) and not list(tmp_path.rglob("result.json"))
 
 
 def test_a_sweep_of_runs_on_two_ranks_each(tmp_path):

@@ -27,7 +27,7 @@ PAPER = {"file": TAB07, "where": {"metric": "top1"}, "columns": {"a": "CIFAR-100
 PLOTS = {
     "losses": {"kind": "curves", "y": "curves.train/loss", "line": "method"},
     "memory": {"kind": "xy", "x": "account.memory_mib", "y": "test.acc", "point": "method", "xlabel": EVIL},
-    "subspaces": {"kind": "heat", "y": "similarity"},
+    "subspaces": {"kind": "heat", "y": "similarity", "where": {"method": "LoRA"}},
 }
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
@@ -188,6 +188,15 @@ def test_nothing_given_runs_and_nothing_else_is_loaded(tab, written):
     assert tab.js("document.querySelector('.failed li').textContent").startswith(f"3 failed: {EVIL}SVFit / ")
     tab.js("document.body.append(Object.assign(document.createElement('script'), {textContent: 'document.title = 2'}))")
     assert tab.js("document.title") == "recombine: results"  # the page's policy refuses it
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_index_shows_what_its_filter_leaves(tab, width):
+    tab.look(width, 800)
+    tab.click("nav .tools input")
+    tab.write("second")
+    assert column(tab, 0, "index") == ["x/second"]
 
 
 @needs_browser

@@ -93,8 +93,29 @@ def test_what_is_missing_shows_and_no_mean_hides_it():
     assert found["a"].n == 3 and entries(made, "SVFit")["a"].spread is None and found["b"].wanted == 3
     assert made.notes[0] == "18 of 27 runs."
     text = render.text(made)
-    assert next(line for line in text.splitlines() if line.startswith("CERSA")).count(render.MISSING) == 4
+    assert next(line for line in text.splitlines() if line.startswith("CERSA")).count(render.MISSING) == 5
+    assert found["memory"].mean is None  # it may hang on the task
     assert "(1)" in text and "(3)" in text and "n in brackets" in text  # since n differs
+
+
+def test_a_mean_is_over_the_seeds_that_every_column_has():
+    made = table.build(
+        "x", SPEC, runs(lambda c: c["method"] != "LoRA" or int(c["seed"]) <= TASKS.index(c["data.task"]))
+    )
+    found = entries(made, "LoRA")  # seed 0 of a, 0 and 1 of b, all of c
+    assert [found[task].n for task in TASKS] == [1, 2, 3] and found["mean"].n == 1 and found["mean"].spread is None
+    assert found["mean"].mean == pytest.approx(100 * SCORES[0, :, 0].mean())
+    apart = table.build(
+        "x", SPEC, runs(lambda c: c["method"] != "LoRA" or int(c["seed"]) == TASKS.index(c["data.task"]))
+    )
+    assert entries(apart, "LoRA")["mean"].mean is None and entries(apart, "LoRA")["ab"].n == 0
+    alone = table.build("x", SPEC, runs(lambda c: c["seed"] == "0"))
+    assert "(1)" in render.text(alone) and "n in brackets where runs are missing" in alone.notes[1]
+
+
+def test_a_number_that_results_lack_is_named():
+    made = table.build("x", SPEC | {"extra": {"speed": {"key": "profile.speed"}}}, runs())
+    assert made.notes[2] == "speed (profile.speed): no number in 27 of 27 runs."
 
 
 def test_a_truncated_mean_is_cut_and_a_cell_is_rounded():
@@ -168,7 +189,14 @@ def test_bad_reports_are_refused_in_one_line():
     refused({"means": {"mean": ["a", "z"]}}, "z is neither a column nor a mean")
     refused({"values": {}}, "empty")
     refused({"values": {"top-1": {"key": "test.acc", "best": "most"}}}, "must be max, min or null")
-    refused({"values": {"top-1": {"path": "test.acc"}}}, "takes key")
+    refused({"values": {"top-1": {"path": "test.acc"}}}, "takes a key")
+    refused({"values": {"top-1": "test.acc"}}, "top-1=test.acc: takes a key")
+    refused({"values": {"top-1": {"key": "test.acc", "digits": "one"}}}, "takes a key")
+    refused({"means": {"mean": []}}, "report.means.mean: empty")
+    refused({"means": {"x": ["y"], "y": ["x"]}}, "rests on itself")
+    refused({"paper": {"where": {}}}, "needs file")
+    refused({"paper": {"file": TAB07, "compare": "diff"}}, "compare=diff: must be difference or order")
+    refused({"paper": {"file": TAB07, "extra": {"memory": "memroy"}}}, "has no column memroy")
     refused({"paper": {"file": "experiments/none.csv"}}, "No such file")
     refused({"paper": {"file": TAB07, "rows": {"LoRA": "Lora"}}}, "LoRA: Lora is no row")
     refused({"paper": {"file": TAB07, "columns": {"a": {"data": "DTD"}}}}, "has no column data")
@@ -196,6 +224,23 @@ def test_every_format_says_the_same():
         and one["best"] == "1"
         and float(one["paper"]) == shown.paper.value
     )
+
+
+def test_one_value_does_not_get_the_papers_number_of_another():
+    values = SPEC["values"] | {"loss": {"key": "curves.x"}}
+    paper = {"file": TAB07, "where": {"metric": "top1"}, "columns": {"a": "CIFAR-100"}, "means": {"mean": "Avg"}}
+    named = paper | {"where": {}, "values": {"top-1": "top1"}}
+    for given, wanted in ((paper, None), (named, 94.0)):
+        made = entries(table.build("x", SPEC | {"values": values, "paper": given}, runs()), "LoRA")
+        assert made["a loss"].paper is None and made["mean loss"].paper is None
+        assert (made["a top-1"].paper is None) == (wanted is None) == (made["mean top-1"].paper is None)
+
+
+def test_latex_takes_no_label_for_its_own():
+    cells = [{"targets": label, "seed": "0"} for label in ("[q,v]", "*", "<x|y>", "ε ≤ é")]
+    tex = render.latex(table.build("x", {"rows": "targets", "values": SPEC["values"]}, Runs([], cells, {})))
+    assert "\n{}[q,v] &" in tex and "\n{}* &" in tex and "$<$x$|$y$>$ &" in tex
+    assert r"$\varepsilon$ $\leq$ ? &" in tex and tex.isascii()
 
 
 def test_a_wide_table_is_folded():
@@ -233,7 +278,7 @@ def test_the_papers_means_follow_from_their_entries(name):
 
 def test_vtabs_group_means_are_read_too():
     paper = Paper({"file": "experiments/crisp/tab01_vtab_peft.csv", "means": {"n": "VTAB-1K/Natural mean"}})
-    assert paper.mean("LoRA", "n").value == 69.9 and paper.cell("CRISP", "VTAB-1K/SVHN", "top-1").value == 67.3
+    assert paper.mean("LoRA", "n", "top-1").value == 69.9 and paper.cell("CRISP", "VTAB-1K/SVHN", "top-1").value == 67.3
 
 
 @pytest.fixture
@@ -251,6 +296,7 @@ def test_from_runs_to_evidence_and_back(here):
     given = {
         "grid": {"method": methods, "seed": [0, 1]},
         "only": None,
+        "data": {"limit": 64, "task": "${other}"},
         "report": {
             "rows": "method",
             "values": {"top-1": {"key": "test.{metric}", "scale": 100, "best": "max"}},
@@ -289,13 +335,22 @@ def test_from_runs_to_evidence_and_back(here):
     assert made.table.notes[0] == "2 of 4 runs. 1 failed: the disk is full."
 
     written = report.save(made)
-    names = {"runs.jsonl", "table.md", "table.tex", "table.csv", "ranks.png", "losses.png", "memory.png"}
+    names = {"runs.jsonl", "config.json", "table.md", "table.tex", "table.csv", "ranks.png", "losses.png", "memory.png"}
     assert {p.name for p in written} == names == {p.name for p in (here / "experiments/tiny").iterdir()}
     slim = records.lines(here / "experiments/tiny/runs.jsonl")[0]
     dense = next(r for n, r in results.items() if slim["method"]["name"] == r["method"]["name"])
     assert slim["layers"]["q"]["rank"] == [row["rank"] for row in dense["layers"] if row["role"] == "q"]
     assert len(slim["config"]) == 12 and "checkpoint" not in slim
+    changed = Experiment("tiny", OmegaConf.create(given | {"data": {"limit": 32}}))
+    found = report.build(changed).table
+    assert found.done == 0 and "Left out: 2 of another configuration (data.limit=64 there, 32 here)." in found.notes[0]
+    assert json.loads((here / "experiments/tiny/config.json").read_text()) == {"data.limit": 64}
+    (experiment.folder / experiment.cells[0].folder / "result.json").unlink()
+    (experiment.folder / experiment.cells[0].folder / "failed.txt").write_text("the disk is full\n")
+    mixed = report.build(experiment)
+    assert len(mixed.runs.failed) == 2 and "1 of them as committed earlier" in mixed.table.notes[0]
     shutil.rmtree(here / "outputs")
+    assert len(report.build(changed).runs.other) == 2  # what is committed is held against config.json
     again = report.build(experiment)
     assert render.text(again.table).replace("2 of 4 runs.", "2 of 4 runs. 1 failed: the disk is full.") == render.text(
         made.table

@@ -1,6 +1,7 @@
 """Grids, and sweeps of real runs on a tiny ViT: finished runs stay, a killed one takes no other with it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from recombine import results
 from recombine.errors import UsageError
 from recombine.naming import run_folder, run_name
 from recombine.sweep import grid
@@ -50,6 +52,8 @@ def test_the_command_line_narrows_a_grid():
     assert {c.labels["seed"] for c in grid.cells(GRID, ["seed=7,8"])} == {"7", "8"}
     assert len(grid.cells(GRID, ["seed=0", "trainer.epochs=3"])) == 4
     assert all("trainer.epochs=3" in c.overrides for c in grid.cells(GRID, ["trainer.epochs=3"]))
+    assert {c.labels["seed"] for c in grid.cells(GRID, ["++seed=5"])} == {"5"}
+    assert all("~data.limit" in c.overrides for c in grid.cells(GRID, ["~data.limit"]))
     kept = grid.cells(GRID, only=["CERSA (α = 0.9)", "b"])
     assert [list(c.labels.values()) for c in kept] == [["CERSA (α = 0.9)", "b", "0"], ["CERSA (α = 0.9)", "b", "1"]]
     # a narrowed grid has the folders of the whole one
@@ -105,6 +109,15 @@ def test_a_sweep_skips_what_is_finished_and_retries_what_failed_on_request(tmp_p
     result.write_text(json.dumps(record | {"config": record["config"] | {"seed": 7}}))
     code, out = sweep(tmp_path, *args)
     assert code == 2 and "is the result of another configuration (seed=7 there, 0 here)" in out
+    assert "1 failed before (retry=true runs them again), 1 refused" in out
+    result.write_bytes(b"")  # as a machine leaves it whose power went
+    code, out = sweep(tmp_path, *args, "retry=true")
+    assert code == 2 and "not a readable result.json" in out and "move it away" in out
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(p) for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def test_a_killed_run_takes_no_other_with_it(tmp_path):
@@ -113,8 +126,7 @@ def test_a_killed_run_takes_no_other_with_it(tmp_path):
     while not (second / "log.txt").is_file():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (worker,) = [int(p) for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    (worker,) = workers(process)
     os.kill(worker, signal.SIGKILL)
     assert process.wait(timeout=300) == 2
     assert "[2 done, 1 failed, 0 left]" in process.stdout.read()
@@ -124,6 +136,50 @@ def test_a_killed_run_takes_no_other_with_it(tmp_path):
     assert len(list(tmp_path.glob("*/result.json"))) == 3 and not list(tmp_path.glob("*/failed.txt"))
 
 
+def test_a_sweep_that_is_told_to_stop_leaves_no_worker_and_goes_on(tmp_path):
+    given = ["seed=0,1", "hydra.launcher.jobs=2", "trainer.epochs=50", "trainer.checkpoint_minutes=0"]
+    process = start(tmp_path, *given)
+    while len({path.parent for path in tmp_path.rglob("best-*.ckpt")}) < 2:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    working = workers(process)
+    assert len(working) == 2 and results.running(next(tmp_path.glob("*seed=0*")))
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not any(Path(f"/proc/{pid}").exists() for pid in working) and not list(tmp_path.rglob("failed.txt"))
+    assert not results.running(next(tmp_path.glob("*seed=0*")))
+    code, out = sweep(tmp_path, *given)
+    assert code == 0 and "[2 done, 0 failed, 0 left]" in out
+
+
+def test_a_run_that_another_process_works_on_has_not_failed(tmp_path):
+    folder = tmp_path / run_folder([*TINY[:-1], "seed=0"])
+    with results.reserved(folder):
+        code, out = sweep(tmp_path, "seed=0")
+    assert code == 2 and "another process runs here" in out and not (folder / "failed.txt").exists()
+    assert out.splitlines()[-1] == "run.py: 1 of 1 runs failed"
+    code, _ = sweep(tmp_path, "seed=0")
+    assert code == 0
+
+
+def test_other_configurations_are_told_apart():
+    one = {"method": {"rank": 4}, "calibration": {"data": {"name": None}}, "trainer": {"devices": 1}}
+    assert results.difference(one, one | {"trainer": {"devices": 2}, "new": 1}) is None
+    assert results.difference(one, one | {"method": {"rank": 8}}) == "method.rank=4 there, 8 here"
+    pair = one | {"compressor": {"rank": 2}}
+    assert results.difference(one, pair) == "compressor=None there, compressor.rank=2 here"
+    assert results.difference(pair, one) == "compressor.rank=2 there, compressor=None here"
+    text = one | {"calibration": {"data": "text"}}
+    assert results.difference(text, one) == "calibration.data=text there, calibration.data.name=None here"
+
+
+def test_a_score_that_is_no_number_does_not_lose_the_result(tmp_path):
+    whole = {"config": {}, "metric": "acc", "val": {"acc": float("nan")}, "test": {"loss": float("inf"), "acc": 0.5}}
+    found = results.read(results.write(tmp_path / "result.json", whole))
+    assert found["val"] == {"acc": None} and found["test"] == {"loss": None, "acc": 0.5}
+    assert math.isnan(results.score(found))
+
+
 def test_a_search_lives_with_trials_that_miss_the_budget(tmp_path):
     pytest.importorskip("optuna")
     space = ["method=svd", "method.targets=choice([q,v],[o])", "budget=retained", "budget.value=choice(1e-6,0.5)"]
@@ -131,3 +187,6 @@ def test_a_search_lives_with_trials_that_miss_the_budget(tmp_path):
     assert code == 0, out
     best = (tmp_path / "optimization_results.yaml").read_text()
     assert "budget.value: 0.5" in best and "cannot be met, the nearest that svd can is" in out
+    space[-1] = "budget.value=1e-6"
+    code, out = sweep(tmp_path / "none", "hydra/sweeper=search", "hydra.sweeper.n_trials=1", *space)
+    assert code == 2 and "run.py: hydra/sweeper=search: No trials are completed yet." in out.splitlines()[-1]

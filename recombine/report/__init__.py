@@ -7,6 +7,7 @@
 Nothing here imports torch: a thousand results are a second's work.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from recombine.errors import UsageError
 from recombine.files import replacing
 from recombine.report import records, render, table
-from recombine.report.records import RUNS, Runs
+from recombine.report.records import CONFIG, RUNS, Runs
 from recombine.report.table import Table
 from recombine.sweep import grid
 from recombine.sweep.grid import Experiment
@@ -67,6 +68,7 @@ def save(report: Report) -> list[Path]:
 
     texts = {
         RUNS: records.dump(report.runs.records),
+        CONFIG: json.dumps(records.common(report.experiment), indent=1, ensure_ascii=False) + "\n",
         "table.md": render.markdown(report.table),
         "table.tex": render.latex(report.table),
         "table.csv": render.as_csv(report.table),

@@ -182,9 +182,8 @@ def number(table: Table, column: Any, entry: Entry) -> Markup:
     doubt = tag("abbr", "?", title=entry.paper.doubt) if paper and entry.paper.doubt else ""
     below = tag("small", "paper ", paper, doubt) if paper else ""
     if entry.mean is None:
-        return tag(
-            "td", tag("span", printed, title="not run, or not all of it"), below, class_=f"{column.kind} missing"
-        )
+        why = "not run, not all of it, or without this number"
+        return tag("td", tag("span", printed, title=why), below, class_=f"{column.kind} missing")
     return tag(
         "td",
         printed,
@@ -200,7 +199,10 @@ def plots(report: Report) -> list[Markup]:
         return []
     from recombine.report.plots import figures  # matplotlib takes a second
 
-    made = figures(spec, report.runs)
+    try:
+        made = figures(spec, report.runs)
+    except UsageError as error:
+        return [tag("p", one_line(error), class_="failed")]
     shown = [
         tag("figure", tag("div", svg(figure, f"{report.table.name}/{name}")), tag("figcaption", name))
         for name, figure in made.items()

@@ -10,7 +10,8 @@
       extra: {memory (MiB): memory}             # -> the column of the row's lines that has it, or {column: value}
       compare: order                            # not the difference: only whether the rows come in the paper's order
 
-Labels that are not named stand in the file as they are, or have no number there.
+Labels that are not named stand in the file as they are, or have no number there; of several values, those that are not
+named have none.
 """
 
 import csv
@@ -44,6 +45,10 @@ class Paper:
     def __post_init__(self):
         if unknown := set(self.spec) - set(KEYS):
             raise UsageError(f"report.paper.{unknown.pop()}: there is no such key; it takes {', '.join(KEYS)}")
+        if "file" not in self.spec:
+            raise UsageError("report.paper: needs file, for example experiments/cersa/tab09_vitb_8datasets.csv")
+        if (how := self.spec.get("compare", "difference")) not in ("difference", "order"):
+            raise UsageError(f"report.paper.compare={how}: must be difference or order")
         path = CONF.parent / self.spec["file"]
         try:
             with path.open(newline="") as file:
@@ -63,18 +68,21 @@ class Paper:
     def cell(self, row: str, column: str | None, value: str) -> Number | None:
         """The number of a row, a column (None: the table has none) and a measured value."""
         wanted = self.row(row) | (self.named("columns", column, "dataset") if column is not None else {})
-        return self.one(
-            wanted | (self.named("values", value, "metric") if value in self.spec.get("values", {}) else {})
-        )
+        return self.one(wanted | self.metric(value))
 
-    def mean(self, row: str, mean: str) -> Number | None:
-        return self.one(self.row(row) | self.named("means", mean, "dataset"))
+    def mean(self, row: str, mean: str, value: str) -> Number | None:
+        return self.one(self.row(row) | self.named("means", mean, "dataset") | self.metric(value))
+
+    def metric(self, value: str) -> dict[str, Any]:
+        return self.named("values", value, "metric") if value in self.spec.get("values", {}) else {}
 
     def extra(self, row: str, extra: str) -> Number | None:
         selected = self.spec.get("extra", {}).get(extra)
         if isinstance(selected, Mapping):
             return self.one(self.row(row) | dict(selected))
         lines = self.find(self.row(row)) if selected else []
+        if selected and selected not in self.lines[0]:
+            raise UsageError(f"report.paper.extra: {extra}: {self.spec['file']} has no column {selected}")
         found = {line[selected]: self.number(line, selected) for line in lines if line[selected]}
         return self.single(list(found.values()), f"{row}, {selected}")
 

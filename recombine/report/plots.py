@@ -164,6 +164,8 @@ def check(name: str, given: Mapping, runs: Runs) -> Options:
     for axis in named:
         if axis is not None and axis not in axes:
             raise UsageError(f"report.plots.{name}: {axis} is no axis; choose from {', '.join(axes)}")
+    if options.kind == "bars" and options.x is not None and options.x not in axes:
+        raise UsageError(f"report.plots.{name}.x={options.x}: is no axis; choose from {', '.join(axes)}")
     if "value" in axes and "value" not in (options.x, *named):
         raise UsageError(f"report.plots.{name}: y has several paths; say which of x, line, panel or point is `value`")
     return options
@@ -177,6 +179,8 @@ class Drawing:
         self.cells = [cell for cell in runs.cells if fits(cell, options.where)]
         records = [record for record in runs.records if fits(record.labels, options.where)]
         self.items = [item for record in records for item in self.of(record) if fits(item.labels, options.where)]
+        if options.kind == "heat":  # one mean over all of them
+            self.items = [item for some in self.whole(self.items, {}) for item in some]
 
     def of(self, record: Record) -> Iterable[Item]:
         for label, path in self.options.paths.items():
@@ -217,16 +221,18 @@ class Drawing:
 
     def mean(self, items: Sequence[Item], what: Callable[[Item], Any], same: Mapping[str, str]) -> Mean | None:
         """Mean and deviation over the seeds that have all their runs. same: axis -> label that the items share."""
+        measured = [item for item in items if isinstance(what(item), int | float)]
+        each = [statistics.fmean(map(what, some)) for some in self.whole(measured, same)]
+        return Mean(statistics.fmean(each), statistics.stdev(each) if len(each) > 1 else None) if each else None
+
+    def whole(self, items: Sequence[Item], same: Mapping[str, str]) -> list[list[Item]]:
+        """The items of every seed that has all its runs. same: axis -> label that the items share."""
         seeds = self.options.seed
         wanted = Counter(cell.get(seeds) for cell in self.cells if fits(cell, same))
         found = defaultdict(list)
         for item in items:
-            if isinstance(value := what(item), int | float):
-                found[item.labels.get(seeds)].append(value)
-        whole = [statistics.fmean(values) for seed, values in found.items() if len(values) == wanted[seed]]
-        if not whole:
-            return None
-        return Mean(statistics.fmean(whole), statistics.stdev(whole) if len(whole) > 1 else None)
+            found[item.labels.get(seeds)].append(item)
+        return [some for seed, some in found.items() if len(some) == wanted[seed]]
 
     def panels(self, share: bool = True) -> tuple[Figure, dict[str, Axes]]:
         """A figure with a panel for every label of the panel axis, and their items."""
@@ -258,7 +264,7 @@ class Drawing:
         for ax in axes:
             for label, height in self.options.hline.items():
                 handles[label] = ax.axhline(height, color="#555555", linestyle="--", linewidth=1)
-        if len(handles) > 1:
+        if handles:
             fit = max(1, 100 // (max(map(len, handles)) + 7))
             across = math.ceil(len(handles) / math.ceil(len(handles) / fit))  # in rows of the same length
             below = len(axes) > 1
@@ -277,7 +283,8 @@ def ranks(drawing: Drawing) -> Figure:
     figure, panels = drawing.panels()
     for panel, ax in panels.items():
         for label, items in drawing.split(drawing.split(drawing.items, options.panel)[panel], options.line).items():
-            values = columnwise([item.value for item in items])
+            seeds = drawing.whole(items, {k: v for k, v in {options.panel: panel, options.line: label}.items() if k})
+            values = columnwise([item.value for some in seeds for item in some])
             few = markers[label] if len(values) <= 24 else ""
             style = {"color": colours[label], "marker": few, "markersize": 3}
             ax.plot(range(len(values)), [options.scale * v for v in values], label=label, **style)
@@ -356,10 +363,9 @@ def curves(drawing: Drawing) -> Figure:
     figure, panels = drawing.panels(share=options.panel != "value")
     for panel, ax in panels.items():
         for label, items in drawing.split(drawing.split(drawing.items, options.panel)[panel], options.line).items():
-            seeds = defaultdict(list)
-            for item in items:
-                seeds[item.labels.get(options.seed)].append(item.value)
-            each = [columnwise(some) for some in seeds.values()]
+            seeds = drawing.whole(items, {k: v for k, v in {options.panel: panel, options.line: label}.items() if k})
+            if not (each := [columnwise([item.value for item in some]) for some in seeds]):
+                continue
             length = min(map(len, each))
             y = options.scale * np.array([one[:length] for one in each])  # (seeds, epochs)
             epochs = np.arange(1, length + 1)
@@ -384,10 +390,9 @@ def bars(drawing: Drawing) -> Figure:
         groups = drawing.split(drawing.split(drawing.items, options.panel)[panel], options.x)
         for i, (place, items) in enumerate(groups.items()):
             path = options.reference.get(place) if isinstance(options.reference, dict) else options.reference
-            before = [v for item in items if isinstance(v := item.record.get(path or ""), int | float)]
-            if before:
-                height = options.scale * statistics.fmean(before)
-                ax.bar(i, height, 0.92, color="#DDDDDD", label=options.before)
+            fixed = {k: v for k, v in {options.panel: panel, options.x: place}.items() if k}
+            if before := drawing.mean(items, lambda item, path=path: item.record.get(path or ""), fixed):
+                ax.bar(i, options.scale * before.value, 0.92, color="#DDDDDD", label=options.before)
             for label, some in drawing.split(items, options.line).items():
                 fixed = {k: v for k, v in {options.panel: panel, options.x: place, options.line: label}.items() if k}
                 if mean := drawing.mean(some, lambda item: item.value, fixed):
@@ -406,7 +411,8 @@ def heat(drawing: Drawing) -> Figure:
     held = [item.value if isinstance(item.value, dict) else {"": item.value} for item in drawing.items]
     nested = all(isinstance(value, dict) for one in held for value in one.values())
     held = held if nested else [{"": one} for one in held]
-    rows, columns = list(held[0]), list(next(iter(held[0].values())))
+    rows = [r for r in held[0] if all(r in one for one in held)]
+    columns = [c for c in held[0][rows[0]] if all(c in one[r] for one in held for r in rows)]
     size = (min(WIDTH, 1.0 + 2.0 * len(columns)), 0.3 + 1.9 * len(rows))
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
     means = {(r, c): options.scale * np.mean([one[r][c] for one in held], 0) for r in rows for c in columns}

@@ -2,23 +2,29 @@
 
 A record is the result without its configuration (its hash is kept), its checkpoint's path and its layers' names:
 `layers` is {role: {field: [one value a layer, in model order]}}. Committed as experiments/<name>/runs.jsonl, one line a
-run; the key `cell` is the run's folder.
+run; the key `cell` is the run's folder. Beside it config.json has what every run of the grid was configured with, so
+that results of an experiment that has changed since are told from its own.
 """
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from recombine import results
 from recombine.errors import UsageError
-from recombine.sweep.grid import CONF, Experiment
+from recombine.naming import aside
+from recombine.sweep.grid import CONF, Experiment, key_of
 
 EVIDENCE = CONF.parent / "experiments"
 RUNS = "runs.jsonl"
+CONFIG = "config.json"
 LEFT_OUT = ("config", "layers", "checkpoint", "weight_error")
 
 
@@ -51,30 +57,62 @@ class Runs:
     records: list[Record]
     cells: list[dict[str, str]]  # the labels of every cell, run or not
     failed: dict[str, str]  # folder of a run that failed -> why
+    other: dict[str, str] = field(default_factory=dict)  # folder of a result of another configuration -> what differs
 
 
 def read(experiment: Experiment) -> Runs:
-    """Each cell's result: from its folder, or else from the committed runs.jsonl.
+    """Each cell's result: from its folder, or else from the committed runs.jsonl. One that the experiment, as it is
+    now, would not have configured so is left out.
 
     Raises:
         UsageError: a file is not readable.
     """
     kept = {record["cell"]: record for record in lines(EVIDENCE / experiment.name / RUNS)}
-    records, failed = [], {}
+    now, then = common(experiment), whole(EVIDENCE / experiment.name / CONFIG)
+    records, failed, other = [], {}, {}
     for cell in experiment.cells:
         name = cell.folder
         folder = experiment.folder / name
         try:
             result = json.loads((folder / "result.json").read_text())
+            config = results.flat(result.get("config", {}))
         except FileNotFoundError:
-            result = kept.get(name)
+            result, config = kept.get(name), then
+            if (reason := folder / "failed.txt").is_file():
+                failed[name] = reason.read_text().strip()
         except (OSError, ValueError) as error:
             raise UsageError(f"{folder / 'result.json'}: not a readable result ({error}); move it away") from error
-        if result is not None:
+        if result is None:
+            continue
+        if differ := [f"{k}={config[k]} there, {v} here" for k, v in now.items() if k in config and config[k] != v]:
+            other[name] = differ[0]
+        else:
             records.append(Record(cell.labels, result, name))
-        elif (reason := folder / "failed.txt").is_file():
-            failed[name] = reason.read_text().strip()
-    return Runs(records, [cell.labels for cell in experiment.cells], failed)
+    return Runs(records, [cell.labels for cell in experiment.cells], failed, other)
+
+
+def common(experiment: Experiment) -> dict[str, Any]:
+    """What the experiment itself configures, flat: neither what its cells set nor what follows from that."""
+    config = OmegaConf.to_container(experiment.config, resolve=False)
+    found = results.flat({key: value for key, value in config.items() if key != "hydra" and not aside(key)})
+    keys = {key_of(line).rpartition("@")[2] for cell in experiment.cells for line in cell.overrides}
+    keys |= {"experiment", *results.ELSEWHERE}
+    return {
+        key: value
+        for key, value in found.items()
+        if not (isinstance(value, str) and "${" in value)
+        and not any(key == one or key.startswith(f"{one}.") for one in keys)
+    }
+
+
+def whole(path: Path) -> dict[str, Any]:
+    """A committed config.json; empty where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UsageError(f"{path}: not readable JSON ({error}); restore it from the repository") from error
 
 
 def lines(path: Path) -> list[dict]:

@@ -13,18 +13,24 @@ from collections.abc import Callable
 from recombine.report.table import Column, Entry, Table, shown
 
 MISSING = "—"
-GREEK = {"α": r"$\alpha$", "β": r"$\beta$", "γ": r"$\gamma$", "λ": r"$\lambda$", "ρ": r"$\rho$", "σ": r"$\sigma$"}
+GREEK = dict(α="alpha", β="beta", γ="gamma", δ="delta", ε="varepsilon", λ="lambda", μ="mu", ρ="rho", σ="sigma")
 TEX = {
     **{c: f"\\{c}" for c in "&%$#_{}"},
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    **GREEK,
+    **{letter: rf"$\{name}$" for letter, name in GREEK.items()},
     "±": r"$\pm$",
     "−": "$-$",
     "×": r"$\times$",
     "→": r"$\rightarrow$",
     "—": "---",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "…": r"\dots{}",
 }
 Strong = Callable[[str], str]
 
@@ -108,7 +114,9 @@ def latex(table: Table) -> str:
     n = len(table.axes)
 
     def cell(content: str) -> str:
-        return "".join(TEX.get(c, c) for c in content).replace("\0", r"\textbf{").replace("\1", "}")
+        safe = "".join(TEX.get(c, c if c.isascii() else "?") for c in content)
+        safe = safe.replace("\0", r"\textbf{").replace("\1", "}")
+        return "{}" + safe if safe[:1] in ("[", "*") else safe  # which a line break would take for its own
 
     def row(line: list[str]) -> str:
         small = line[n - 1] == "  paper"

@@ -15,8 +15,8 @@
     plots: {...}             # see plots.py
 
 Other axes are averaged: those beside `seed` within a seed, which counts only with all its runs; then the seeds, with
-their sample standard deviation (n - 1). Without a seed all of them are such replicates. A mean over columns exists only
-where every column does; its deviation is that of the replicates' means.
+their sample standard deviation (n - 1). Without a seed all of them are such replicates. A mean over columns is one of
+the replicates that every column has; so is its deviation. An extra is averaged over the columns, where all exist.
 """
 
 import itertools
@@ -171,12 +171,12 @@ def build(name: str, spec: Mapping[str, Any], runs: Runs) -> Table:
         for column in columns:
             m = column.measure or own
             if column.kind == "cell":
-                entry = groups.entry(here, [column.label], m)
+                entry = groups.cell(here, column.label, m)
             elif column.kind == "mean":
                 entry = groups.mean(here, column.label, means, names, m, cut)
             else:
-                entry = replace(groups.entry(here, names, m), spread=None)
-            printed = look_up(source, " / ".join(row), column, m) if source else None
+                entry = groups.extra(here, names, m)
+            printed = look_up(source, " / ".join(row), column, m, len(measures) == 1) if source else None
             entries.append(replace(entry, paper=printed))
         rows.append(Row(row, entries))
     rows = mark_best(rows, columns, down, measures)
@@ -226,27 +226,29 @@ class Groups:
                 found[copy] = statistics.fmean(values)
         return found
 
-    def entry(self, row: Labels, columns: Sequence[str | None], m: Measure) -> Entry:
-        """Over all that these columns hold."""
-        found = [value for column in columns for value in self.values(row, column, m).values()]
-        return entry(found, sum(self.wanted(row, column) for column in columns), m.digits)
+    def cell(self, row: Labels, column: str | None, m: Measure) -> Entry:
+        return entry(list(self.values(row, column, m).values()), self.wanted(row, column), m.digits)
+
+    def extra(self, row: Labels, columns: Sequence[str | None], m: Measure) -> Entry:
+        """The mean over the columns that the row has, once every one of them has something."""
+        held = [self.values(row, column, m) for column in columns if self.wanted(row, column)]
+        found = [statistics.fmean(values.values()) for values in held if values]
+        return replace(entry(found if len(found) == len(held) else [], len(held), m.digits), spread=None)
 
     def mean(self, row: Labels, name: str, means: Mapping, names: Sequence, m: Measure, cut: bool) -> Entry:
         """A mean over columns, or over other means."""
 
-        def over(values: Callable[[str], float | None], name: str) -> float | None:
-            found = [over(values, one) if one in means else values(one) for one in members(name, means, names)]
-            return statistics.fmean(found) if None not in found else None
+        def over(values: Callable[[str], float], name: str) -> float:
+            return statistics.fmean(
+                over(values, one) if one in means else values(one) for one in members(name, means, names)
+            )
 
         columns = leaves(name, means, names)
         wanted = min(self.wanted(row, column) for column in columns)
         held = {column: self.values(row, column, m) for column in columns}
-        whole = over(lambda column: statistics.fmean(held[column].values()) if held[column] else None, name)
-        if whole is None:
-            return Entry(wanted=wanted, digits=m.digits)
         copies = set.intersection(*(set(found) for found in held.values()))
         each = [over(lambda column, c=copy: held[column][c], name) for copy in sorted(copies)]
-        return replace(entry(each, wanted, m.digits), mean=whole, truncate=cut)
+        return replace(entry(each, wanted, m.digits), truncate=cut)
 
 
 def entry(found: Sequence[float], wanted: int, digits: int) -> Entry:
@@ -259,6 +261,8 @@ def entry(found: Sequence[float], wanted: int, digits: int) -> Entry:
 def members(name: str, means: Mapping, names: Sequence) -> Sequence[str]:
     """What a mean is over: columns or other means; null: all columns."""
     found = names if means[name] is None else means[name]
+    if not found:
+        raise UsageError(f"report.means.{name}: empty; name columns or other means, or say null for all columns")
     for one in found:
         if one not in names and one not in means:
             raise UsageError(
@@ -267,17 +271,22 @@ def members(name: str, means: Mapping, names: Sequence) -> Sequence[str]:
     return found
 
 
-def leaves(name: str, means: Mapping, names: Sequence) -> list[str]:
+def leaves(name: str, means: Mapping, names: Sequence, above: tuple[str, ...] = ()) -> list[str]:
     """The columns that a mean rests on."""
-    found = members(name, means, names)
-    return [leaf for one in found for leaf in (leaves(one, means, names) if one in means else [one])]
+    if name in above:
+        raise UsageError(f"report.means.{name}: rests on itself; name columns or other means")
+    found, above = members(name, means, names), (*above, name)
+    return [leaf for one in found for leaf in (leaves(one, means, names, above) if one in means else [one])]
 
 
 def measure(label: str, given: Mapping[str, Any]) -> Measure:
     try:
         made = Measure(label, **given)
-    except TypeError as error:
-        raise UsageError(f"report: {label}={dict(given)}: takes key, and scale, digits and best if wanted") from error
+        right = isinstance(made.key, str) and isinstance(made.scale, int | float) and isinstance(made.digits, int)
+    except TypeError:
+        right = False
+    if not right:
+        raise UsageError(f"report: {label}={given}: takes a key, and scale, digits and best if wanted")
     if made.best not in ("max", "min", None):
         raise UsageError(f"report: {label}: best={made.best}: must be max, min or null")
     return made
@@ -288,10 +297,14 @@ def labels(cells: Sequence[Mapping[str, str]], axis: str) -> list[str]:
     return list(dict.fromkeys(cell[axis] for cell in cells))
 
 
-def look_up(paper: Paper, row: str, column: Column, m: Measure) -> Number | None:
-    if column.kind == "cell":
-        return paper.cell(row, column.label, m.label)
-    return paper.mean(row, column.label) if column.kind == "mean" else paper.extra(row, m.label)
+def look_up(paper: Paper, row: str, column: Column, m: Measure, alone: bool) -> Number | None:
+    """alone: it is the only value that is measured, which the file need not name."""
+    if column.kind == "extra":
+        return paper.extra(row, m.label)
+    if not alone and m.label not in paper.spec.get("values", {}):
+        return None
+    look = paper.cell if column.kind == "cell" else paper.mean
+    return look(row, column.label, m.label)
 
 
 def mark_best(rows: list[Row], columns: list[Column], down: Sequence[str], measures: list[Measure]) -> list[Row]:
@@ -314,14 +327,23 @@ def mark_best(rows: list[Row], columns: list[Column], down: Sequence[str], measu
 def notes(table: Table, spec: Mapping[str, Any], runs: Runs, paper: Paper | None) -> list[str]:
     """The lines below the table."""
     found = [f"{table.done} of {table.total} runs."]
+    committed = sum("cell" in record.result for record in runs.records)
+    if 0 < committed < table.done:
+        found[0] += f" {committed} of them as committed earlier."
+    if runs.other:
+        what = next(iter(runs.other.values()))
+        found[0] += f" Left out: {len(runs.other)} of another configuration ({what})."
     if runs.failed:
         reasons = dict.fromkeys(runs.failed.values())
         found[0] += f" {len(runs.failed)} failed: {'; '.join(list(reasons)[:3])}{'; ...' if len(reasons) > 3 else ''}."
     most = max((e.n for e in table.scores), default=0)
-    if most > 1:
+    if most > 1 or not table.even:
         over = " and ".join(table.replicates)
         n = f"n = {most}" if table.even else "n in brackets where runs are missing"
         found.append(f"Mean ± sample standard deviation over {over} ({n}).")
+    for m in [measure(label, given) for key in ("values", "extra") for label, given in (spec.get(key) or {}).items()]:
+        if lack := sum(m.of(record) is None for record in runs.records):
+            found.append(f"{m.label} ({m.key}): no number in {lack} of {table.done} runs.")
     if paper:
         how = (
             "difference = ours − the paper's" if paper.compares else "another scale: compare the order, not the numbers"
@@ -336,8 +358,8 @@ def notes(table: Table, spec: Mapping[str, Any], runs: Runs, paper: Paper | None
 
 
 def order(table: Table) -> str:
-    """For every column, of the pairs of rows of a block that the paper tells apart, how many come in its order here; and
-    which come in the other by more than both deviations together."""
+    """For every column, of the pairs of rows of a block that the paper tells apart, how many come in its order here;
+    and which come in the other by more than both deviations together."""
     found = []
     for j, column in enumerate(table.columns):
         both = [(row, e) for row in table.rows if (e := row.entries[j]).paper and e.mean is not None]

@@ -103,7 +103,7 @@ def cells(grid: Mapping[str, Any], overrides: Iterable[str] = (), only: Sequence
     Raises:
         UsageError: an axis is empty or malformed, `only` names no label, or two cells have the same overrides.
     """
-    given = {line.split("=")[0]: line for line in overrides if not aside(line.split("=")[0])}
+    given = {key_of(line): line for line in overrides if not aside(line.split("=")[0])}
     axes: dict[str, dict[str, list[str]]] = {}
     for axis, found in grid.items():
         axes[axis] = points(axis, found)
@@ -111,9 +111,9 @@ def cells(grid: Mapping[str, Any], overrides: Iterable[str] = (), only: Sequence
             axes[axis] = {line.split("=", 1)[1]: [line] for line in values(given.pop(axis))}
     for key, line in given.items():
         for axis, labels in axes.items():
-            if any(o.split("=")[0] == key for lines in labels.values() for o in lines):
+            if any(key_of(o) == key for lines in labels.values() for o in lines):
                 raise UsageError(f"{line}: the labels of grid.{axis} set {key}; choose some of them with only=[...]")
-        axes[key] = {one.split("=", 1)[1]: [one] for one in values(line)}
+        axes[key] = {one.partition("=")[2] or one: [one] for one in values(line)}  # ~key has no value
     axes = choose(axes, only)
     product = itertools.product(*[[(axis, name) for name in axes[axis]] for axis in reversed(axes)])
     made = [
@@ -162,6 +162,11 @@ def quoted(value: Any) -> str:
         return "{" + ",".join(f"{k}:{quoted(v)}" for k, v in value.items()) + "}"
     text = str(value)
     return text if PLAIN.fullmatch(text) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def key_of(line: str) -> str:
+    """What an override sets: seed of ++seed=5, data.limit of ~data.limit."""
+    return line.split("=")[0].lstrip("+~")
 
 
 def values(line: str) -> list[str]:

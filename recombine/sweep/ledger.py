@@ -27,28 +27,32 @@ class Ledger:
         self.folders = [self.root / run_folder(o) for o in self.overrides]
         self.ended: dict[int, tuple[Any, str | None]] = {}  # job: (value, error)
         self.start, self.ran = time.monotonic(), 0
+        refused = 0
         for job, folder in enumerate(self.folders):
             if (folder / "result.json").is_file() and config.data.task != "all":  # a suite looks task by task
-                self.look(job, folder)
+                refused += self.refuses(job, folder)
             elif (failed := folder / FAILED).is_file():
                 if config.retry:
                     failed.unlink()
                 else:
                     self.ended[job] = None, failed.read_text().strip()
         if self.ended:
-            failed = sum(error is not None for _, error in self.ended.values())
+            failed = sum(error is not None for _, error in self.ended.values()) - refused
             print(
-                f"{self.root}: {len(self.ended) - failed} finished before"
-                + (f", {failed} failed before (retry=true runs them again)" if failed else ""),
+                f"{self.root}: {len(self.ended) - failed - refused} finished before"
+                + (f", {failed} failed before (retry=true runs them again)" if failed else "")
+                + (f", {refused} refused" if refused else ""),
                 flush=True,
             )
 
-    def look(self, job: int, folder: Path) -> None:
+    def refuses(self, job: int, folder: Path) -> bool:
+        """Takes the result that a folder holds, or says why not."""
         try:
-            if (result := results.finished(folder, self.compose(job))) is not None:
-                self.ended[job] = results.score(result), None
+            self.ended[job] = results.score(results.finished(folder, self.compose(job))), None
         except EXPECTED as error:
             self.ended[job] = None, one_line(error)
+            return True
+        return False
 
     def compose(self, job: int) -> DictConfig:
         """The configuration of one job."""
@@ -74,7 +78,7 @@ class Ledger:
         self.ended[job] = value, error
         self.ran += 1
         folder = self.folders[job]
-        if error is not None:
+        if error is not None and not results.running(folder):  # another sweep's run is not a failure
             folder.mkdir(parents=True, exist_ok=True)
             (folder / FAILED).write_text(error + "\n")
         failed, left = sum(e is not None for _, e in self.ended.values()), len(self.folders) - len(self.ended)
@@ -103,7 +107,9 @@ def refuse_failed(returns: Sequence[JobReturn]) -> None:
     """Lists what failed, and why, and raises UsageError."""
     if failed := [r for r in returns if r.status is JobStatus.FAILED]:
         print("".join(f"FAILED {r.working_dir}: {r._return_value}\n" for r in failed), end="", flush=True)
-        raise UsageError(f"{len(failed)} of {len(returns)} runs failed; retry=true runs them again")
+        again = any((Path(r.working_dir) / FAILED).is_file() for r in failed)
+        hint = "; retry=true runs them again" if again else ""
+        raise UsageError(f"{len(failed)} of {len(returns)} runs failed{hint}")
 
 
 def duration(seconds: float) -> str:

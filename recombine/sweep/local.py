@@ -17,16 +17,23 @@ from recombine.sweep.ledger import Ledger
 def launch(
     context: HydraContext, config: DictConfig, job_overrides: Sequence[Sequence[str]], first: int, jobs: int | None
 ) -> list[JobReturn]:
-    """Runs every job that is not finished, `jobs` at the same time, each with its share of the cores or one GPU."""
+    """Runs every job that is not finished, `jobs` at the same time, each with its share of the cores, or its GPUs."""
     if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
         raise UsageError(f"hydra.launcher.jobs={jobs}: must be a whole number from 1, or null")
     ledger = Ledger(context, config, job_overrides, first)
     gpus = visible_gpus() if config.trainer.accelerator != "cpu" else []
-    workers = jobs or (len(gpus) if config.trainer.devices == 1 else 1) or 1
-    threads = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    devices = config.trainer.devices
+    ranks = devices if isinstance(devices, int) and devices > 0 else 0  # of a run; 0: all that there are
+    workers = jobs or (len(gpus) if ranks == 1 else 1) or 1
+    if gpus and workers > 1 and (ranks == 0 or 1 < ranks > len(gpus) // workers):
+        fix = "say trainer.devices=N, or fewer jobs"
+        raise UsageError(f"hydra.launcher.jobs={workers}: {len(gpus)} GPUs, trainer.devices={devices} a run; {fix}")
+    ranks = max(1, ranks)
+    threads = str(max(1, len(os.sched_getaffinity(0)) // (workers * ranks)))
 
     def environment(place: int) -> dict[str, str]:
-        gpu = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus and workers > 1 else {}
+        own = [gpus[i % len(gpus)] for i in range(place * ranks, (place + 1) * ranks)] if gpus and workers > 1 else []
+        gpu = {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
         return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **gpu}
 
     arguments = ((job, (context, composed), folder / "log.txt") for job, composed, folder in ledger.todo())

@@ -5,7 +5,9 @@ A worker imports torch once and then takes one run after the other; what a run p
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +47,7 @@ def run(
     """
     free, busy = list(range(workers)), []
     idle: list[Worker] = []
+    before = terminable()
     try:
         for number, argument, log in jobs:
             if not free and not idle:
@@ -62,6 +65,16 @@ def run(
             worker.process.terminate() if worker in busy else worker.pipe.close()
         for worker in [*busy, *idle]:
             worker.process.join()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def terminable() -> Any:
+    """Lets SIGTERM end this process as Ctrl-C does, so that no worker outlives it. Returns the handler before; None: no
+    change, as this is not the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def hire(place: int, environment: Callable[[int], dict[str, str]]) -> Worker:

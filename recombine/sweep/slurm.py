@@ -46,12 +46,12 @@ class Jobs(SlurmLauncher):
             numbers, configs = zip(*todo, strict=True)
             # a job array is read by other processes: what they import has to be found there too
             with environ({"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}):
-                jobs = self.executor().map_array(self, configs)
+                jobs = self.submit(configs)
             print(f"{ledger.root}: submitted {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}", flush=True)
             self.follow(dict(zip(numbers, jobs, strict=True)), ledger)
         return ledger.returns()
 
-    def executor(self) -> submitit.AutoExecutor:
+    def submit(self, configs: Sequence[DictConfig]) -> list[submitit.Job]:
         own = ("submitit_folder", "max_num_timeout")
         shared = set(BaseQueueConf.__dataclass_fields__)
         knobs = {k if k in shared else f"slurm_{k}": v for k, v in self.params.items() if k not in own}
@@ -62,9 +62,9 @@ class Jobs(SlurmLauncher):
                 slurm_max_num_timeout=self.params["max_num_timeout"],
             )
             executor.update_parameters(**knobs)
-        except (RuntimeError, NameError, TypeError) as error:
+            return executor.map_array(self, configs)
+        except (RuntimeError, NameError, TypeError) as error:  # FailedJobError, what sbatch says, is the first
             raise UsageError(f"hydra/launcher: {one_line(error)}; correct that key, or take launcher=local") from error
-        return executor
 
     def follow(self, jobs: dict[int, submitit.Job], ledger: Ledger) -> None:
         """Until every job is over. Ctrl-C cancels those that are left."""
