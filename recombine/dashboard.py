@@ -4,8 +4,8 @@
     python -m recombine.dashboard cersa/tab09 --save     makes it in your W&B project
 
 Families: adaptation (accuracy against what trains and what it takes), compression (accuracy against what is kept, and
-the distillation) and language models (perplexity, the harness's tasks). It shows the runs of one group, which is
-the experiment's name.
+the distillation), language models (perplexity, the harness's tasks) and speed (stage=profile). It shows the runs of one
+group, which is the experiment's name.
 """
 
 import argparse
@@ -25,7 +25,9 @@ X = "trainer/global_step"
 
 
 def family(config: DictConfig) -> str:
-    """adaptation, compression or language."""
+    """adaptation, compression, language or speed."""
+    if config.stage.name == "profile":
+        return "speed"
     if config.data.name in LANGUAGE:
         return "language"
     return "adaptation" if config.stage.name in ("adapt", "evaluate") else "compression"
@@ -91,6 +93,14 @@ def workspace(name: str, entity: str, project: str):
                 *bars("account/memory_mib"),
             ],
             "training": curves("distilled/val/loss", "train/loss", "val/loss"),
+            "layers": layers,
+        },
+        "speed": {
+            "beside the reference": bars("profile/ratio/train", "profile/ratio/infer"),
+            "what it costs": [
+                *against("profile/ratio/train", "account/trained_without_head", log=True),
+                *bars("account/flops", "account/memory_mib"),
+            ],
             "layers": layers,
         },
     }[kind]

@@ -309,6 +309,7 @@ def test_a_fit_in_a_file_says_how_far_it_is(tmp_path, monkeypatch, capsys):
         ("cersa/tab09", "adaptation", ["account/trained_without_head", "train/loss"]),
         ("start", "compression", ["account/retained", "distilled/val/loss"]),
         ("offline/llama", "language", ["test/ppl", "test/wordnet_definition/acc"]),
+        ("crisp/tab05", "speed", ["profile/ratio/train", "account/flops"]),
     ],
 )
 def test_dashboard_of_each_family(experiment, family, panels, tmp_path, capsys):
