@@ -176,7 +176,7 @@ def build(name: str, spec: Mapping[str, Any], runs: Runs) -> Table:
                 entry = groups.mean(here, column.label, means, names, m, cut)
             else:
                 entry = groups.extra(here, names, m)
-            printed = look_up(source, " / ".join(row), column, m, len(measures) == 1) if source else None
+            printed = look_up(source, " / ".join(row), column, m, not down or len(measures) == 1) if source else None
             entries.append(replace(entry, paper=printed))
         rows.append(Row(row, entries))
     rows = mark_best(rows, columns, down, measures)
@@ -298,7 +298,7 @@ def labels(cells: Sequence[Mapping[str, str]], axis: str) -> list[str]:
 
 
 def look_up(paper: Paper, row: str, column: Column, m: Measure, alone: bool) -> Number | None:
-    """alone: it is the only value that is measured, which the file need not name."""
+    """alone: no other value stands in the row, so the file need not name it."""
     if column.kind == "extra":
         return paper.extra(row, m.label)
     if not alone and m.label not in paper.spec.get("values", {}):
