@@ -164,9 +164,10 @@ class KeepBest(Callback):
     def __init__(self, monitor: str, mode: str, path):
         self.monitor, self.sign, self.path = monitor, 1 if mode == "max" else -1, path
         self.best, self.epoch, self.weights = -math.inf, None, None
+        self.inherited = False  # the weights are an earlier process's, and the file may be of an epoch that it lost
 
     def on_train_start(self, trainer, lit) -> None:
-        if self.weights is not None:  # of an earlier process
+        if self.inherited:
             lit.last_good = str(self.path)
 
     def on_validation_end(self, trainer, lit) -> None:
@@ -178,6 +179,7 @@ class KeepBest(Callback):
             self.keep(trainer, lit)
 
     def keep(self, trainer, lit) -> None:
+        self.inherited = False
         trained = {unwrapped(n): p for n, p in lit.model.named_parameters() if p.requires_grad}
         if isinstance(trainer.strategy, FSDPStrategy):  # puts shards together, for the first rank; `put` writes
             whole = trainer.strategy.lightning_module_state_dict()
@@ -194,7 +196,7 @@ class KeepBest(Callback):
             self.keep(trainer, lit)
         if not isinstance(trainer.strategy, FSDPStrategy):
             self.put(lit.model)
-            if trainer.is_global_zero:  # again: the file may be of an epoch that an earlier process saw and lost
+            if self.inherited and trainer.is_global_zero:
                 export.save(lit.model, self.path)
 
     def put(self, model: nn.Module) -> None:
@@ -209,6 +211,7 @@ class KeepBest(Callback):
 
     def load_state_dict(self, state: dict) -> None:
         self.best, self.epoch, self.weights = state["best"], state["epoch"], state["weights"]
+        self.inherited = self.weights is not None
 
     @property
     def value(self) -> float:
