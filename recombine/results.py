@@ -46,6 +46,8 @@ def reserved(folder: Path) -> Iterator[None]:
 
 def running(folder: Path) -> bool:
     """Whether a process works in the folder of a run."""
+    if not (folder / LOCK).exists():
+        return False
     try:
         with FileLock(folder / LOCK, timeout=0):
             return False
