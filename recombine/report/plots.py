@@ -284,7 +284,8 @@ def ranks(drawing: Drawing) -> Figure:
     for panel, ax in panels.items():
         for label, items in drawing.split(drawing.split(drawing.items, options.panel)[panel], options.line).items():
             seeds = drawing.whole(items, {k: v for k, v in {options.panel: panel, options.line: label}.items() if k})
-            values = columnwise([item.value for some in seeds for item in some])
+            if not (values := columnwise([item.value for some in seeds for item in some])):
+                continue
             few = markers[label] if len(values) <= 24 else ""
             style = {"color": colours[label], "marker": few, "markersize": 3}
             ax.plot(range(len(values)), [options.scale * v for v in values], label=label, **style)
@@ -412,6 +413,8 @@ def heat(drawing: Drawing) -> Figure:
     nested = all(isinstance(value, dict) for one in held for value in one.values())
     held = held if nested else [{"": one} for one in held]
     rows = [r for r in held[0] if all(r in one for one in held)]
+    if not rows:
+        raise UsageError(f"report.plots.{drawing.name}: its runs have no matrix in common; choose some with `where`")
     columns = [c for c in held[0][rows[0]] if all(c in one[r] for one in held for r in rows)]
     size = (min(WIDTH, 1.0 + 2.0 * len(columns)), 0.3 + 1.9 * len(rows))
     figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False)
