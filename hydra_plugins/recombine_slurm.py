@@ -17,7 +17,7 @@ class SlurmLauncher(Launcher):
         from recombine.errors import UsageError
 
         try:
-            from recombine.sweep.slurm import Jobs
+            from recombine.runner.slurm import Jobs
         except ModuleNotFoundError as error:
             raise UsageError(f"hydra/launcher=slurm needs {error.name}: pip install -e '.[slurm]'") from error
         self.jobs = Jobs(**self.params)

@@ -27,7 +27,7 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        from recombine.sweep import grid, ledger
+        from recombine.runner import grid, ledger
 
         given = {argument.split("=")[0] for argument in arguments}
         params = [f"{key}={value}" for key, value in self.params.items() if key not in given]
@@ -70,6 +70,6 @@ class LocalLauncher(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from recombine.sweep import local
+        from recombine.runner import local
 
         return local.launch(self.hydra_context, self.config, job_overrides, initial_job_idx, self.jobs)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class BeforeTorchvision:
-    """Runs recombine.torchvision_guard when torchvision is first looked for: timm and transformers import it."""
+    """Runs runtime.torchvision_guard when torchvision is first looked for: timm and transformers import it."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name == "torchvision":
             sys.meta_path.remove(BeforeTorchvision)
-            import_module("recombine.torchvision_guard").guard()
+            import_module("recombine.runtime.torchvision_guard").guard()
 
 
 sys.meta_path.insert(0, BeforeTorchvision)

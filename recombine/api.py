@@ -1,8 +1,8 @@
 """What `import recombine` offers."""
 
-from recombine.budget import Account, Budget, count
+from recombine.core.budget import Account, Budget, count
+from recombine.core.checkpoint import load, merge, save
 from recombine.errors import UsageError
-from recombine.export import load, merge, save
 from recombine.layers import RecombinedLinear
 from recombine.methods import *  # noqa: F403
 from recombine.methods import __all__ as _methods

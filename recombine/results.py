@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from recombine.errors import UsageError
-from recombine.files import replacing
-from recombine.naming import aside
+from recombine.runtime.atomic import replacing
+from recombine.runtime.naming import aside
 
 PACKAGES = ("recombine", "torch", "lightning", "hydra-core", "timm", "peft", "transformers", "torchmetrics", "numpy")
 LOCK = ".running"

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from recombine import report
 from recombine.report import render
-from recombine.sweep.grid import Experiment
+from recombine.runner.grid import Experiment
 
 SCRIPT = str(Path(__file__).resolve())
 ROLES = ("q", "k", "v", "o", "up", "down")

@@ -19,12 +19,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import recombine
-from recombine import build, data, models, probe, tasks
-from recombine.calibration import collect
+from recombine import data, models
+from recombine.core.calibration import collect
+from recombine.evaluation import linear_probe
 from recombine.layers import RecombinedLinear
 from recombine.methods import Site
 from recombine.models import roles
+from recombine.runner import pipeline
 from recombine.stages import Run
+from recombine.training import objectives
 
 ROLES = ["q", "k", "v", "o", "up", "down"]
 BLIND = ["method=jactus", "method.sensitivity=none", "method.alpha=1", "method.allocation=lagrangian"]
@@ -56,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments/compressors"))
     args = parser.parse_args()
     original, module, cfg = prepare(args)
-    head = probe.fit(original, module)
+    head = linear_probe.fit(original, module)
     head.into(roles.head(original))
     roles.find(original, tuple(ROLES))  # the same layers for every method
     sites = [Site(n, r, original.get_submodule(n)) for n, r in roles.find(original, tuple(ROLES)).items()]
@@ -98,21 +101,21 @@ def prepare(args):
 
 def passes(model, module, split, indices):
     """One loss a batch: what the hooks see is what counts."""
-    task = tasks.build(module)
+    task = objectives.build(module)
     for start in range(0, len(indices), 32):
-        yield task.loss(model, tasks.fetch(module, split, indices[start : start + 32], torch.device("cpu")))[0]
+        yield task.loss(model, objectives.fetch(module, split, indices[start : start + 32], torch.device("cpu")))[0]
 
 
 def compress(label, original, module, sites, moments, args) -> dict:
     with initialize_config_dir(str(models.CONF.parent), version_base="1.3"):
         overrides = [*RIVALS[label], f"calibration.samples={args.samples}", "method.targets=[q,k,v,o,up,down]"]
         cfg = compose("config", overrides)
-    method, model = build.method(cfg.method), copy.deepcopy(original)
+    method, model = pipeline.method(cfg.method), copy.deepcopy(original)
     run = Run(cfg, Path(), model, method, recombine.Budget.parse(args.budget), module)
     start = time.perf_counter()
     recombine.apply(model, method, run.budget, run.losses)
     seconds = time.perf_counter() - start
-    return row(label, model, original, sites, moments, module, seconds, probe.fit(model.eval(), module).test)
+    return row(label, model, original, sites, moments, module, seconds, linear_probe.fit(model.eval(), module).test)
 
 
 @torch.no_grad()
@@ -126,8 +129,8 @@ def row(label, model, original, sites, moments, module, seconds, refitted) -> di
     hits = total = 0
     for start in range(0, len(module.test), 64):
         indices = list(range(start, min(start + 64, len(module.test))))
-        batch = tasks.fetch(module, module.test, indices, torch.device("cpu"))
-        hits += (tasks.call(model, batch).argmax(1) == batch[1]).sum().item()
+        batch = objectives.fetch(module, module.test, indices, torch.device("cpu"))
+        hits += (objectives.call(model, batch).argmax(1) == batch[1]).sum().item()
         total += len(batch[1])
     account = recombine.count(model)
     return {

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from recombine.data import hub
-from recombine.data.vtab import ARCHIVE, REPOSITORY, Vtab, complaints, unpack
+from recombine.data.vision.vtab import ARCHIVE, REPOSITORY, Vtab, complaints, unpack
 from recombine.errors import UsageError
 
 

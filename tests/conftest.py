@@ -1,5 +1,5 @@
 import torch
 
-import recombine  # noqa: F401  before timm and transformers: see recombine/torchvision_guard.py
+import recombine  # noqa: F401  before timm and transformers: see recombine/runtime/torchvision_guard.py
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other

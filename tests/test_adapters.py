@@ -19,13 +19,13 @@ from zoo import batch, build, loss, losses, outputs, train
 
 import recombine
 from recombine import Cersa, Crisp, Peft, Rosa, Ssf, Svd, Svfit, Svft, models
-from recombine.budget import stored_in_targets
-from recombine.export import merged
+from recombine.core.budget import stored_in_targets
+from recombine.core.checkpoint import merged
+from recombine.core.method import find_sites
 from recombine.layers import FactoredLinear, ScaleShift
 from recombine.methods import Site
-from recombine.methods.base import find_sites
-from recombine.methods.peft_guard import butterflies
-from recombine.methods.svd import directions
+from recombine.methods.adapters.peft_checks import butterflies
+from recombine.methods.svd.truncated import directions
 from recombine.models import roles
 
 QKV = ("q", "k", "v")

@@ -10,10 +10,12 @@ from zoo import build as zoo
 from zoo import losses
 
 import recombine
-from recombine import Cersa, Full, Jactus, Peft, UsageError, build, models, probe
+from recombine import Cersa, Full, Jactus, Peft, UsageError, models
+from recombine.evaluation import linear_probe
 from recombine.models import roles
-from recombine.stages import analyse
-from recombine.sweep.grid import CONF
+from recombine.runner import pipeline
+from recombine.runner.grid import CONF
+from recombine.stages import analysis
 
 QKV = ("q", "k", "v")
 
@@ -32,23 +34,23 @@ def psi(a, b):
 def test_overlaps_are_equation_3_for_all_ranks():
     generator = np.random.default_rng(0)
     a, b = (np.linalg.qr(generator.normal(size=(9, 6)))[0] for _ in range(2))
-    found = analyse.overlaps(torch.tensor(a), torch.tensor(b)).numpy()
+    found = analysis.overlaps(torch.tensor(a), torch.tensor(b)).numpy()
     for i in range(1, 7):
         for j in range(1, 7):
             assert found[i - 1, j - 1] == pytest.approx(psi(a[:, :i], b[:, :j]), abs=1e-12)
-    assert np.allclose(analyse.overlaps(torch.tensor(a), torch.tensor(a)), 1)  # the smaller span lies in the larger
+    assert np.allclose(analysis.overlaps(torch.tensor(a), torch.tensor(a)), 1)  # the smaller span lies in the larger
 
 
 @pytest.mark.parametrize("arch", ["tiny_vit", "tiny_deberta"])
 def test_subspaces_of_full_fine_tuning(arch):
     original, model = zoo(arch), recombine.apply(zoo(arch), Full(targets=QKV))
-    same = analyse.subspaces(original, model, 0.95)
+    same = analysis.subspaces(original, model, 0.95)
     assert same["u"] == pytest.approx(dict.fromkeys(QKV, 1.0)) == same["v"]
     torch.manual_seed(3)
     for name in model.recombined.targets:
         weight = model.get_submodule(name).weight
         weight.data += 0.5 * weight.std() * torch.randn_like(weight)
-    found = analyse.subspaces(original, model, 0.9, points=5)
+    found = analysis.subspaces(original, model, 0.9, points=5)
     assert set(found["map_u"]) == {"layer 0", "layer 1", "layer 3"}  # of four
     for role in QKV:
         pairs = [
@@ -77,7 +79,7 @@ def test_subspaces_are_those_of_what_the_adapted_layer_applies(method):
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    found = analyse.subspaces(original, model, 0.95)
+    found = analysis.subspaces(original, model, 0.95)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     merged = recombine.merge(copy.deepcopy(model))
     roles.find(merged, QKV)
@@ -89,15 +91,15 @@ def test_subspaces_are_those_of_what_the_adapted_layer_applies(method):
 
 
 def test_forgetting_is_the_share_of_the_mean_accuracy_that_is_lost():
-    assert analyse.forgetting({"a": 0.8, "b": 0.4}, {"a": 0.5, "b": 0.4}) == pytest.approx(0.25)
-    assert analyse.forgetting({"a": 0.5}, {"a": 0.6}) == pytest.approx(-0.2)
+    assert analysis.forgetting({"a": 0.8, "b": 0.4}, {"a": 0.5, "b": 0.4}) == pytest.approx(0.25)
+    assert analysis.forgetting({"a": 0.5}, {"a": 0.6}) == pytest.approx(-0.2)
 
 
 def run(tmp_path, *overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", ["model=tiny_vit", "trainer=cpu", "trainer.progress=false", "probe=false", *overrides])
-    build.main(cfg, tmp_path)
-    return cfg, build.results.read(tmp_path / "result.json")
+    pipeline.main(cfg, tmp_path)
+    return cfg, pipeline.results.read(tmp_path / "result.json")
 
 
 def test_a_run_with_every_analysis(tmp_path):
@@ -110,14 +112,14 @@ def test_a_run_with_every_analysis(tmp_path):
         1 - np.sum(list(elsewhere["after"].values())) / np.sum(list(elsewhere["before"].values()))
     )
     torch.manual_seed(0)
-    build.L.seed_everything(cfg.seed, verbose=False)
+    pipeline.L.seed_everything(cfg.seed, verbose=False)
     pretrained = models.build(**cfg.model)
-    data = build.data.build(**{**cfg.data, "task": "snorb_elev"}, seed=cfg.seed)
-    build.match(data, pretrained.recombine_source)
+    data = pipeline.data.build(**{**cfg.data, "task": "snorb_elev"}, seed=cfg.seed)
+    pipeline.match(data, pretrained.recombine_source)
     data.prepare_data()
     data.setup()
     models.reset_head(pretrained, 3)  # of whatever task: its inputs count
-    assert elsewhere["before"]["snorb_elev"] == pytest.approx(probe.fit(pretrained.eval(), data).test)
+    assert elsewhere["before"]["snorb_elev"] == pytest.approx(linear_probe.fit(pretrained.eval(), data).test)
 
     n, layers = 48, found["layers"]
     memory = sum(2 * n * row["rank"] + 4 * row["rank"] ** 2 for row in layers) / (n * n * len(layers))
@@ -151,4 +153,4 @@ def test_a_task_without_classes_cannot_be_probed():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", ["data=text", "data.limit=8", "analyse.elsewhere=[c4]"])
     with pytest.raises(UsageError, match="no classes to probe"):
-        build.elsewhere(cfg, build.data.build(**cfg.data, seed=0), {})
+        pipeline.elsewhere(cfg, pipeline.data.build(**cfg.data, seed=0), {})

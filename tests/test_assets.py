@@ -8,8 +8,8 @@ import zipfile
 
 import pytest
 
-from recombine import assets
 from recombine.errors import UsageError
+from recombine.runtime import assets
 
 BODY = b"forty-two"
 TOY = assets.Asset("toy", "npm", "toy", "1.0", "toy-1.0.tgz", hashlib.sha256(BODY).hexdigest(), "MIT")

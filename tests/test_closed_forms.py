@@ -15,7 +15,7 @@ from recombine import Cersa, Crisp, Full, Peft, Svd, Svfit, Svft, models
 from recombine.layers import FactoredLinear, SharedBasisLinear
 from recombine.linalg import SILU_MIN, energy_rank, silu_inverse
 from recombine.methods import Site
-from recombine.methods.crisp_closed import stack, truncate, ungate
+from recombine.methods.crisp.closed_form import stack, truncate, ungate
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 5))
 KINDS = st.sampled_from(["random", "zero", "rank one", "equal", "identity-like", "tiny", "huge"])

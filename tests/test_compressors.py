@@ -17,14 +17,14 @@ from zoo import ARCHS, batch, build, losses
 
 import recombine
 from recombine import Asvd, Balf, BasisSharing, Dfjr, DobiSvd, Fwsvd, Svd, SvdLlm, UsageError
-from recombine.allocation import greedy, lagrangian, nearest
-from recombine.calibration import Inputs, Stats
+from recombine.core.calibration import Inputs, Stats
+from recombine.core.method import calibrate, find_sites
 from recombine.linalg import project, weighted_svd
-from recombine.methods import Site, dobi_svd
-from recombine.methods.balf import dims, most
-from recombine.methods.base import calibrate, find_sites
-from recombine.methods.dobi_truncation import Truncation
-from recombine.methods.refit import least_squares
+from recombine.methods import Site
+from recombine.methods.allocation import greedy, lagrangian, nearest
+from recombine.methods.svd.balf import dims, most
+from recombine.methods.svd.refit import least_squares
+from recombine.methods.svd.soft_truncation import Truncation
 from recombine.models import roles
 
 ALL = ("qkv", "o", "up", "down", "gate?")
@@ -585,7 +585,7 @@ def test_dobi_truncation_bears_equal_singular_values(y):
 def test_adam_moves_ratios_or_ranks(unit, monkeypatch):
     """The first step of Adam is the step size, in the unit that it moves."""
     found = []
-    monkeypatch.setattr(dobi_svd, "nearest", lambda ranks, *more: found.append(ranks) or nearest(ranks, *more))
+    monkeypatch.setattr(dobi, "nearest", lambda ranks, *more: found.append(ranks) or nearest(ranks, *more))
     method, sites = learnt(DobiSvd(targets=ALL, steps=1, unit=unit, step_size=0.03), build("tiny_vit"))
     shapes = torch.tensor([dims(site) for site in sites], dtype=torch.float64)
     one = shapes.sum(1) / shapes.prod(1)  # the ratio of one rank

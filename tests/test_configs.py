@@ -7,10 +7,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import recombine.naming  # noqa: F401  resolvers that the configuration uses
-from recombine import build, models
-from recombine.budget import Budget
+import recombine.runtime.naming  # noqa: F401  resolvers that the configuration uses
+from recombine import models
+from recombine.core.budget import Budget
 from recombine.methods import Method
+from recombine.runner import pipeline
 from recombine.stages import STAGES
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -25,7 +26,7 @@ def test_composes(group, choice):
     missing = OmegaConf.missing_keys(cfg)
     assert missing <= {"budget.value", "stage.checkpoint", "data.root"}
     if group == "method":
-        method = build.method(cfg.method)
+        method = pipeline.method(cfg.method)
         assert isinstance(method, Method) and set(cfg.method) - {"_target_"} == {f.name for f in fields(method)}
     if group == "budget" and not missing:
         assert str(Budget(cfg.budget.kind, cfg.budget.value)) == choice

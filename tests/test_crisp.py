@@ -15,17 +15,17 @@ from zoo import batch, build, losses, outputs
 
 import recombine
 from recombine import Crisp, Recast
+from recombine.core.method import find_sites
 from recombine.layers import SharedBasisLinear
 from recombine.layers.shared_basis import GATES, PLACEMENTS
 from recombine.linalg import GELU_MIN, gelu_inverse, shrink
-from recombine.methods import crisp_aware
-from recombine.methods.base import find_sites
-from recombine.methods.crisp_aware import fit_outputs, solve_basis, solve_mixer
-from recombine.methods.crisp_closed import random_orthogonal, truncate, ungate
-from recombine.methods.crisp_cluster import Cluster, kmeans, merge
-from recombine.methods.crisp_mimicry import INITS, LOSSES, Mimicry, mimic
-from recombine.methods.crisp_penalty import PENALTIES
-from recombine.methods.crisp_refine import Refine, refine
+from recombine.methods.crisp import activation_aware
+from recombine.methods.crisp.activation_aware import fit_outputs, solve_basis, solve_mixer
+from recombine.methods.crisp.closed_form import random_orthogonal, truncate, ungate
+from recombine.methods.crisp.clustering import Cluster, kmeans, merge
+from recombine.methods.crisp.mimicry import INITS, LOSSES, Mimicry, mimic
+from recombine.methods.crisp.refinement import Refine, refine
+from recombine.methods.crisp.regularizers import PENALTIES
 
 M, N, S = 12, 16, 4  # a weight and its chunk
 
@@ -226,7 +226,7 @@ def test_both_steps_are_least_squares(monkeypatch):
     y = np.concatenate([math.sqrt(p) * (x @ w.T).numpy() for p, x, w in zip(shares, xs, weights, strict=True)])
     assert np.allclose(basis.flatten(1).numpy().T, np.linalg.lstsq(a, y, rcond=None)[0], atol=1e-8)
 
-    monkeypatch.setattr(crisp_aware, "STEPS", 60)
+    monkeypatch.setattr(activation_aware, "STEPS", 60)
     columns = torch.einsum("maf,tae->tmfe", basis, xs[0].view(-1, q, S)).reshape(-1, r * S)  # d y_m / d G_fe
     oracle = np.linalg.lstsq(columns.numpy(), (xs[0] @ weights[0].T).reshape(-1).numpy(), rcond=None)[0]
     solved = solve_mixer(basis, outs[0], moments[0], gated[0])

@@ -15,13 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from recombine import assets, data
-from recombine.data import packaged, structured
-from recombine.data.offline import SUITE, TASKS, Offline, pins
-from recombine.data.source import SIZES, stratified
+from recombine import data
+from recombine.data.vision import packaged, synthetic
+from recombine.data.vision.offline import SUITE, TASKS, Offline, pins
+from recombine.data.vision.source import SIZES, stratified
 from recombine.errors import UsageError
+from recombine.runtime import assets
 
-GENERATED = [task for task in SUITE if TASKS[task][2] is structured.build]
+GENERATED = [task for task in SUITE if TASKS[task][2] is synthetic.build]
 NORM = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
 
@@ -75,7 +76,7 @@ def test_dsprites_are_the_pinned_ones(task, cache):
     [("clevr_count", "89ecd700fe445d43"), ("snorb_azim", "de46392bd90ed563"), ("snorb_elev", "d4d3aa599ed2db29")],
 )
 def test_ray_cast_pictures_are_the_pinned_ones(task, prefix):
-    images, _ = structured.build(task).splits["test"]
+    images, _ = synthetic.build(task).splits["test"]
     assert hashlib.sha256(b"".join(images[i].tobytes() for i in range(16))).hexdigest()[:16] == prefix
 
 
@@ -87,7 +88,7 @@ def test_every_ray_cast_picture_is_pinned(task, cache):
 
 @pytest.mark.parametrize("task", GENERATED)
 def test_generated_labels_cover_every_class(task):
-    source = structured.build(task)
+    source = synthetic.build(task)
     assert {split: len(labels) for split, (_, labels) in source.splits.items()} == SIZES
     for split, (images, labels) in source.splits.items():
         counts = np.bincount(labels, minlength=len(source.classes))
@@ -96,41 +97,41 @@ def test_generated_labels_cover_every_class(task):
 
 
 def test_factors_do_not_repeat_and_test_toys_are_new():
-    for rows in (structured.dsprites_factors(2018), structured.snorb_factors(2004)):
+    for rows in (synthetic.dsprites_factors(2018), synthetic.snorb_factors(2004)):
         together = np.concatenate(list(rows.values()))
         assert len(np.unique(together, axis=0)) == len(together)
     toys = {split: {tuple(row[:2]) for row in part} for split, part in rows.items()}
     assert not (toys["train"] | toys["val"]) & toys["test"] and len(toys["test"]) == 25
-    assert len({structured.toy(c, i) for c in range(5) for i in range(10)}) == 50
+    assert len({synthetic.toy(c, i) for c in range(5) for i in range(10)}) == 50
 
 
 def test_dsprites_labels_are_where_and_how_the_glyph_lies():
-    images, labels = structured.build("dsprites_loc").splits["val"]
+    images, labels = synthetic.build("dsprites_loc").splits["val"]
     columns = np.array([np.flatnonzero(images[i].any(0)).mean() for i in range(200)])
     assert np.corrcoef(columns, labels)[0, 1] > 0.99
     row = np.array([1, 5, 0, 16, 16])  # an ellipse, which bin 0 shows lying
-    lying, standing = structured.dsprite(row), structured.dsprite(row + [0, 0, 10, 0, 0])
+    lying, standing = synthetic.dsprite(row), synthetic.dsprite(row + [0, 0, 10, 0, 0])
     assert np.ptp(np.nonzero(lying)[1]) > 1.5 * np.ptp(np.nonzero(lying)[0])
     assert np.ptp(np.nonzero(standing)[0]) > 1.5 * np.ptp(np.nonzero(standing)[1])
-    source = structured.build("dsprites_ori")
-    turns = structured.dsprites_factors(2019)["train"][:, 2]
+    source = synthetic.build("dsprites_ori")
+    turns = synthetic.dsprites_factors(2019)["train"][:, 2]
     assert (source.splits["train"][1] == np.floor(turns / 2.5)).all()
 
 
 def test_clevr_labels_are_in_the_scene():
-    count, distance = (structured.build(f"clevr_{kind}").splits["val"] for kind in ("count", "dist"))
+    count, distance = (synthetic.build(f"clevr_{kind}").splits["val"] for kind in ("count", "dist"))
     for i in range(20):
-        scene = structured.clevr_scene(SIZES["train"] + i)
+        scene = synthetic.clevr_scene(SIZES["train"] + i)
         assert len(scene.solids) == count[1][i] + 3
         gaps = [np.linalg.norm(np.subtract(s.centre, scene.camera)) for s in scene.solids]
-        assert np.digitize(min(gaps), structured.DISTANCES) == distance[1][i]
+        assert np.digitize(min(gaps), synthetic.DISTANCES) == distance[1][i]
     assert (count[0][0] == distance[0][0]).all()  # the same pictures
 
 
 def test_cast_sees_a_ball_where_it_is():
-    ball = structured.Solid("sphere", (0.0, 0.0, 1.0), (1.0,) * 3, (1.0, 0.0, 0.0))
+    ball = synthetic.Solid("sphere", (0.0, 0.0, 1.0), (1.0,) * 3, (1.0, 0.0, 0.0))
     view = ((6.0, 0.0, 1.0), (0.0, 0.0, 1.0), (6.0, 0.0, 8.0), 0.5, (0.0, 0.0, 1.0), (0.0, 0.0, 1.0))
-    image = structured.cast([ball], *view)
+    image = synthetic.cast([ball], *view)
     red = np.argwhere(image[..., 0] > image[..., 2])
     assert np.abs(red.mean(0) - 47.5).max() < 1.5
     assert abs(np.ptp(red[:, 1]) - 96 / (0.5 * np.sqrt(35))) < 2  # tangent of its half angle: 1 / sqrt(35)
@@ -273,7 +274,7 @@ def test_a_damaged_cache_is_rebuilt(cache):
 
 
 def test_a_failed_build_leaves_nothing(cache, monkeypatch):
-    monkeypatch.setattr(structured, "dsprite", lambda factors: 1 / 0)
+    monkeypatch.setattr(synthetic, "dsprite", lambda factors: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sprites().prepare_data()
     assert not list((cache / "images").iterdir())
@@ -289,14 +290,14 @@ def test_two_builders_at_once(cache):
 
 
 def test_other_pictures_than_the_pinned_are_refused(cache, monkeypatch):
-    monkeypatch.setattr(structured, "dsprite", lambda factors: np.zeros((64, 64), np.uint8))
+    monkeypatch.setattr(synthetic, "dsprite", lambda factors: np.zeros((64, 64), np.uint8))
     assert "sha256 of train" in refusal(Offline(task="dsprites_loc", image_size=8).prepare_data)
     assert not list((cache / "images").iterdir())
 
 
 def test_no_space_and_no_folder(cache, monkeypatch, tmp_path):
     if Path("/dev/full").exists():
-        monkeypatch.setattr("recombine.data.vision.uuid4", lambda: SimpleNamespace(hex="x"))
+        monkeypatch.setattr("recombine.data.vision.base.uuid4", lambda: SimpleNamespace(hex="x"))
         (cache / "images").mkdir(parents=True)
         Path(f"{sprites().path}.x").symlink_to("/dev/full")
         assert "No space left" in refusal(sprites().prepare_data)

@@ -15,9 +15,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from recombine import build, distributed
 from recombine.errors import UsageError
-from recombine.methods.ssf import Ssf
+from recombine.methods.adapters.ssf import Ssf
+from recombine.runner import pipeline
+from recombine.training import distributed
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -30,7 +31,7 @@ TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 def execute(folder: Path, *overrides: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        build.main(compose("config", [*TINY, *overrides]), folder)
+        pipeline.main(compose("config", [*TINY, *overrides]), folder)
     return json.loads((folder / "result.json").read_text())
 
 

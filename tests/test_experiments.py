@@ -11,12 +11,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from recombine import build, data, methods, models
+from recombine import data, methods, models
 from recombine.report import plots, records, table
 from recombine.report.paper import Paper, select
 from recombine.report.records import Record, Runs
 from recombine.report.table import labels
-from recombine.sweep import grid
+from recombine.runner import grid, pipeline
 
 ROOT = grid.CONF.parent
 NAMES = sorted(str(p.relative_to(grid.CONF / "experiment"))[:-5] for p in grid.CONF.glob("experiment/*/*.yaml"))
@@ -36,8 +36,8 @@ def record(tmp_path_factory):
     asked = ["analyse.subspaces=0.9", "analyse.maps=2", "analyse.elsewhere=[clevr_count]", "data.limit=40"]
     with initialize_config_dir(str(grid.CONF), version_base="1.3"):
         cfg = compose("config", [*small, *asked, "method=cersa"])
-    build.main(cfg, folder)
-    return Record({}, records.slim(build.results.read(folder / "result.json"), "run"), "run")
+    pipeline.main(cfg, folder)
+    return Record({}, records.slim(pipeline.results.read(folder / "result.json"), "run"), "run")
 
 
 @cache
@@ -63,8 +63,8 @@ def test_cells_are_runs(name, experiments):
         for cell in sample(experiments[name]):
             cfg = compose("config", [f"experiment={name}", *cell.overrides])
             OmegaConf.resolve(cfg)
-            build.check(cfg)
-            for method in filter(None, build.pair(cfg)):
+            pipeline.check(cfg)
+            for method in filter(None, pipeline.pair(cfg)):
                 net = model(json.dumps(OmegaConf.to_container(cfg.model), sort_keys=True))
                 assert methods.base.find_sites(copy.deepcopy(net), method)
             module = data.build(**OmegaConf.to_container(cfg.data), seed=cfg.seed)

@@ -14,12 +14,12 @@ from zoo import ARCHS, batch, build, loss, losses, outputs
 
 import recombine
 from recombine import Balf, Jactus, Svd
-from recombine.budget import layer_report
-from recombine.calibration import Inputs, Stats, collect
+from recombine.core.budget import layer_report
+from recombine.core.calibration import Inputs, Stats, collect
+from recombine.core.method import find_sites
 from recombine.layers import DeltaLinear, FactoredLinear
 from recombine.linalg import orthonormal_union, shrink
 from recombine.methods import Site
-from recombine.methods.base import find_sites
 
 EVERYTHING = {"inputs", "magnitudes", "outputs", "cross", "fisher"}
 

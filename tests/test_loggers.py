@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from recombine import UsageError, build, dashboard, loggers, progress
-from recombine.sweep import grid
+from recombine import UsageError
+from recombine.report import wandb_dashboard
+from recombine.runner import grid, pipeline
+from recombine.runtime import progress
+from recombine.training import loggers
 
 ROOT = Path(__file__).parents[1]
 TINY = ["model=tiny_vit", "trainer=cpu", "trainer.progress=false", "trainer.epochs=2", "data.limit=64", "probe=false"]
@@ -39,7 +42,7 @@ def alone(monkeypatch, tmp_path):
 
 def execute(folder: Path, *overrides: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        build.main(compose("config", [*TINY, *overrides]), folder)
+        pipeline.main(compose("config", [*TINY, *overrides]), folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -316,8 +319,8 @@ def test_dashboard_of_each_family(experiment, family, panels, tmp_path, capsys):
     from wandb_workspaces.workspaces import Workspace, internal
 
     path = tmp_path / "dashboard.json"
-    assert dashboard.main([experiment, "--out", str(path)]) == 0 and str(path) in capsys.readouterr().out
-    assert dashboard.family(grid.load(experiment).config) == family
+    assert wandb_dashboard.main([experiment, "--out", str(path)]) == 0 and str(path) in capsys.readouterr().out
+    assert wandb_dashboard.family(grid.load(experiment).config) == family
     found = json.loads(path.read_text())
     text = json.dumps(found)
     assert all(f'"{key}"' in text or f'"summary:{key}"' in text for key in panels), text
@@ -326,7 +329,7 @@ def test_dashboard_of_each_family(experiment, family, panels, tmp_path, capsys):
 
 
 def test_dashboard_refuses_in_one_line(capsys, tmp_path):
-    assert dashboard.main(["nosuch/table"]) == 2
+    assert wandb_dashboard.main(["nosuch/table"]) == 2
     assert "nosuch/table" in capsys.readouterr().err
-    assert dashboard.main(["start", "--save", "--out", str(tmp_path / "d.json")]) == 2
+    assert wandb_dashboard.main(["start", "--save", "--out", str(tmp_path / "d.json")]) == 2
     assert "WANDB_API_KEY" in capsys.readouterr().err and (tmp_path / "d.json").exists()

@@ -35,9 +35,9 @@ from recombine import (
     Svft,
     WeCoLora,
 )
-from recombine.budget import Budget, layer_report, stored_in_targets
+from recombine.core.budget import Budget, layer_report, stored_in_targets
+from recombine.core.method import calibrate, find_sites
 from recombine.linalg import energy_rank
-from recombine.methods.base import calibrate, find_sites
 from recombine.models import roles
 
 ALL = ("qkv", "o", "up", "down", "gate?")

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from recombine import assets, models
+from recombine import models
 from recombine.errors import UsageError
 from recombine.models import build, list_models, packaged, roles
-from recombine.models.split_qkv import SplitQKV, fuse_qkv, split_qkv
+from recombine.models.fused_qkv import SplitQKV, fuse_qkv, split_qkv
+from recombine.runtime import assets
 
 ROOT = Path(__file__).parents[1]
 TINY = ("tiny_vit", "tiny_swin")
@@ -338,7 +339,7 @@ def test_split_and_fuse_are_exact(tiny):
 
 # --- torchvision's extension
 
-GUARD_FILE = Path(recombine.__file__).with_name("torchvision_guard.py")
+GUARD_FILE = Path(recombine.__file__).with_name("runtime") / "torchvision_guard.py"
 GUARD = f"""
 import importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location("torchvision_guard", {str(GUARD_FILE)!r})

@@ -18,8 +18,8 @@ from recombine import report
 from recombine.errors import UsageError
 from recombine.report import page, records, table
 from recombine.report.records import Runs
-from recombine.sweep import grid
-from recombine.sweep.grid import Experiment
+from recombine.runner import grid
+from recombine.runner.grid import Experiment
 
 ROOT = Path(__file__).parents[1]
 EVIL = '<img src=x onerror="document.title=1"> & "quoted"'

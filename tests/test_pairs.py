@@ -24,8 +24,8 @@ from recombine import (
     Svft,
     WeCoLora,
 )
-from recombine import build as builder
 from recombine.methods import finish
+from recombine.runner import pipeline as builder
 
 CONF = Path(__file__).parents[1] / "conf"
 SPLIT = ("q", "k", "v", "o", "up", "down", "gate?")

@@ -14,14 +14,14 @@ from zoo import ARCHS, batch, build, losses, outputs, train
 
 import recombine
 from recombine import Dgmr, Isomorphic, PcLora, Peft, PruneNet, Ssf, Svft, WeCoLora
-from recombine.budget import layer_report
+from recombine.core.budget import layer_report
+from recombine.core.method import find_sites
 from recombine.layers import DeltaLinear, FactoredLinear
 from recombine.methods import finish, train_only
-from recombine.methods.base import find_sites
-from recombine.methods.dgmr import gram_schmidt
-from recombine.methods.isomorphic_parts import best, gradients
-from recombine.methods.mlp_pruning import rows
-from recombine.methods.prunenet_policy import ks_distance, search, spectrum
+from recombine.methods.pruning.dgmr import gram_schmidt
+from recombine.methods.pruning.isomorphic_graph import best, gradients
+from recombine.methods.pruning.mlp import rows
+from recombine.methods.pruning.prunenet_policy import ks_distance, search, spectrum
 from recombine.models import roles
 
 ALL = ("qkv", "o", "up", "down", "gate?")

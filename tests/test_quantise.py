@@ -9,7 +9,7 @@ from torch import nn
 from zoo import build
 
 from recombine import Crisp, apply, count
-from recombine.quantise import quantise
+from recombine.layers.quantize import quantise
 
 
 @pytest.mark.parametrize("bits", [2, 8, 16])

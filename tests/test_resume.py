@@ -14,8 +14,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.data import BatchSampler, RandomSampler
 
-from recombine import build, resume
-from recombine.data.batches import Batches
+from recombine.data.batch_sampler import Batches
+from recombine.runner import pipeline
+from recombine.training import resume
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -23,7 +24,9 @@ TINY = [
     *("trainer.epochs=2", "trainer.checkpoint_minutes=0"),  # a state after every step
 ]
 PROCESSES = multiprocessing.get_context("forkserver")  # imports once, then every run is a process of its own
-PROCESSES.set_forkserver_preload(["tests.conftest", "recombine.build", "recombine.data.offline", "recombine.loggers"])
+PROCESSES.set_forkserver_preload(
+    ["tests.conftest", "recombine.runner.pipeline", "recombine.data.vision.offline", "recombine.training.loggers"]
+)
 
 
 def work(folder: Path, overrides: list[str], kill: tuple[str, int, int] | None) -> None:
@@ -42,7 +45,7 @@ def work(folder: Path, overrides: list[str], kill: tuple[str, int, int] | None) 
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        build.main(compose("config", [*TINY, *overrides]), folder)
+        pipeline.main(compose("config", [*TINY, *overrides]), folder)
     (folder.parent / f"{folder.name}.placed").write_text("\n".join(placed))
 
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import recombine
 import run
-from recombine import build, models, results
-from recombine.data.offline import Offline
+from recombine import models, results
+from recombine.data.vision.offline import Offline
+from recombine.runner import pipeline
 from recombine.stages import Run, fit
-from recombine.tasks import Classification
+from recombine.training.objectives import Classification
 
 ROOT = Path(__file__).parents[1]
 TINY = ["model=tiny_vit", "trainer=cpu", "trainer.progress=false", "trainer.epochs=2", "data.limit=64", "probe=false"]
@@ -33,7 +34,7 @@ def config(*overrides):
 
 
 def execute(folder, *overrides) -> dict:
-    build.main(config(*overrides), folder)
+    pipeline.main(config(*overrides), folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -98,7 +99,7 @@ def test_retrofit_compares_with_the_original(tmp_path):
 
 def test_suite_prints_group_means(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Offline, "suite", dict.fromkeys(["dsprites_loc", "dsprites_ori"], "structured"))
-    mean = build.main(config("data.task=all", "method=linear_probe"), tmp_path)
+    mean = pipeline.main(config("data.task=all", "method=linear_probe"), tmp_path)
     summary = json.loads((tmp_path / "suite.json").read_text())
     assert summary["complete"] and list(summary["tasks"]["structured"]) == ["dsprites_loc", "dsprites_ori"]
     assert summary["mean"] == pytest.approx(sum(summary["tasks"]["structured"].values()) / 2) and 0 <= mean <= 1
@@ -107,7 +108,7 @@ def test_suite_prints_group_means(tmp_path, monkeypatch, capsys):
 
 
 def test_linear_probe_is_the_optimum_that_scipy_finds():
-    from recombine.probe import regress
+    from recombine.evaluation.linear_probe import regress
 
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(300, 12, generator=g, dtype=torch.float64), torch.randint(4, (300,), generator=g)

@@ -27,13 +27,15 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from safetensors.torch import save_file
 
-from recombine import build, data, models
-from recombine.data import augment, hub, vision
-from recombine.data.source import Lazy, Source, shuffled
-from recombine.data.suites import Fgvc, Imagenet, Vision8
-from recombine.data.vision import VisionData
-from recombine.data.vtab import ARCHIVE, REPOSITORY, TESTS, Vtab
+from recombine import data, models
+from recombine.data import hub
+from recombine.data.vision import augment, base
+from recombine.data.vision.base import VisionData
+from recombine.data.vision.source import Lazy, Source, shuffled
+from recombine.data.vision.suites import Fgvc, Imagenet, Vision8
+from recombine.data.vision.vtab import ARCHIVE, REPOSITORY, TESTS, Vtab
 from recombine.errors import UsageError
+from recombine.runner import pipeline
 
 SETS = {(cls, task): row for cls in (Fgvc, Vision8, Imagenet) for task, row in cls.rows.items()}
 UNIQUE = list({row.repository: key for key, row in reversed(SETS.items())}.values())
@@ -63,7 +65,7 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
-    vision.announce.cache_clear()
+    base.announce.cache_clear()
 
 
 def encoded(shade: int, kind: str, size: int = 4) -> bytes:
@@ -278,7 +280,7 @@ def imagenet(tmp_path: Path, classes: int = 1000) -> tuple[Path, Path]:
 def execute(folder: Path, root: Path, *overrides: str) -> dict:
     said = ["model=tiny_vit", "data=imagenet", f"data.root={root}", "data.batch_size=100", "trainer=cpu", "probe=false"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        build.main(compose("config", [*said, "trainer.progress=false", "trainer.epochs=1", *overrides]), folder)
+        pipeline.main(compose("config", [*said, "trainer.progress=false", "trainer.epochs=1", *overrides]), folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -616,7 +618,7 @@ def test_several_ask_and_one_builds(monkeypatch):
 
 def die_halfway(folder: str) -> None:
     os.environ["RECOMBINE_CACHE"] = folder
-    decode = vision._decode
+    decode = base._decode
 
     def killed(images, count, size):
         for i, pair in enumerate(decode(images, count, size)):
@@ -624,7 +626,7 @@ def die_halfway(folder: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield pair
 
-    vision._decode = killed
+    base._decode = killed
     counted().prepare_data()
 
 
@@ -638,14 +640,14 @@ def test_a_killed_builder_confuses_nobody(tmp_path, monkeypatch):
     start = time.time()
     counted().prepare_data()  # the lock went with its process
     assert time.time() - start < 5 and left.exists()  # perhaps somebody still writes to it
-    os.utime(left, (0, time.time() - vision.STALE - 1))
+    os.utime(left, (0, time.time() - base.STALE - 1))
     counted().path.unlink()
     counted().prepare_data()
     assert len(list((tmp_path / "cache" / "images").iterdir())) == 2
 
 
 def test_too_little_room_is_said_before_work(monkeypatch):
-    monkeypatch.setattr(vision.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    monkeypatch.setattr(base.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
     assert "0.0 GB are needed and 0.0 GB are free" in line(counted().prepare_data)
 
 

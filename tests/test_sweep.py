@@ -14,8 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from recombine import results
 from recombine.errors import UsageError
-from recombine.naming import run_folder, run_name
-from recombine.sweep import grid
+from recombine.runner import grid
+from recombine.runtime.naming import run_folder, run_name
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -25,13 +25,16 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recombine import assets, build, data, models, tasks
-from recombine.calibration import KINDS, collect
-from recombine.data import glue, sentences, text
+from recombine import data, models
+from recombine.core.calibration import KINDS, collect
+from recombine.core.method import find_sites
+from recombine.data.text import base, glue, sentences
 from recombine.errors import UsageError
-from recombine.methods.base import find_sites
 from recombine.models import packaged, roles
-from recombine.models.folders import model_files
+from recombine.models.hf_folder import model_files
+from recombine.runner import pipeline
+from recombine.runtime import assets
+from recombine.training import objectives
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["the", "a", "cat", "dog", "sat", "on", "mat", "big", "small", "house", "tree", "river", "runs", "over", "red"]
@@ -346,7 +349,7 @@ def test_a_hub_that_answers_and_one_that_does_not(deberta, tmp_path):
 # Batches
 
 
-class Toy(text.TextData):
+class Toy(base.TextData):
     """Sentences of the tests' own."""
 
     name = group = "toy"
@@ -365,7 +368,7 @@ class Toy(text.TextData):
     def source(self):
         self.made += 1
         splits = {"train": (self.rows, self.labels), "test": (self.tests, np.arange(len(self.tests)) % 2)}
-        return text.TextSource("MIT", splits)
+        return base.TextSource("MIT", splits)
 
 
 @pytest.mark.parametrize("pair", [False, True])
@@ -462,10 +465,10 @@ def test_padding_changes_nothing(name, bert, deberta, tokenizer):
     padded = dict(tokenizer(told, padding=True, return_tensors="pt"))
     padded |= {"labels": torch.tensor([len(t) % 3 for t in told])}
     assert not padded["attention_mask"].all()
-    task = tasks.Classification(3)
+    task = objectives.Classification(3)
     with torch.no_grad():
-        apart = torch.cat([tasks.call(model, one(t)) for t in told])
-        assert torch.allclose(tasks.call(model, padded), apart, atol=1e-12)
+        apart = torch.cat([objectives.call(model, one(t)) for t in told])
+        assert torch.allclose(objectives.call(model, padded), apart, atol=1e-12)
 
     sites = find_sites(model, recombine.Svd(targets=("qkv", "o", "up", "down")))
     wider = dict(tokenizer(told, padding="max_length", max_length=100, return_tensors="pt"))
@@ -579,7 +582,7 @@ def test_mnli_is_scored_on_both_sets(cache, tokenizer, tmp_path):
         ready(data.build("glue", task=task, root=tmp_path, batch_size=7), tokenizer)
         for task in ("mnli", "mnli_matched", "mnli_mismatched")
     )
-    joined = text.join(one.test, two.test)
+    joined = base.join(one.test, two.test)
     assert np.array_equal(joined.ids, both.test.ids) and np.array_equal(joined.labels, both.test.labels)
     batch, bare = both.test.__getitems__([0, 19, 20, 39]), joined.__getitems__([0, 19, 20, 39])
     assert batch.pop("part").tolist() == [0, 0, 1, 1] and all(torch.equal(batch[key], bare[key]) for key in bare)
@@ -591,7 +594,7 @@ def test_mnli_is_scored_on_both_sets(cache, tokenizer, tmp_path):
         some = (batch["part"] == 0) | (batch["labels"] > 0)  # parts of two sizes: their mean is not that of all rows
         batch = {key: value[some] for key, value in batch.items()}
         for metrics in (whole, ranks[i % 2]):
-            metrics.update(guess(batch), batch["labels"], **tasks.parts_of(batch))
+            metrics.update(guess(batch), batch["labels"], **objectives.parts_of(batch))
         for part, hit in zip(batch["part"].tolist(), guess(batch).argmax(1) == batch["labels"], strict=True):
             right[part].append(hit.item())
     m, mm = (np.mean(right[part]) for part in (0, 1))
@@ -702,7 +705,7 @@ def test_a_model_learns_and_comes_back(cache, tokenizer, tmp_path):
     models.reset_head(model, module.num_classes)
     pretrained = copy.deepcopy(model)
     recombine.apply(model, recombine.Peft(targets=("q", "k", "v"), rank=4, options={"lora_alpha": 8}))
-    task, loader = tasks.build(module), module.train_dataloader()
+    task, loader = objectives.build(module), module.train_dataloader()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
 
     def epoch() -> float:
@@ -721,7 +724,7 @@ def test_a_model_learns_and_comes_back(cache, tokenizer, tmp_path):
     loaded = recombine.load(tmp_path / "lora.safetensors", pretrained).eval()
     batch = module.test.__getitems__([0, 5])
     with torch.no_grad():
-        assert torch.equal(tasks.call(loaded, batch), tasks.call(model.eval(), batch))
+        assert torch.equal(objectives.call(loaded, batch), objectives.call(model.eval(), batch))
 
 
 @pytest.mark.parametrize("name, task, metric", [
@@ -740,7 +743,7 @@ def test_one_code_path_for_all(cache, packages, tmp_path, name, task, metric):
         said = ["model=tiny_bert", f"data={name}", f"data.task={task}", *where, "trainer=cpu", *more]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("config", [*said, "trainer.epochs=2", "trainer.progress=false", "calibration.samples=8"])
-        build.main(cfg, tmp_path / out)
+        pipeline.main(cfg, tmp_path / out)
         return json.loads((tmp_path / out / "result.json").read_text())
 
     result = one("method=lora", out="lora")

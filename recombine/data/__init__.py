@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 from recombine.errors import UsageError
 
 if TYPE_CHECKING:
-    from recombine.data.vision import VisionData
+    from recombine.data.vision.base import VisionData
 
 MODULES = {  # name: file and class, imported on demand because Lightning and Pillow are slow to load
-    "offline": "offline.Offline",
-    "folder": "folder.Folder",
-    "vtab": "vtab.Vtab",
-    "fgvc": "suites.Fgvc",
-    "vision8": "suites.Vision8",
-    "imagenet": "suites.Imagenet",
-    "glue": "glue.Glue",
-    "sentences": "sentences.Sentences",
-    "text": "language.Text",
-    "choices": "language.Choices",
-    "commonsense": "language.Commonsense",
-    "gsm8k": "language.Gsm8k",
+    "offline": "vision.offline.Offline",
+    "folder": "vision.folder.Folder",
+    "vtab": "vision.vtab.Vtab",
+    "fgvc": "vision.suites.Fgvc",
+    "vision8": "vision.suites.Vision8",
+    "imagenet": "vision.suites.Imagenet",
+    "glue": "text.glue.Glue",
+    "sentences": "text.sentences.Sentences",
+    "text": "language.base.Text",
+    "choices": "language.base.Choices",
+    "commonsense": "language.base.Commonsense",
+    "gsm8k": "language.base.Gsm8k",
 }
 
 
@@ -41,5 +41,5 @@ def _find(name: str) -> type[VisionData]:
         close = get_close_matches(str(name), MODULES, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UsageError(f"unknown data {name!r}: {hint}choose from {', '.join(MODULES)}")
-    file, cls = MODULES[name].split(".")
+    file, _, cls = MODULES[name].rpartition(".")
     return getattr(import_module(f"recombine.data.{file}"), cls)

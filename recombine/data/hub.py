@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recombine.data.source import Part
+from recombine.data.vision.source import Part
 from recombine.errors import UsageError
 
 SPLIT = re.compile(r"(?<![a-z0-9])(train|validation|valid|val|test)(?:800|200)?(?![a-z0-9])")

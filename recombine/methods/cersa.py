@@ -17,11 +17,11 @@ from typing import ClassVar
 
 import torch
 
-from recombine import progress
+from recombine.core.method import Site, need
 from recombine.layers import FactoredLinear
 from recombine.linalg import energy_rank
-from recombine.methods.base import Site, need
-from recombine.methods.svd import Spectral
+from recombine.methods.svd.truncated import Spectral
+from recombine.runtime import progress
 
 
 @dataclass(kw_only=True)

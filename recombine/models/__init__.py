@@ -50,7 +50,7 @@ def reset_head(model: nn.Module, num_classes: int) -> None:
     if hasattr(model, "reset_classifier"):
         model.reset_classifier(num_classes)
     else:
-        import_module("recombine.models.text").reset_head(model, num_classes)
+        import_module("recombine.models.encoders").reset_head(model, num_classes)
 
 
 def has_own_head(model: nn.Module) -> bool:
@@ -71,7 +71,7 @@ def _of_transformers(name: str, library: str, arch: str):
         raise UsageError(f"model {name} sees pictures, not text: take model=minilm, or data=offline")
     if library != "transformers":
         raise UsageError(f"model.library={library}: must be timm or transformers")
-    return import_module(f"recombine.models.{'llama' if arch == 'llama' else 'text'}")
+    return import_module(f"recombine.models.{'causal_lm' if arch == 'llama' else 'encoders'}")
 
 
 def timm_model(

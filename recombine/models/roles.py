@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from recombine.errors import UsageError
-from recombine.models.split_qkv import SplitQKV, split_qkv
+from recombine.models.fused_qkv import SplitQKV, split_qkv
 
 
 @dataclass(frozen=True)

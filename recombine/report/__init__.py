@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recombine.errors import UsageError
-from recombine.files import replacing
 from recombine.report import records, render, table
 from recombine.report.records import CONFIG, RUNS, Runs
 from recombine.report.table import Table
-from recombine.sweep import grid
-from recombine.sweep.grid import Experiment
+from recombine.runner import grid
+from recombine.runner.grid import Experiment
+from recombine.runtime.atomic import replacing
 
 
 @dataclass(frozen=True)

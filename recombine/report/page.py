@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from recombine.errors import EXPECTED, UsageError, one_line
-from recombine.files import replacing
 from recombine.report import Report, build
 from recombine.report.records import RUNS, Record
 from recombine.report.render import MISSING, ours, theirs
 from recombine.report.table import Entry, Measure, Table, measure, shown
-from recombine.sweep import grid
-from recombine.sweep.grid import CONF
+from recombine.runner import grid
+from recombine.runner.grid import CONF
+from recombine.runtime.atomic import replacing
 
 HERE = Path(__file__).parent
 THEMED = {  # colours of a plot that are not data -> what page.css calls them

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from recombine.errors import UsageError
-from recombine.sweep.grid import CONF
+from recombine.runner.grid import CONF
 
 KEYS = ("file", "where", "rows", "columns", "values", "means", "extra", "compare")
 Selector = Mapping[str, Any]

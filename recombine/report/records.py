@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 
 from recombine import results
 from recombine.errors import UsageError
-from recombine.naming import aside
-from recombine.sweep.grid import CONF, Experiment, key_of
+from recombine.runner.grid import CONF, Experiment, key_of
+from recombine.runtime.naming import aside
 
 EVIDENCE = CONF.parent / "experiments"
 RUNS = "runs.jsonl"

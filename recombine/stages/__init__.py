@@ -10,10 +10,10 @@ profile:  rewrite, count and time, beside a reference; no training.
 
 from recombine.stages.adapt import adapt, fit, test
 from recombine.stages.compress import compress, joint
+from recombine.stages.context import Run
 from recombine.stages.evaluate import evaluate
 from recombine.stages.profile import profile
 from recombine.stages.retrofit import retrofit
-from recombine.stages.run import Run
 
 STAGES = {f.__name__: f for f in (retrofit, compress, adapt, joint, evaluate, profile)}
 

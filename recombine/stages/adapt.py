@@ -10,16 +10,17 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
-from recombine import distributed, export
-from recombine.curves import Curves
-from recombine.epochs import Epochs
+from recombine.core import checkpoint
 from recombine.errors import UsageError
-from recombine.lit import KeepBest, LitRecombine
 from recombine.methods import Method
-from recombine.resume import TrainingState, where
+from recombine.stages.context import Run
 from recombine.stages.retrofit import rewrite_all
-from recombine.stages.run import Run
-from recombine.tasks import Task
+from recombine.training import distributed
+from recombine.training.curves import Curves
+from recombine.training.epochs import Epochs
+from recombine.training.lit import KeepBest, LitRecombine
+from recombine.training.objectives import Task
+from recombine.training.resume import TrainingState, where
 
 
 def adapt(run: Run) -> dict:
@@ -37,7 +38,7 @@ def train_and_test(run: Run) -> dict:
         lit = LitRecombine(run.model, run.method, task)
         path = run.out / "best.safetensors"
         if distributed.rank() == 0:
-            export.save(run.model, path)
+            checkpoint.save(run.model, path)
         return {"test": test(run, lit), "checkpoint": str(path)}
     lit, best = fit(run, task, optim, run.cfg.trainer.epochs, "best", run.method)
     val = {} if run.data.val is None else {task.metric: best.value}
@@ -74,7 +75,7 @@ def fit(
         best.put(whole)
         run.model = lit.model = whole
         if distributed.rank() == 0:
-            export.save(whole, best.path)
+            checkpoint.save(whole, best.path)
     run.seconds[f"train_{name}"] += round(state.before, 3)
     run.curves[name] = history.curves
     return lit, best
@@ -86,7 +87,7 @@ def test(run: Run, lit: LitRecombine) -> dict[str, float]:
         (scores,) = make_trainer(run, 1, [], None).test(lit, run.data, verbose=False)
     scores = lit.task.report({name.removeprefix("test/"): value for name, value in scores.items()})
     if names := run.cfg.harness.tasks or getattr(run.data, "harness", ()):
-        from recombine import harness  # lm-eval takes seconds to load
+        from recombine.evaluation import harness  # lm-eval takes seconds to load
 
         knobs = {
             "limit": run.cfg.harness.limit,
@@ -126,7 +127,7 @@ def trainer_on(trainer: DictConfig, **knobs) -> L.Trainer:
             strategy=trainer.strategy if isinstance(trainer.strategy, str) else instantiate(trainer.strategy),
             precision=precision(trainer.precision, trainer.accelerator),
             plugins=distributed.cluster(),
-            use_distributed_sampler=False,  # recombine/data/batches.py divides, and pads nothing
+            use_distributed_sampler=False,  # recombine/data/batch_sampler.py divides, and pads nothing
             enable_model_summary=False,
             num_sanity_val_steps=0,
             log_every_n_steps=1,

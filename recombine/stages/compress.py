@@ -10,9 +10,9 @@ from recombine.errors import UsageError
 from recombine.methods import train_only
 from recombine.models import roles
 from recombine.stages.adapt import fit, train_and_test
+from recombine.stages.context import Run
 from recombine.stages.retrofit import compressor, rewrite, weight_errors
-from recombine.stages.run import Run
-from recombine.tasks import Distillation
+from recombine.training.objectives import Distillation
 
 
 def compress(run: Run) -> dict:

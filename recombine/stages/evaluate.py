@@ -3,13 +3,14 @@
 import lightning as L
 from torch import nn
 
-from recombine import export, models
+from recombine import models
+from recombine.core import checkpoint
 from recombine.errors import UsageError
-from recombine.lit import LitRecombine
+from recombine.layers.quantize import quantise
 from recombine.models import roles
-from recombine.quantise import quantise
 from recombine.stages.adapt import test
-from recombine.stages.run import Run
+from recombine.stages.context import Run
+from recombine.training.lit import LitRecombine
 
 
 def evaluate(run: Run) -> dict:
@@ -17,7 +18,7 @@ def evaluate(run: Run) -> dict:
     if path is None:
         run.model.requires_grad_(False)
     else:
-        run.model = export.load(path, run.model)
+        run.model = checkpoint.load(path, run.model)
         head = roles.head(run.model)
         if head is not None and (classes := head.out_features) != run.data.num_classes:
             why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"

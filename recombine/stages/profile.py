@@ -15,12 +15,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from recombine import budget, models, tasks
-from recombine.budget import MIB, Budget
+from recombine import models
+from recombine.core import budget
+from recombine.core.budget import MIB, Budget
 from recombine.errors import UsageError
-from recombine.methods import Full, Method, base
+from recombine.methods import Full, Method
+from recombine.stages.context import Run
 from recombine.stages.retrofit import rewrite_all
-from recombine.stages.run import Run
+from recombine.training import objectives
 
 
 def profile(run: Run) -> dict:
@@ -37,7 +39,7 @@ def profile(run: Run) -> dict:
         return {}
     rewrite_all(rival)
     batch = run.fetch(run.data.train, [i % len(run.data.train) for i in range(run.data.batch_size)])
-    samples = len(tasks.labels_of(batch))
+    samples = len(objectives.labels_of(batch))
     device, peaks = next(run.model.parameters()).device, {}
     subjects = {"method": Subject(run, batch, device), "reference": Subject(rival, batch, device)}
     run.model.cpu()
@@ -93,7 +95,7 @@ class Subject:
 
     def forward(self) -> Tensor:
         with self.cast():
-            return tasks.call(self.model, self.batch)
+            return objectives.call(self.model, self.batch)
 
 
 def autocast(trainer: DictConfig, device: torch.device) -> Callable:
@@ -155,13 +157,13 @@ def ratio(reference: list[float], method: list[float]) -> float | None:
 
 def named(reference: DictConfig) -> Method:
     """The method of conf/method/<name>.yaml with the fields that are given beside the name."""
-    from recombine import build  # which needs this package
+    from recombine.runner import pipeline  # which needs this package
 
     fields = OmegaConf.to_container(reference, resolve=True)
     file = models.CONF.parent / "method" / f"{fields.pop('name')}.yaml"
     if not file.is_file():
         raise UsageError(f"stage.reference.name={file.stem}: there is no such method; take lora or full")
-    return build.method(OmegaConf.create(OmegaConf.to_container(OmegaConf.load(file)) | fields))
+    return pipeline.method(OmegaConf.create(OmegaConf.to_container(OmegaConf.load(file)) | fields))
 
 
 def predict(run: Run) -> dict:
@@ -171,9 +173,9 @@ def predict(run: Run) -> dict:
     if isinstance(run.method, Full):
         raise UsageError("stage.rewrite=false: counts the target layers, and full trains more; set stage.rewrite=true")
     method = replace(run.method)
-    sites = base.find_sites(run.model, method)
+    sites = method.find_sites(run.model, method)
     if wanted := method.wants():
-        base.calibrate(run.model, method, sites, run.losses, wanted)
+        method.calibrate(run.model, method, sites, run.losses, wanted)
     method.prepare(run.model, sites, run.losses)
     if run.budget.kind != "none":
         budget.solve(method, run.model, sites, run.budget)

@@ -4,13 +4,14 @@ import copy
 
 import torch
 
-from recombine import layers, methods, tasks
-from recombine.budget import Budget
-from recombine.lit import LitRecombine
+from recombine import layers, methods
+from recombine.core.budget import Budget
+from recombine.layers.quantize import quantise
 from recombine.methods import Method, apply
 from recombine.models import roles
-from recombine.quantise import quantise
-from recombine.stages.run import Run
+from recombine.stages.context import Run
+from recombine.training import objectives
+from recombine.training.lit import LitRecombine
 
 
 def compressor(run: Run) -> Method:
@@ -51,7 +52,7 @@ def retrofit(run: Run) -> dict:
         quantise(map(run.model.get_submodule, run.model.recombined.targets), run.cfg.stage.bits)
     run.model.eval()
     batch = run.fetch(run.data.train, list(range(min(32, len(run.data.train)))))
-    reference, logits = tasks.call(original, batch), tasks.call(run.model, batch)
+    reference, logits = objectives.call(original, batch), objectives.call(run.model, batch)
     scores = {}
     if run.cfg.stage.test:
         from recombine.stages.adapt import test  # which needs this module

@@ -1,0 +1,181 @@
+"""Merging into an ordinary model, and checkpoints: one safetensors file that holds what is not the backbone's own.
+
+A checkpoint stores every tensor but the backbone's untouched ones, and how the layers are shaped: loading runs no
+factorisation again, so signs and gauges stay and a resumed model gives the same output. It never unpickles.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from recombine import methods, models
+from recombine.core.method import Record, Step
+from recombine.errors import UsageError
+from recombine.models import roles
+from recombine.models.fused_qkv import fuse_qkv
+from recombine.runtime.atomic import replacing
+
+FORMAT = 2
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Turns every recombined layer back into an ordinary linear one, in place; outputs stay. Returns the model."""
+    if (record := getattr(model, "recombined", None)) is None:
+        raise UsageError(f"this {type(model).__name__} is not recombined: there is nothing to merge")
+    for name in record.targets:
+        model.set_submodule(name, merged(model.get_submodule(name)))
+    fuse_qkv(model)
+    del model.recombined
+    return model.requires_grad_(True)
+
+
+def merged(layer: nn.Module) -> nn.Module:
+    """The ordinary layer with the same outputs, whatever was put on it, and in which order."""
+    if hasattr(layer, "get_base_layer"):  # peft
+        layer.base_layer = merged(layer.get_base_layer())
+        layer.merge()
+        return layer.get_base_layer()
+    return layer.merged() if callable(getattr(layer, "merged", None)) else layer
+
+
+def save(model: nn.Module, path: str | Path) -> Path:
+    """Writes the checkpoint of a recombined model, atomically; returns its path."""
+    if (record := getattr(model, "recombined", None)) is None:
+        raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
+    record.own -= {name for name, p in model.named_parameters() if p.requires_grad}  # unfrozen by the user since
+    tensors = {name: p for name, p in model.named_parameters() if name not in record.own}
+    tensors |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    meta = {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "source": getattr(model, "recombine_source", None),
+        "steps": record.steps,
+        "classes": None if (head := roles.head(model)) is None else head.out_features,
+        "targets": record.targets,
+        "dense": record.dense,
+        "total": record.total,
+        "trains": sorted(record.trains),
+        "blocks": record.blocks,
+        "shared": {
+            name: canonical[id(p)]
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if canonical[id(p)] != name
+        },
+        "own": {name: probe(p) for name, p in model.named_parameters() if name in record.own},
+    }
+    path = Path(path)
+    with replacing(path) as temporary:
+        data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(data, temporary, {"recombine": json.dumps(meta)})
+    return path
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Rebuilds the recombined model of a checkpoint on `model`, the same pretrained one, in place; None: builds that.
+
+    Raises:
+        UsageError: no such file, truncated or corrupted, made by something else, or for another model.
+    """
+    path = Path(path)
+    meta, tensors = read(path)
+    if model is None:
+        if meta["source"] is None:
+            raise UsageError(f"{path}: made from a model of your own; give the same model: recombine.load(path, model)")
+        model = models.build(**meta["source"])
+    if hasattr(model, "recombined"):
+        raise UsageError(f"{path}: give the pretrained model as it came, this one is already recombined")
+    if type(model).__name__ != meta["model"]:
+        raise UsageError(f"{path}: was saved from a {meta['model']}, not from a {type(model).__name__}")
+    head = roles.head(model)
+    if meta["classes"] is not None and (head is None or head.out_features != meta["classes"]):
+        models.reset_head(model, meta["classes"])
+    try:
+        roles.find(model, tuple(meta["targets"].values()), nn.Module)  # splits a fused qkv as the checkpoint has it
+        model.requires_grad_(False)
+        for name, config, layers in meta["steps"]:
+            method_class(path, name)(**config).restore(model, layers)
+    except (AttributeError, StopIteration, TypeError, UsageError) as error:
+        raise UsageError(f"{path}: does not fit this {type(model).__name__}: {error}") from error
+    for name, source in meta["shared"].items():
+        set_parameter(model, name, model.get_parameter(source))
+    fill(path, model, tensors, meta)
+    model.recombined = Record(
+        steps=[Step(*step) for step in meta["steps"]],
+        targets=meta["targets"],
+        dense=meta["dense"],
+        total=meta["total"],
+        own=set(meta["own"]),
+        trains=set(meta["trains"]),
+        blocks=meta["blocks"],
+    )
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in meta["trains"])
+    return model.train(model.training)
+
+
+def fill(path: Path, model: nn.Module, tensors: dict, meta: dict) -> None:
+    """Copies a checkpoint's tensors in, after checking that every one fits and that the backbone is the same."""
+    here = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    for name in here.keys() - tensors.keys() - meta["own"].keys() - meta["shared"].keys():
+        raise UsageError(f"{path}: holds no {name}, so it is from another model; give the one it was saved from")
+    for name, tensor in tensors.items():
+        if name not in here or here[name].shape != tensor.shape:
+            found = tuple(here[name].shape) if name in here else "nothing"
+            raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} in the file and {found} in this model")
+    for name, expected in meta["own"].items():
+        if name not in here or not torch.allclose(
+            torch.tensor(probe(here[name])),
+            torch.tensor(expected),
+            rtol=1e-5 if here[name].dtype == torch.float32 else 1e-2,
+        ):
+            raise UsageError(
+                f"{path}: {name} differs from the backbone it was saved with; load the same pretrained one"
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            here[name].copy_(tensor)
+
+
+def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(metadata, tensors) of a checkpoint."""
+    if not path.is_file():
+        raise UsageError(f"checkpoint={path}: no such file; result.json names the checkpoint of a run")
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("recombine", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path}: truncated or corrupted ({reason}); use another checkpoint") from error
+    if meta is None or meta.get("format") != FORMAT:
+        raise UsageError(f"{path}: not a checkpoint of recombine; model.checkpoint=FILE loads a plain model's weights")
+    return meta, tensors
+
+
+def probe(tensor: torch.Tensor) -> list[float]:
+    """Four entries by which a backbone's tensor is known again."""
+    flat = tensor.detach().flatten()
+    return flat[torch.linspace(0, len(flat) - 1, 4, dtype=torch.float64).long()].float().tolist()
+
+
+def method_class(path: Path, name: str) -> type[methods.Method]:
+    """The method of that name, a user's own included."""
+    known, new = {}, [methods.Method]
+    while new:
+        new = [sub for cls in new for sub in cls.__subclasses__()]
+        known |= {cls.__name__: cls for cls in new}
+    if name not in known:
+        raise UsageError(
+            f"{path}: was made with the method {name}, which is not here; import the module that defines it"
+        )
+    return known[name]
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)

@@ -1,0 +1,83 @@
+"""The offline benchmark: VTAB-1K's form (800 train, 200 val, test) on data that comes out of packages or out of code.
+
+``splits/sha256.csv`` pins every split: decoded pictures and labels. A generated or photographic task that differs is
+refused; drawings are rasterised by resvg, whose pixels may move with its version or the processor, so those warn.
+"""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from difflib import get_close_matches
+from functools import cache
+from itertools import permutations
+
+from recombine.data.base import announce
+from recombine.data.vision import packaged, synthetic
+from recombine.data.vision.base import VisionData
+from recombine.data.vision.source import Source
+from recombine.errors import UsageError
+from recombine.runtime.assets import cache_dir
+
+TASKS = {  # name: group, classes, what builds it
+    "emoji": ("natural", 19, packaged.emoji),
+    "openclipart": ("natural", 25, packaged.openclipart),
+    "fashion_mnist": ("natural", 10, packaged.fashion_mnist),
+    "elpv": ("specialised", 4, packaged.elpv),
+    "dsprites_loc": ("structured", 16, synthetic.build),
+    "dsprites_ori": ("structured", 16, synthetic.build),
+    "clevr_count": ("structured", 8, synthetic.build),
+    "clevr_dist": ("structured", 6, synthetic.build),
+    "snorb_azim": ("structured", 18, synthetic.build),
+    "snorb_elev": ("structured", 9, synthetic.build),
+}
+SUITE = tuple(TASKS)
+TASKS |= {f"emoji_{vendor}": ("natural", 19, packaged.emoji) for vendor in packaged.VENDORS}
+TASKS |= {f"emoji_{a}_{b}": ("shift", 19, packaged.emoji) for a, b in permutations(packaged.VENDORS, 2)}
+DRAWN = (packaged.emoji, packaged.openclipart)  # by resvg
+
+
+@cache
+def pins() -> dict[str, dict[str, str]]:
+    """task -> split -> sha256"""
+    with (packaged.SPLITS / "sha256.csv").open(newline="") as file:
+        return {row.pop("task"): row for row in csv.DictReader(file)}
+
+
+class Offline(VisionData):
+    name = "offline"
+    suite = {task: TASKS[task][0] for task in SUITE}
+
+    def __init__(self, *, task: str, **kwargs):
+        if task not in TASKS:
+            close = get_close_matches(str(task), TASKS, 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            shift = "emoji_<vendor>, emoji_<from>_<to>"
+            vendors = ", ".join(packaged.VENDORS)
+            raise UsageError(
+                f"unknown task {task!r}: {hint}choose from {', '.join(SUITE)}, {shift} (vendors: {vendors})"
+            )
+        super().__init__(task=task, **kwargs)
+        self.group, self.num_classes, self._builder = TASKS[task]
+
+    def identity(self) -> str:
+        return f"offline {self.task} {pins().get(self.task)}"
+
+    def source(self) -> Source:
+        return self._builder(self.task)
+
+    def check(self, digests: dict[str, str]) -> None:
+        for split, expected in pins().get(self.task, {}).items():
+            if digests[split] == expected:
+                continue
+            line = f"{self.task}: sha256 of {split} is {digests[split]}, expected {expected}"
+            if self._builder not in DRAWN:
+                raise UsageError(
+                    f"{line}: other pictures or labels than the pinned ones; remove {cache_dir()} and run again"
+                )
+            warnings.warn(f"{line}: another resvg or processor drew it; compare with care", stacklevel=2)
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        if "non-commercial" in self.meta["licence"]:
+            announce(f"{self.task}: licence {self.meta['licence']}")

@@ -1,0 +1,151 @@
+"""VTAB-1k (arXiv 1910.04867) as NOAH (arXiv 2206.04673) cut it and SSF, RepAdapter and others pass it on: 19 tasks of
+800 + 200 pictures and their full test sets.
+
+    <root>/<task>/{train800,val200,train800val200,test}.txt     lines of images/train800val200/000123.jpg 17
+
+The 1,000 pictures are slices in the order of TFDS: another sample of the same sets gives other numbers. Hence only this
+folder, its archive on the hub ``XiN0919/VTAB-1k`` (vtab-1k.zip; no commit is known here, so the newest is taken and a
+result names it), or these very pictures as parquet, arrow or class folders of train, val and test.
+
+What repositories differ in is a key each, and in every result: ``split`` (800/200, or 1000 for both together),
+``select`` (val: the 200 choose the epoch; last: the last epoch counts) and ``normalize`` (imagenet as NOAH and SSF do,
+0.5 as the augreg weights want it, or model). The usual protocol is two runs: choose with 800/200, then retrain on 1000
+with ``select=last``. Resized to a square, bicubic, no augmentation (NOAH: --no_aug --direct_resize).
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from recombine.data.base import building
+from recombine.data.vision import folder
+from recombine.data.vision.source import Part, decode
+from recombine.data.vision.suites import Row, Suite
+from recombine.errors import UsageError
+from recombine.runtime.assets import cache_dir, writing
+
+REPOSITORY, ARCHIVE = "XiN0919/VTAB-1k", "vtab-1k.zip"
+TESTS = {  # group -> task -> pictures of its test set in CRISP's Tab. 6
+    "natural": {
+        "cifar": 10_000, "caltech101": 6084, "dtd": 1880, "oxford_flowers102": 6149, "oxford_iiit_pet": 3669,
+        "svhn": 26_032, "sun397": 21_750,
+    },
+    "specialised": {"patch_camelyon": 32_768, "eurosat": 5400, "resisc45": 6300, "diabetic_retinopathy": 42_670},
+    "structured": {
+        "clevr_count": 15_000, "clevr_dist": 15_000, "dmlab": 22_735, "kitti": 711, "dsprites_loc": 73_728,
+        "dsprites_ori": 73_728, "smallnorb_azi": 12_150, "smallnorb_ele": 12_150,
+    },
+}  # fmt: skip
+
+
+class Vtab(Suite):
+    name = "vtab"
+    protocols = ("800/200", "1000")
+    suite = {task: group for group, tasks in TESTS.items() for task in tasks}
+    rows = {
+        task: Row(
+            folder.NOAH_CLASSES[task], REPOSITORY, "main", {"train": 800, "validation": 200, "test": test},
+            licence="the data set's own",
+        )
+        for tasks in TESTS.values() for task, test in tasks.items()
+    }  # fmt: skip
+    complete = False  # 800 pictures need not show all of 397 classes
+    expects = "CRISP Tab. 6 prints"
+
+    def __init__(self, *, split: str | int = "800/200", normalize: str | float = "imagenet", **kwargs):
+        super().__init__(split=split, normalize=normalize, **kwargs)
+        self.joined, self.cutting = self.split == "1000", "noah"
+        if self.joined and self.select == "val":
+            raise UsageError(
+                "data.split=1000 with data.select=val: the 200 are trained on and cannot choose; add data.select=last"
+            )
+
+    def folder(self) -> Path:
+        if self.root is not None:
+            return super().folder()
+        archive = self.snapshot([ARCHIVE]) / ARCHIVE
+        root = cache_dir() / "vtab-1k" / self.commit
+        found = root / self.task
+        if not found.is_dir():
+            with building(f"vtab-1k-{self.commit}"):
+                if not found.is_dir() and self.task not in unpack(archive, root):
+                    raise UsageError(self.ways(f"{archive} holds none"))
+        return found
+
+    def patterns(self) -> list[str]:
+        return []
+
+    def read(self, root: Path) -> tuple[list[str] | None, dict[str, Part], list[Path]]:
+        files = [root / name for name in (folder.WHOLE, *folder.LISTS.values())]
+        if any(file.is_file() for file in files):
+            return *folder.lists(root, self.row.classes), [file for file in files if file.is_file()]
+        return super().read(root)
+
+    def cut(self, parts: dict[str, Part]) -> dict[str, Part]:
+        if "val" not in parts:
+            raise UsageError(self.ways("there is no val split, and another sample of train is not VTAB-1k's"))
+        return parts
+
+    def differences(self, parts: dict[str, Part]) -> list[str]:
+        seen = len(np.unique(parts["train"].labels))
+        unseen = f"train shows {seen} of {self.row.classes} classes"
+        return super().differences(parts) + [unseen] * (seen < self.row.classes)
+
+    def ways(self, trouble: str) -> str:
+        return (
+            f"no pictures for {self.task}: {trouble}; three ways in: {ARCHIVE} of the hub's {REPOSITORY} (network), "
+            f"data.root=FOLDER with NOAH's {self.task}/train800.txt, val200.txt, test.txt and images "
+            f"(scripts/prepare_vtab.py unpacks and checks it), or data.root=FOLDER where {self.task}/ holds these "
+            "pictures as parquet or arrow files or class folders of train, val and test"
+        )
+
+
+def unpack(archive: Path, root: Path) -> list[str]:
+    """Moves the task folders of a zip, however deep they lie in it, to root/<task>; returns the new ones.
+
+    A task folder appears whole or not at all, and one that is there already stays as it is.
+    """
+    moved = []
+    with writing(root), TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                opened.extractall(scratch)
+        except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
+            raise UsageError(f"cannot unpack {archive}: {str(error).splitlines()[0]}; fetch it again") from error
+        for file in sorted(Path(scratch).rglob("test.txt")):
+            task = file.parent.name
+            if task in Vtab.rows and not (root / task).exists():
+                os.replace(file.parent, root / task)
+                moved.append(task)
+    return moved
+
+
+def complaints(root: Path, task: str, pictures: bool = False) -> list[str]:
+    """What is missing or wrong in root/<task>, one line each; ``pictures`` decodes every one."""
+    if not (root / task).is_dir():
+        return [f"no folder {root / task}"]
+    try:
+        module = Vtab(task=task, root=root)
+        where = module.folder()
+        names, parts, _ = module.read(where)
+        module.checked(names, parts, where)
+        found = super(Vtab, module).differences(module.cut(parts))
+    except UsageError as error:
+        return [str(error)]
+    for split, part in parts.items():
+        gone = [item for item in part.items if isinstance(item, Path) and not item.is_file()]
+        if gone:
+            found.append(f"{len(gone)} pictures of {split} are missing, the first is {gone[0]}")
+        elif pictures:
+            try:
+                for item in part.items:
+                    decode(item)
+            except UsageError as error:
+                found.append(str(error))
+    return found

@@ -1,0 +1,191 @@
+"""Scores of a language model in memory, recombined or not: lm-evaluation-harness, and perplexity.
+
+Local tasks (LOCAL) are the YAML files of ``recombine/data/tasks`` on documents out of packages; they never touch the
+network. COMMONSENSE are lm-eval's own names of the eight sets of CRISP Tab. 3 and JACTUS, whose data lm-eval takes from
+the hub, or from its cache. ``commonsense_<set>`` lets the model answer LLM-Adapters' test files, which the caller has.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+from recombine.data.language import base, choices
+from recombine.errors import UsageError
+from recombine.models.weights import first_line
+from recombine.runtime import progress
+from recombine.training import objectives
+
+TASKS = Path(__file__).parents[1] / "data" / "tasks"
+COMMONSENSE = ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+LOCAL = (*choices.TASKS, "gsm8k_metamath")
+ANSWERS = {  # LLM-Adapters' test sets -> what an answer may be
+    "boolq": "true|false",
+    "piqa": "solution1|solution2",
+    "social_i_qa": "answer[1-5]",
+    "hellaswag": "ending[1-4]",
+    "winogrande": "option1|option2",
+    "ARC-Easy": "answer[1-5]",
+    "ARC-Challenge": "answer[1-5]",
+    "openbookqa": "answer[1-5]",
+}
+FILES = {f"commonsense_{name}": name for name in ANSWERS}
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    root: str | Path | None = None,
+) -> dict[str, float]:
+    """{"task/metric": value}, with "task/metric_stderr" beside it; the model keeps its mode.
+
+    Args:
+        tasks: of LOCAL, FILES, or any that lm-eval knows.
+        limit: documents a task.
+        root: folder with LLM-Adapters' ``<set>/test.json``, for the tasks of FILES.
+
+    Raises:
+        UsageError: unknown task, or its data cannot be had.
+    """
+    from lm_eval.evaluator import evaluate as run  # seconds
+    from lm_eval.models.huggingface import HFLM
+
+    mode = model.training
+    with quiet():
+        loaded = load(tasks, root)
+        try:
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            found = run(lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+        finally:
+            model.train(mode)
+    scores = {}
+    for task, row in found["results"].items():
+        for key, value in row.items():
+            metric, _, kind = key.partition(",")
+            if isinstance(value, int | float) and kind:
+                scores[f"{task}/{metric}" + ("" if kind == "none" else f"/{kind}")] = float(value)
+    return scores
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, samples, *, batch_size: int = 8, limit: int | None = None) -> float:
+    """exp of the mean negative log-likelihood over all tokens with a label; the model keeps its mode.
+
+    Args:
+        samples: a split of a language data module.
+        limit: samples.
+    """
+    mode, device, total, count = model.training, next(model.parameters()).device, 0.0, 0
+    model.eval()
+    try:
+        indices = list(range(min(len(samples), limit or len(samples))))
+        for start in progress.of(range(0, len(indices), batch_size), "perplexity", "batches"):
+            batch = {k: v.to(device) for k, v in samples.__getitems__(indices[start : start + batch_size]).items()}
+            logits, labels = objectives.call(model, batch)[:, :-1].float(), batch["labels"][:, 1:]
+            total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum").item()
+            count += (labels != -100).sum().item()
+    finally:
+        model.train(mode)
+    return float(torch.tensor(total / max(count, 1), dtype=torch.float64).exp())
+
+
+# Tasks
+
+
+def load(names: Sequence[str], root: str | Path | None = None) -> dict:
+    """Tasks as lm-eval's `evaluate` takes them."""
+    remote = [name for name in names if name not in LOCAL and name not in FILES]
+    manager = index(bool(remote))
+    if unknown := [name for name in remote if name not in manager.all_tasks]:
+        close = get_close_matches(unknown[0], [*LOCAL, *FILES, *manager.all_tasks], 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UsageError(f"unknown task {unknown[0]!r}: {hint}choose from {', '.join(LOCAL)}, or any of lm-eval's")
+    loaded = {}
+    for name in names:
+        if name in remote:
+            try:
+                loaded |= manager.load([name])["tasks"]
+            except Exception as error:  # the transport's own errors, which differ between the client's versions
+                ways = f"connect once, or set HF_HOME to a filled cache, or take a local task: {', '.join(LOCAL)}"
+                raise UsageError(
+                    f"task {name}: its data is not cached and the hub fails ({first_line(error)}): {ways}"
+                ) from error
+        else:
+            loaded |= manager.load([local(name, root)])["tasks"]
+    for task in loaded.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(seed=1234)  # as lm-eval's command line
+    return {"tasks": loaded}
+
+
+@cache
+def index(defaults: bool):
+    """lm-eval's tasks, thousands of files, or none."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults)
+
+
+def local(name: str, root: str | Path | None) -> dict:
+    """The YAML with its documents."""
+    if name in FILES:
+        config = yaml.safe_load((TASKS / "commonsense.yaml").read_text()) | {"task": name}
+        config["filter_list"][0]["filter"][0]["regex_pattern"] = ANSWERS[FILES[name]]
+    else:
+        config = yaml.safe_load((TASKS / f"{name}.yaml").read_text())
+    return config | {"custom_dataset": documents(name, root)}
+
+
+def documents(name: str, root: str | Path | None) -> Callable:
+    """What a task asks: prompt, and options and answer, or the answer."""
+    if name in choices.TASKS:
+        ask = choices.PROMPTS[name].format
+        rows = [{"prompt": ask(item["question"]), **item} for item in choices.items(name, "test")]
+    elif name in FILES:
+        path = None if root is None else Path(root).expanduser() / FILES[name] / "test.json"
+        if path is None or not path.is_file():
+            raise UsageError(
+                f"task {name}: no {path or 'root'}: give the folder of LLM-Adapters' dataset/, or take {COMMONSENSE[0]}"
+            )
+        found = base.table([path], ("instruction", "answer"), str(path))
+        rows = [{"prompt": base.alpaca(row["instruction"]), "answer": row["answer"]} for row in found]
+    else:
+        rows = [
+            {"prompt": base.metamath(row["question"]), "answer": row["answer"].split("#### ")[1].replace(",", "")}
+            for row in base.gsm8k()
+        ]
+
+    def dataset(**_):
+        from datasets import Dataset
+
+        return {"test": Dataset.from_list(rows)}
+
+    return dataset
+
+
+@contextmanager
+def quiet():
+    """lm-eval warns that a model in memory is a model in memory."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,121 @@
+"""The linear probe: logistic (or ridge) regression on the frozen features in front of the head."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from recombine.models import roles
+from recombine.runtime import progress
+from recombine.runtime.atomic import replacing
+from recombine.training import distributed, objectives, resume
+
+DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 on standardised features; validation chooses
+
+
+@dataclass(frozen=True)
+class Probe:
+    """weight (classes, d) and bias (classes,) act on the raw features; scores are accuracies, or Pearson's r."""
+
+    weight: Tensor
+    bias: Tensor
+    decay: float
+    val: float
+    test: float
+
+    @torch.no_grad()
+    def into(self, head: nn.Linear) -> None:
+        """Starts a head from the probe."""
+        head.weight.copy_(self.weight)
+        head.bias.copy_(self.bias)
+
+
+def kept(path: Path, model: nn.Module, data) -> Probe:
+    """`fit`, or what an earlier process, or the first rank, has left of it in a file."""
+    if distributed.rank() == 0 and resume.sealed(path) is None:
+        found = fit(model, data)
+        with replacing(path) as temporary:
+            save_file({"weight": found.weight.contiguous(), "bias": found.bias.contiguous()}, temporary)
+        resume.seal(path, decay=found.decay, val=found.val, test=found.test)
+    distributed.wait()
+    facts = resume.sealed(path)
+    return Probe(**load_file(path), **{key: facts[key] for key in ("decay", "val", "test")})
+
+
+@torch.no_grad()
+def features(model: nn.Module, data, split: str) -> tuple[Tensor, Tensor]:
+    """(N, d) inputs of the head in eval mode, and labels (N,)."""
+    head, device, caught, labels = roles.head(model), next(model.parameters()).device, [], []
+    hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0].double().cpu()))
+    training = model.training
+    model.eval()
+    try:
+        samples = getattr(data, split)
+        for start in progress.of(range(0, len(samples), 64), f"features of {split}", "batches"):
+            batch = objectives.fetch(data, samples, list(range(start, min(start + 64, len(samples)))), device)
+            objectives.call(model, batch)
+            labels.append(objectives.labels_of(batch).cpu())
+    finally:
+        hook.remove()
+        model.train(training)
+    return torch.cat(caught), torch.cat(labels)
+
+
+def fit(model: nn.Module, data) -> Probe:
+    """Fits on train for each decay, keeps the best on val, and reads test once.
+
+    Without a validation set, a fifth of train chooses the decay, and the accuracy `val` is that of the fifth.
+    """
+    (x, y), (xt, yt) = (features(model, data, split) for split in ("train", "test"))
+    if data.val is None:
+        held = torch.arange(len(y)) % 5 == 0
+        (x, y), (xv, yv) = (x[~held], y[~held]), (x[held], y[held])
+    else:
+        xv, yv = features(model, data, "val")
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    best = None
+    numbers = getattr(data, "objective", "classification") == "regression"
+    score_of = pearson if numbers else accuracy
+    for decay in DECAYS:
+        z = (x - mean) / std
+        w, b = ridge(z, y, decay) if numbers else regress(z, y, data.num_classes, decay)
+        w, b = w / std, b - (w / std) @ mean
+        score = score_of(xv, yv, w, b)
+        if best is None or score > best.val:
+            best = Probe(w.float(), b.float(), decay, score, float("nan"))
+    return replace(best, test=score_of(xt, yt, best.weight.double(), best.bias.double()))
+
+
+def accuracy(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> float:
+    return ((x @ w.T + b).argmax(1) == y).double().mean().item()
+
+
+def pearson(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> float:
+    return torch.corrcoef(torch.stack([(x @ w.T + b).squeeze(1), y.double()]))[0, 1].nan_to_num(0.0).item()
+
+
+def ridge(x: Tensor, y: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Least squares with L2 decay in float64: weight (1, d), bias (1,); x is centred."""
+    gram = x.T @ x / len(x) + decay * torch.eye(x.shape[1], dtype=x.dtype)
+    mean = y.double().mean()
+    return torch.linalg.solve(gram, x.T @ (y.double() - mean) / len(x))[None], mean[None]
+
+
+def regress(x: Tensor, y: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression with L2 decay, by L-BFGS in float64: weight (classes, d), bias (classes,)."""
+    w = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
+    b = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        solver.zero_grad()
+        value = F.cross_entropy(x @ w.T + b, y) + decay * w.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        solver.step(loss)
+    return w.detach(), b.detach()

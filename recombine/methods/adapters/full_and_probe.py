@@ -1,0 +1,36 @@
+"""The two ends of every table: train the head alone, and train everything."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from recombine.core.method import Method, Site
+from recombine.errors import UsageError
+from recombine.models import roles
+
+
+@dataclass(kw_only=True)
+class LinearProbe(Method):
+    """Trains the classification head; `targets` only says which layers the counts are relative to."""
+
+    on: ClassVar[tuple[type, ...]] = (nn.Module,)
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        return sum(site.linear.weight.numel() for site in sites), 0
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        if roles.head(model) is None:
+            raise UsageError(f"{type(self).__name__}: {type(model).__name__} has no classification head to train")
+
+
+@dataclass(kw_only=True)
+class Full(LinearProbe):
+    """Full fine-tuning: trains every parameter."""
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        dense = sum(site.linear.weight.numel() for site in sites)
+        return dense, dense
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        model.requires_grad_(True)

@@ -1,0 +1,115 @@
+"""RoSA: robust adaptation, a low-rank and a sparse delta at once (arXiv 2401.04679).
+
+W + (alpha / r) B A + S. Stored: W (m, n), left = B (m, r), right = A (r, n), and S by its `density` m n entries at
+fixed places: those of the layer's largest mean squared gradients. Trains: B, A and the entries, r (m + n) +
+round(density m n) a layer. B and S start at 0, A as in LoRA, so the model starts exactly as it was.
+
+Paper: LoRA warms up alone, gradients of that model make the mask, and in its code training then begins again with both
+parts at 0 (`warmup=64`, Adam on the calibration batches at `lr`). Here: the pretrained model's gradients make the mask.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from recombine.core.calibration import Losses, collect, passes, quiet
+from recombine.core.method import Method, Site, need, need_losses
+from recombine.layers import DeltaLinear
+
+
+@dataclass(kw_only=True)
+class Rosa(Method):
+    """Args:
+    rank: of the low-rank part; 0: none.
+    alpha: its scale times the rank.
+    density: share of the weight's entries that the sparse part trains; 0: none, then nothing is calibrated.
+    warmup: steps that the low-rank part trains alone before the mask is made; it is drawn anew afterwards.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    density: float = 0.003
+    warmup: int = 0
+
+    knobs: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
+
+    def check(self, sites: list[Site]) -> None:
+        most = min(min(site.linear.weight.shape) for site in sites)
+        need(0 <= self.rank <= most, self, "rank", f"must be from 0 to {most}, the narrowest target layer")
+        need(0 <= self.density <= 1, self, "density", "is a share of the entries, so it must lie in [0, 1]")
+        need(self.warmup >= 0, self, "warmup", "must be 0 or more steps")
+        need(not self.warmup or (self.rank and self.density), self, "warmup", "trains a low-rank part for a sparse one")
+        if self.rank == 0:
+            need(all(map(self.entries, sites)), self, "density", "with rank 0 a layer would train nothing; raise one")
+
+    def wants(self) -> set[str]:
+        return {"fisher"} if self.density and not self.warmup else set()
+
+    @property
+    def judges(self) -> bool:
+        return self.warmup > 0
+
+    def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        if self.warmup:
+            need_losses(self, losses)
+
+    def learn(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        """The warm-up: squared gradients of the model with low-rank parts that have trained for a while."""
+        if not self.warmup:
+            return
+        parts = [self.low_rank(site.linear.weight) for site in sites]
+        trained = [part.requires_grad_() for pair in parts for part in pair]
+        hooks = [
+            site.linear.register_forward_hook(
+                lambda _, args, y, left=left, right=right: y + self.alpha / self.rank * (args[0] @ right.T) @ left.T
+            )
+            for site, (left, right) in zip(sites, parts, strict=True)
+        ]
+        optimizer = torch.optim.Adam(trained, lr=self.lr)
+        try:
+            with quiet(model), torch.enable_grad():
+                for loss in islice(passes(losses), self.warmup):
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+            for part in trained:
+                part.requires_grad_(False)
+            self.stats = collect(model, sites, losses, {"fisher"})
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """left (m, r) = 0 and right (r, n), as LoRA starts."""
+        right = nn.init.kaiming_uniform_(weight.new_empty(self.rank, weight.shape[1]), a=math.sqrt(5))
+        return weight.new_zeros(len(weight), self.rank), right
+
+    def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
+        least = 0 if self.density and not self.warmup else 1
+        return range(least, 1 + min(min(site.linear.weight.shape) for site in sites))
+
+    def entries(self, site: Site) -> int:
+        """How many entries of the layer's weight the sparse part trains."""
+        return round(self.density * site.linear.weight.numel())
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        trained = sum(self.rank * sum(site.linear.weight.shape) + self.entries(site) for site in sites)
+        return sum(site.linear.weight.numel() for site in sites) + trained, trained
+
+    def recombine(self, site: Site) -> DeltaLinear:
+        weight, delta = site.linear.weight, {}
+        if self.rank:
+            delta = dict(zip(("left", "right"), self.low_rank(weight), strict=True)) | {"scale": self.alpha / self.rank}
+        if count := self.entries(site):
+            largest = self.stats[site.name].fisher.flatten().topk(count).indices
+            delta |= {"entries": weight.new_zeros(count), "index": largest.sort().values}
+        layer = DeltaLinear(weight, **delta, bias=site.linear.bias)
+        for part in (layer.left, layer.right, layer.entries):
+            if part is not None:
+                part.requires_grad_(True)
+        return layer

@@ -1,0 +1,59 @@
+"""SSF: scaling and shifting your features (arXiv 2210.08823).
+
+y = gamma * Op(x) + beta after every linear layer, norm and the patch embedding. Stored: the model as it was, beside
+it gamma and beta (C,) for each layer, which alone train: 2 C a layer, 102,912 for ViT-S. Merges into weight and bias.
+
+Paper: gamma starts at N(1, 0.02^2), beta at N(0, 0.02^2) (`start=normal`). Here: at 1 and 0, so the model starts as
+it was.
+Paper: vision models. Here: also language models, whose RMSNorms are scaled and not shifted, since they hold no bias.
+Merging gives a linear layer that had no bias (Llama's, Swin's reduction) one.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from recombine.core.budget import held
+from recombine.core.method import Method, Site, need
+from recombine.errors import UsageError
+from recombine.layers import ScaleShift
+
+
+@dataclass(kw_only=True)
+class Ssf(Method):
+    """Args:
+    targets: roles of linear layers, norms, embed (the patch embedding) and reduction (Swin's, between its stages).
+    start: identity, or normal, the paper's.
+    """
+
+    targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?", "reduction?", "norm", "embed?")
+    start: str = "identity"
+
+    on: ClassVar[tuple[type, ...]] = (nn.Module,)
+
+    def check(self, sites: list[Site]) -> None:
+        need(self.start in ("identity", "normal"), self, "start", "must be identity or normal")
+        for site in sites:
+            if hasattr(site.linear, "base_layer"):
+                kind = type(site.linear).__name__
+                raise UsageError(f"role {site.role!r}: {site.name} is already adapted ({kind}): merge it first")
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        trained = sum(len(site.linear.weight) * (1 + hasattr(site.linear, "bias")) for site in sites)
+        return held(site.linear for site in sites) + trained, trained
+
+    def recombine(self, site: Site) -> ScaleShift:
+        layer = ScaleShift(site.linear)
+        if self.start == "normal":
+            nn.init.normal_(layer.gamma, 1, 0.02)
+            if layer.beta is not None:
+                nn.init.normal_(layer.beta, 0, 0.02)
+        return layer
+
+    def describe(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
+        return {name: {} for name in names}
+
+    def restore(self, model: nn.Module, layers: dict[str, dict]) -> None:
+        for name in layers:
+            model.set_submodule(name, ScaleShift(model.get_submodule(name)))

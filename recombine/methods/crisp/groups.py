@@ -1,0 +1,74 @@
+"""How CRISP shares bases: which layers share one, its size, and what that stores (see crisp.py)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import ClassVar
+
+from recombine.core.method import Method, Site, consecutive, need
+from recombine.linalg import energy_rank
+from recombine.methods.crisp.closed_form import spectrum, stack
+
+
+@dataclass(kw_only=True)
+class SharedBases(Method):
+    """Args:
+    chunk: length s of the pieces that rows are cut into; divides the width of every target layer.
+    group_size: how many consecutive layers of a role share a basis.
+    basis_rank: columns r of a basis, at most group_size * chunk; None: that many, which is exact.
+    energy: the smallest basis_rank per group that keeps this share of the energy, instead of `basis_rank`.
+    """
+
+    targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?")
+    chunk: int = 32
+    group_size: int = 2
+    basis_rank: int | None = None
+    energy: float | None = None
+
+    compresses: ClassVar[bool] = True
+    rivals: ClassVar[tuple[str, ...]] = ("basis_rank", "energy")
+    knobs: ClassVar[dict[str, str]] = {
+        "retained": "basis_rank",
+        "memory": "basis_rank",
+        "energy": "energy",
+        "trainable": "chunk",
+    }
+
+    def check(self, sites: list[Site]) -> None:
+        need(self.group_size >= 1, self, "group_size", "a group has at least one layer")
+        need(self.chunk >= 1, self, "chunk", "a chunk has at least one entry")
+        for site in sites:
+            width = site.linear.in_features
+            near = min(divisors(width), key=lambda d: abs(d - self.chunk))
+            need(width % self.chunk == 0, self, "chunk", f"does not divide {site.name}'s width {width}; {near} does")
+        if self.basis_rank is not None:
+            most = self.group_size * self.chunk
+            why = f"must be from 1 to group_size * chunk = {most}, where the model is exact"
+            need(1 <= self.basis_rank <= most, self, "basis_rank", why)
+        if self.energy is not None:
+            need(0 < self.energy <= 1, self, "energy", "is a share of the energy, so it must lie in (0, 1]")
+
+    def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
+        if knob == "basis_rank":
+            return range(1, self.group_size * self.chunk + 1)
+        return divisors(gcd(*(site.linear.in_features for site in sites)))
+
+    def groups(self, sites: list[Site]) -> list[list[Site]]:
+        return consecutive(sites, lambda role: self.group_size)
+
+    def group_rank(self, group: list[Site]) -> int:
+        most = len(group) * self.chunk
+        if self.energy is not None:
+            return energy_rank(spectrum(stack(group, self.chunk))[0].sqrt(), self.energy)
+        return most if self.basis_rank is None else min(self.basis_rank, most)
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        groups = self.groups(sites)
+        ranks = [self.group_rank(group) for group in groups]
+        mixers = sum(len(group) * r * self.chunk for group, r in zip(groups, ranks, strict=True))
+        bases = sum(group[0].linear.weight.numel() // self.chunk * r for group, r in zip(groups, ranks, strict=True))
+        return bases + mixers, mixers
+
+
+def divisors(width: int) -> list[int]:
+    return [d for d in range(1, width + 1) if width % d == 0]

@@ -1,0 +1,120 @@
+"""CRISP: a basis shared by a group of layers and a small gated mixer for each (CRISP Eq. 4, Alg. 1-6).
+
+W_i = reshape(B . G_i, (m, n)), G_i = silu(A_i). g consecutive layers of one role and shape share B
+(m n / s, r), frozen in adaptation; A_i (r, s) trains. Stored per group: r m n / s + g r s. Exact at r = g s.
+
+Paper: neural mimicry fits B and A_i by gradient descent; r and s trade places in its Fig. 5. Here: a closed form
+(`crisp_closed`), of which mimicry is an approximation, and the names `basis_rank` (r) and `chunk` (s).
+
+Paper: a student starts from "the top-r eigenvectors of the teacher's A and B", which depend on their gauge. Here: from
+the same SVD at the student's rank, the truncation of the product B G of an exact teacher. There is no switch: what the
+words mean through a gate is not defined.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from recombine.core.calibration import Losses
+from recombine.core.method import Site, need, need_losses
+from recombine.layers import SharedBasisLinear
+from recombine.layers.shared_basis import GATES, PLACEMENTS
+from recombine.methods.crisp.closed_form import INVERSES
+from recombine.methods.crisp.clustering import Cluster
+from recombine.methods.crisp.fit import FITS, fit
+from recombine.methods.crisp.groups import SharedBases
+from recombine.methods.crisp.mimicry import Mimicry
+from recombine.methods.crisp.refinement import Refine, refine
+from recombine.methods.crisp.regularizers import PENALTIES
+from recombine.runtime import progress
+
+PARTS = {"cluster": Cluster, "mimicry": Mimicry, "refine": Refine}
+CHOICES = {
+    "gate": GATES,
+    "placement": PLACEMENTS,
+    "gauge": ("svd", "balanced"),
+    "fit": FITS,
+    "regulariser": ("none", *PENALTIES),
+}
+
+
+@dataclass(kw_only=True)
+class Crisp(SharedBases):
+    """The size is `SharedBases`'s.
+
+    Args:
+        gate: silu, gelu, relu or none; relu has no inverse, so only mimicry fits it.
+        placement: of the gate: pre (Eq. 4), post or temp (Fig. 6); only mimicry fits the last two.
+        gauge: svd scales every row of G alone (B's columns differ in norm), balanced all rows of a group alike.
+        fit: closed, the truncated SVD; aware, least squares on the layers' outputs (calibrates); cluster, Alg. 5;
+            random, orthogonal factors at the weights' scale (Tab. 8, without SVD); mimicry, gradient descent (Alg. 2).
+        alternations: of the aware fit.
+        refine: gradient steps after the fit on the weights and the task's loss (Alg. 5, Stage 2; calibrates).
+        regulariser: of the mixers in training (Tab. 4): none, l2 |A|^2, orthogonal or spectral (top singular value).
+        strength: its weight.
+    """
+
+    gate: str = "silu"
+    placement: str = "pre"
+    gauge: str = "svd"
+    fit: str = "closed"
+    alternations: int = 3
+    cluster: Cluster = field(default_factory=Cluster)
+    mimicry: Mimicry = field(default_factory=Mimicry)
+    refine: Refine = field(default_factory=Refine)
+    regulariser: str = "none"
+    strength: float = 1e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, kind in PARTS.items():
+            if isinstance(value := getattr(self, name), dict):  # from a YAML or a checkpoint
+                setattr(self, name, kind(**value))
+
+    def check(self, sites: list[Site]) -> None:
+        super().check(sites)
+        for name, known in CHOICES.items():
+            need(getattr(self, name) in known, self, name, f"must be one of {', '.join(known)}")
+        if self.fit != "mimicry":
+            why = f"has no inverse that fit={self.fit} needs; set fit=mimicry, or gate=silu and placement=pre"
+            need(self.gate in INVERSES, self, "gate", why)
+            need(self.placement == "pre", self, "placement", why)
+        for name in ("alternations", "strength"):
+            need(getattr(self, name) >= 0, self, name, "must not be negative")
+        for name in PARTS:
+            getattr(self, name).check()
+
+    @property
+    def judges(self) -> bool:
+        return self.refine.steps > 0
+
+    def wants(self) -> set[str]:
+        return {"inputs"} if self.fit == "aware" else set()
+
+    def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        if self.refine.steps:
+            need_losses(self, losses)
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses: Losses | None = None) -> None:
+        rng = torch.Generator().manual_seed(torch.initial_seed() % 2**63)  # the run's seed, whatever was drawn since
+        original = []
+        for group in progress.of(self.groups(sites), "factors", "groups"):
+            basis, mixers = fit(group, self.group_rank(group), self, rng)
+            weight = group[0].linear.weight
+            basis = nn.Parameter(basis.to(weight), requires_grad=False)  # one parameter: it counts once
+            for site, mixer in zip(group, mixers.split(self.chunk, 1), strict=True):
+                linear, mixer = site.linear, mixer.to(weight)
+                layer = SharedBasisLinear(basis, mixer, linear.in_features, self.gate, linear.bias, self.placement)
+                layer.mixer.requires_grad_(True)
+                model.set_submodule(site.name, layer)
+                if self.refine.steps:
+                    original.append((layer, linear.weight.detach()))
+        if self.refine.steps:
+            refine(original, losses, self.refine)
+
+    def penalty(self, model: nn.Module) -> Tensor | float:
+        if self.regulariser == "none" or self.strength == 0:
+            return 0.0
+        layers = [x for x in model.modules() if isinstance(x, SharedBasisLinear) and x.mixer.requires_grad]
+        return self.strength * sum(PENALTIES[self.regulariser](layer) for layer in layers)

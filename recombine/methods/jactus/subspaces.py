@@ -1,0 +1,61 @@
+"""JACTUS's calibration: which subspaces of W, C_x and C_g a layer's union is made of (see jactus.py)."""
+
+from dataclasses import dataclass
+
+from recombine.core.method import Method, Site, need
+from recombine.methods.jactus.union import Covariance, Whole, covariance, union_factors
+
+
+@dataclass(kw_only=True)
+class Subspaces(Method):
+    """Args:
+    alpha, beta, gamma: shares of the energy of W, C_x and C_g that the union keeps, in (0, 1].
+    sensitivity: gradient weighs outputs by C_g; none weighs them alike.
+    gain: weight, or weight+grad, which turns the subspaces towards the gradient E[g x^T] as well.
+    eta: how much: the gradient's share relative to the weight's, both as Frobenius norms of the whitened matrices.
+    floor: least shrinkage of the covariances.
+    """
+
+    alpha: float = 0.99
+    beta: float = 0.999
+    gamma: float = 0.999
+    sensitivity: str = "gradient"
+    gain: str = "weight"
+    eta: float = 0.3
+    floor: float = 0.01
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._whole: dict[str, Whole] = {}  # by site, for one model
+        self._eigen: dict[int, Covariance] = {}  # of C_x, by the statistics that layers share
+
+    def check(self, sites: list[Site]) -> None:
+        for name in ("alpha", "beta", "gamma"):
+            need(0 < getattr(self, name) <= 1, self, name, "is a share, so it must lie in (0, 1]")
+        need(self.sensitivity in ("gradient", "none"), self, "sensitivity", "must be gradient or none")
+        need(self.gain in ("weight", "weight+grad"), self, "gain", "must be weight or weight+grad")
+        need(self.eta >= 0, self, "eta", "must be at least 0")
+        need(0 < self.floor <= 1, self, "floor", "must lie in (0, 1], or a covariance may be singular")
+
+    def wants(self) -> set[str]:
+        outputs = {"outputs"} if self.sensitivity == "gradient" else set()
+        return {"inputs"} | outputs | ({"cross"} if self.gain == "weight+grad" else set())
+
+    def widest(self, site: Site) -> int:
+        """The largest rank of the layer that may be asked for."""
+        raise NotImplementedError(type(self).__name__)
+
+    def whole(self, site: Site) -> Whole:
+        """The layer's factors at the largest rank that may be asked for."""
+        if site.name not in self._whole:
+            weight, stats = site.linear.weight, self.stats[site.name]
+            key, outputs = id(stats.inputs), None
+            if key not in self._eigen:
+                self._eigen[key] = covariance(stats.inputs.xx, stats.inputs.x4, stats.inputs.tokens, self.floor)
+            if self.sensitivity == "gradient":
+                outputs = covariance(stats.gg, stats.g4, stats.tokens, self.floor)
+            shares = (self.alpha, self.beta, self.gamma)
+            turn = (stats.gx, self.eta) if self.gain == "weight+grad" else None
+            found = union_factors(weight.detach().double(), self._eigen[key], outputs, shares, turn)
+            self._whole[site.name] = found.cut(self.widest(site), weight.dtype)
+        return self._whole[site.name]

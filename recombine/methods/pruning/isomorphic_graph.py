@@ -1,0 +1,147 @@
+"""What of a ViT falls together when a slice is cut, and what it scores (see isomorphic.py)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+from recombine.core.calibration import Losses, quiet
+from recombine.core.method import Site
+from recombine.errors import UsageError
+from recombine.models import roles
+
+
+class Part(NamedTuple):
+    """Slices of one kind in one place: the layer they are cut from first, how, and what each scores."""
+
+    layer: nn.Module
+    pruner: Callable
+    score: Tensor  # (slices,)
+
+
+class Kept(NamedTuple):
+    """Indices of what stays: channels of the embedding, and for each block its neurons, heads and head dimensions."""
+
+    channels: Tensor
+    neurons: list[Tensor]
+    heads: list[Tensor]
+    dims: list[Tensor]
+
+    def weights(self) -> int:
+        """Of q, k, v, o, up and down."""
+        inner = (4 * len(h) * len(d) + 2 * len(n) for n, h, d in zip(self.neurons, self.heads, self.dims, strict=True))
+        return len(self.channels) * sum(inner)
+
+
+class Parts(NamedTuple):
+    """All parts of a model, in torch-pruning's graph of it."""
+
+    graph: Any
+    stem: Part  # the embedding's channels
+    mlps: list[Part]  # of each block: its neurons
+    attentions: list[Part]  # of each block: the dimensions of all its heads
+    forms: list[tuple[int, int]]  # of each block: heads, dimensions of a head
+
+    def ranked(self, width: float, neurons: float, heads: float, dims: float, multiple: int) -> Kept:
+        """What stays when these shares are cut of the embedding's channels and of the three kinds in the blocks."""
+        # (heads, dimensions of a head)
+        scores = [part.score.view(form) for part, form in zip(self.attentions, self.forms, strict=True)]
+        return Kept(
+            best([self.stem.score], width, multiple)[0],
+            best([part.score for part in self.mlps], neurons, multiple),
+            best([score.mean(1) for score in scores], heads),
+            best([score.mean(0) for score in scores], dims, multiple),
+        )
+
+    def prune(self, kept: Kept) -> None:
+        """Cuts all else out of the layers, in place."""
+        inner = [
+            (heads[:, None] * form[1] + dims).flatten()
+            for heads, dims, form in zip(kept.heads, kept.dims, self.forms, strict=True)
+        ]
+        parts = [self.stem, *self.mlps, *self.attentions]
+        for part, stay in zip(parts, [kept.channels, *kept.neurons, *inner], strict=True):
+            if gone := sorted(set(range(len(part.score))) - set(stay.tolist())):
+                self.graph.get_pruning_group(part.layer, part.pruner, gone).prune()
+
+
+def find_parts(model: nn.Module, sites: list[Site], losses: Losses) -> Parts:
+    """The parts, with their scores on the calibration batches. qkv is one layer."""
+    import torch_pruning as tp
+
+    o, up = ([site.linear for site in sites if site.role == role] for role in ("o", "up"))
+    embed = model.get_submodule(next(iter(roles.find(model, ("embed",), nn.Conv2d))))
+    size = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
+    importance = tp.importance.GroupTaylorImportance()
+    with gradients(model, losses):
+        image = embed.weight.new_zeros(1, embed.in_channels, *size)
+        graph = tp.DependencyGraph().build_dependency(model, example_inputs=image, verbose=False)
+
+        def part(layer: nn.Module, pruner: Callable, count: int) -> Part:
+            score = importance(graph.get_pruning_group(layer, pruner, list(range(count))))
+            return Part(layer, pruner, score.nan_to_num(0.0).cpu())  # where no gradient comes the mean is 0
+
+        return Parts(
+            graph,
+            part(embed, tp.prune_conv_out_channels, embed.out_channels),
+            [part(linear, tp.prune_linear_out_channels, linear.out_features) for linear in up],
+            [part(linear, tp.prune_linear_in_channels, linear.in_features) for linear in o],
+            [(a.num_heads, a.head_dim) for a in attentions(model)],
+        )
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    """The attention of every block."""
+    owners = [name.rpartition(".")[0] for name in roles.find(model, ("o",), nn.Module)]
+    found = [model.get_submodule(name) for name in owners]
+    # beside qkv and o, a norm of q and k or a gate would hold weights: what torch-pruning finds would not do
+    plain = all(type(a) is Attention and sum(map(has_weights, a.children())) == 2 for a in found)
+    if not plain or has_weights(getattr(model, "attn_pool", None) or nn.Identity()):
+        kind = f"{type(model).__name__} with {type(found[0]).__name__}"
+        raise UsageError(f"Isomorphic prunes timm's plain ViT only, not {kind}: take another compressor")
+    return found
+
+
+def has_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def best(scores: list[Tensor], share: float, multiple: int = 1) -> list[Tensor]:
+    """Ranks all places' scores together and drops the lowest share; the indices that stay, at least one in each.
+
+    multiple: of what stays in a place so many more go that it is a multiple of this, if more than this is left.
+    """
+    lengths = [len(score) for score in scores]
+    everything = torch.cat(scores)
+    stays = torch.ones(len(everything), dtype=torch.bool)
+    stays[everything.argsort(stable=True)[: len(everything) - int(len(everything) * (1 - share) + 1e-9)]] = False
+    for score, place in zip(scores, stays.split(lengths), strict=True):
+        place[score.argmax()] = True
+        left = place.nonzero().flatten()
+        if len(left) > multiple:
+            place[left[score[left].argsort(stable=True)[: len(left) % multiple]]] = False
+    return [place.nonzero().flatten() for place in stays.split(lengths)]
+
+
+@contextmanager
+def gradients(model: nn.Module, losses: Losses) -> Iterator[None]:
+    """The loss's gradients, summed over the batches, are in the parameters for as long as the block runs."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with quiet(model), torch.enable_grad():
+            model.requires_grad_(True).zero_grad()
+            for loss in losses():
+                loss.backward()
+            found = [p.grad for p in model.parameters() if p.grad is not None]
+            if not found or not all(grad.isfinite().all() for grad in found):
+                raise UsageError(
+                    "Isomorphic: losses= gave this model no finite gradient: use its own loss, other batches"
+                )
+            yield
+    finally:
+        model.zero_grad()
+        for p, flag in flags:
+            p.requires_grad_(flag)

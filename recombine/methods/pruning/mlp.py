@@ -1,0 +1,121 @@
+"""What DGMR and PruneNet share: the same share of the neurons of every MLP goes, and ordinary linear layers stay."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recombine.core.method import Site, need
+from recombine.errors import UsageError
+from recombine.methods.pruning.base import Structural, reconfigure
+from recombine.models import roles
+
+
+class Mlp(NamedTuple):
+    """The layers of one MLP: neuron i is row i of up, and of gate where there is one, and column i of down."""
+
+    up: nn.Linear
+    down: nn.Linear
+    gate: nn.Linear | None
+
+    @property
+    def into(self) -> list[nn.Linear]:
+        return [self.up] if self.gate is None else [self.gate, self.up]
+
+    @property
+    def neuron(self) -> int:
+        """Weights of one neuron."""
+        return sum(linear.in_features for linear in self.into) + self.down.out_features
+
+
+@dataclass(kw_only=True)
+class MlpPruning(Structural):
+    """Args:
+    ratio: share of all target layers' weights that is kept. Targets outside the MLPs stay as they are, so the MLPs
+        pay for them: of ViT-B's q, k, v, o, up and down at 0.5, a quarter of the neurons is left.
+    """
+
+    targets: tuple[str, ...] = ("up", "down", "gate?")
+    ratio: float = 0.5
+
+    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
+
+    def choose(self, mlps: list[Mlp], counts: list[int]) -> list[Tensor]:
+        """The indices of the neurons that stay, so many in each MLP."""
+        raise NotImplementedError(type(self).__name__)
+
+    def check(self, sites: list[Site]) -> None:
+        need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
+        need({"up", "down"} <= {site.role for site in sites}, self, "targets", "a neuron is cut out of up and down")
+        whole = all(mlp.up.out_features == mlp.down.in_features for mlp in self.mlps(sites))
+        need(whole, self, "targets", "up is not as wide as down here: gate and up are in one layer")
+        least = math.ceil(1000 * self.least(sites)) / 1000
+        need(self.ratio >= least, self, "ratio", f"must be at least {least}: one neuron an MLP, other targets whole")
+
+    def prepare(self, model: nn.Module, sites: list[Site], losses) -> None:
+        parts = roles.find(model, ("up", "down", "gate?"), nn.Module)
+        if missing := parts.keys() - {site.name for site in sites}:
+            role = parts[min(missing)]
+            raise UsageError(f"method.targets={list(self.targets)}: a neuron is cut out of {role} too, name it as well")
+        known = {id(p) for name in parts for p in model.get_submodule(name).parameters()}
+        holders = {name.rpartition(".")[0] for name, role in parts.items() if role == "up"}
+        if any(id(p) not in known for name in holders for p in model.get_submodule(name).parameters()):
+            owner = f"{type(self).__name__}: the MLPs of this {type(model).__name__}"
+            raise UsageError(f"{owner} hold more than up, down and gate: take a compressor that leaves their width")
+
+    def choices(self, knob: str, sites: list[Site]) -> list[float]:
+        return [i / 1000 for i in range(math.ceil(1000 * self.least(sites)), 1001)]
+
+    def mlps(self, sites: list[Site]) -> list[Mlp]:
+        up, down, gate = ([site.linear for site in sites if site.role == role] for role in ("up", "down", "gate"))
+        return [Mlp(*layers) for layers in zip(up, down, gate or [None] * len(up), strict=True)]
+
+    def weights(self, sites: list[Site]) -> tuple[int, int]:
+        """(of all targets, of the MLPs)."""
+        total = sum(site.linear.weight.numel() for site in sites)
+        return total, sum(mlp.neuron * mlp.up.out_features for mlp in self.mlps(sites))
+
+    def least(self, sites: list[Site]) -> float:
+        """The ratio that leaves one neuron in the narrowest MLP, and the same share in the others."""
+        total, mlp = self.weights(sites)
+        return (total - mlp + mlp / min(m.up.out_features for m in self.mlps(sites))) / total
+
+    def counts(self, sites: list[Site]) -> list[int]:
+        """Neurons left in each MLP."""
+        total, mlp = self.weights(sites)
+        share = (self.ratio * total - (total - mlp)) / mlp
+        return [max(1, int(m.up.out_features * share + 1e-9)) for m in self.mlps(sites)]
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        total, mlp = self.weights(sites)
+        left = sum(m.neuron * k for m, k in zip(self.mlps(sites), self.counts(sites), strict=True))
+        return total - mlp + left, 0
+
+    def prune(self, model: nn.Module, sites: list[Site]) -> None:
+        mlps, counts = self.mlps(sites), self.counts(sites)
+        for mlp, kept in zip(mlps, self.choose(mlps, counts), strict=True):
+            if len(kept) < mlp.up.out_features:
+                for linear in mlp.into:
+                    cut(linear, kept, 0)
+                cut(mlp.down, kept, 1)
+        if hasattr(model, "config") and len(set(counts)) == 1:
+            reconfigure(model, intermediate_size=counts[0])
+
+
+def cut(linear: nn.Linear, kept: Tensor, dim: int) -> None:
+    """Leaves these rows (dim 0) or columns (dim 1) of a linear layer."""
+    kept = kept.to(linear.weight.device)
+    linear.weight = nn.Parameter(linear.weight.detach().index_select(dim, kept), requires_grad=False)
+    if dim == 1:
+        linear.in_features = len(kept)
+        return
+    linear.out_features = len(kept)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach()[kept], requires_grad=False)
+
+
+def rows(mlp: Mlp) -> Tensor:
+    """What a neuron reads, a row each, in float64: (h, d), or of a gated MLP [gate, up] (h, 2 d)."""
+    return torch.cat([linear.weight.detach().double() for linear in mlp.into], 1)

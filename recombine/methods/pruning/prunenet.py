@@ -1,0 +1,60 @@
+"""PruneNet: a policy learns from the weights alone which neurons of the MLPs to keep (arXiv 2501.15296).
+
+One policy for all MLPs of a shape scores the rows of the state W (h, d): a = sigmoid((W P^T + b) s), with
+P (h, d), b (h,) and s (h,). k rows are drawn without replacement, with probabilities in proportion to a. The reward is
+1 / KS, the Kolmogorov-Smirnov distance between the singular values of W and of the drawn rows. The drawn neurons stay:
+rows of up and gate, columns of down. Stores k (2 d) per MLP, or k (3 d) with a gate; all of it trains in distillation.
+
+The state is the gate where there is one, else up; twenty episodes, AdamW at 1e-3 and a discount of 0.99 per layer, as
+in the authors' code. Paper: adds relaxed Bernoulli noise to a, takes sum(log a) of the drawn rows as their
+log-probability and the bare reward, and at last draws once more (`estimator=paper`). Here: the log-probability of a
+draw without replacement (Plackett-Luce), the reward less its mean so far, and at last the best of all slices met, among
+them the k highest scores: no worse than the random slices it began with. 1 / KS is at most the number of singular
+values, where the paper's code says 99999, and gradients are clipped to 1, which that code does too late to matter.
+Both: no KL term, which is optional there, and a result that depends on the seed alone.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recombine.core.method import Site, need
+from recombine.methods.pruning.mlp import Mlp, MlpPruning
+from recombine.methods.pruning.prunenet_policy import search
+
+
+@dataclass(kw_only=True)
+class PruneNet(MlpPruning):
+    """Args:
+    ratio: share of the target layers' weights that is kept, the same of every MLP.
+    episodes: how often every layer is sliced while the policy learns.
+    policy_lr: learning rate of the policy.
+    seed: of the policy's weights and its draws.
+    estimator: of the policy's gradient, exact or paper.
+    """
+
+    episodes: int = 20
+    policy_lr: float = 1e-3
+    seed: int = 0
+    estimator: str = "exact"
+
+    def check(self, sites: list[Site]) -> None:
+        super().check(sites)
+        need(self.episodes >= 1, self, "episodes", "the policy learns for at least one episode")
+        need(self.estimator in ("exact", "paper"), self, "estimator", "must be exact or paper")
+        need(self.policy_lr > 0, self, "policy_lr", "must be more than 0")
+
+    def choose(self, mlps: list[Mlp], counts: list[int]) -> list[Tensor]:
+        alike = defaultdict(list)  # shape of the state -> places
+        for i, mlp in enumerate(mlps):
+            alike[mlp.up.weight.shape].append(i)
+        kept: list[Tensor] = [torch.empty(0)] * len(mlps)
+        for places in alike.values():
+            states = [mlps[i].into[0].weight.detach() for i in places]
+            how = self.episodes, self.policy_lr, self.seed, self.estimator
+            slices = search(states, counts[places[0]], *how)
+            for i, slice_ in zip(places, slices, strict=True):
+                kept[i] = slice_
+        return kept

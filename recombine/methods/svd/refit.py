@@ -1,0 +1,44 @@
+"""A second fit of low-rank layers, to the inputs that compressed layers give them: SVD-LLM's and Basis Sharing's.
+
+Block after block: M = E[x x^T] of its layers' inputs, as the compressed blocks before it make them and its own layers,
+still dense, pass them on. Of W' = left right, right stays and left is fitted to what the dense layer would give,
+
+    left' = argmin E|W x - left' right x|^2 = left + (W - left right) M right^T (right M right^T)^+,
+
+where directions that M does not reach keep what they were. One pass over the calibration batches for every block.
+"""
+
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from recombine.core.calibration import Losses, collect
+from recombine.core.method import Site
+from recombine.layers import FactoredLinear
+from recombine.models import roles
+
+
+@torch.no_grad()
+def refit(model: nn.Module, sites: list[Site], layers: dict[str, FactoredLinear], losses: Losses) -> None:
+    """Puts the layers, by site name, in the sites' places, with their left factors fitted again."""
+    blocks = [f"{name}." for name in roles.block_names(model)]
+
+    def block(site: Site) -> str | None:
+        return next((name for name in blocks if site.name.startswith(name)), None)
+
+    for _, group in groupby(sites, key=block):
+        group = list(group)
+        stats = collect(model, group, losses, {"inputs"})
+        for site in group:
+            layer = layers[site.name]
+            layer.left.copy_(least_squares(site.linear.weight, layer.left, layer.right, stats[site.name].inputs.xx))
+            model.set_submodule(site.name, layer)
+
+
+def least_squares(weight: Tensor, left: Tensor, right: Tensor, moment: Tensor) -> Tensor:
+    """left' (m, k) for weight (m, n), left (m, k), right (k, n) and M (n, n), in float64."""
+    weight, left, right = (t.detach().double() for t in (weight, left, right))
+    seen = right @ moment  # (k, n)
+    inverse = torch.linalg.pinv(seen @ right.T, rtol=1e-12, hermitian=True)
+    return left + (weight - left @ right) @ seen.T @ inverse

@@ -1,0 +1,103 @@
+"""One basis for several layers: Basis Sharing (arXiv 2410.03765) and data-free joint rank-k (arXiv 2402.16319).
+
+The weights W_i (m_i, n) of a group stand in one stack W (sum m_i, n), of which the best rank k is kept:
+W_i ~ left_i right, in the papers' convention (in, out) S [W_1^T ... W_g^T] = U Sigma V^T. Stored per group:
+right (k, n), one parameter of all its layers, and left_i (m_i, k) of each; k (n + sum m_i) <= ratio n sum m_i.
+Trains: nothing.
+
+Basis Sharing groups consecutive layers of one role and weighs inputs with S S^T = E[x x^T] summed over the group.
+Paper: at high ratios the coefficients left_i are fitted again to the inputs that the compressed layers give (`refit`).
+Here: to the original model's inputs.
+DFJR groups q with k, and gate with up, of one block, and looks at no data.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recombine.core.calibration import Losses
+from recombine.core.method import Site, consecutive, need, need_losses
+from recombine.layers import FactoredLinear
+from recombine.linalg import project, weighted_svd
+from recombine.methods.svd.refit import refit
+from recombine.methods.svd.truncated import Truncated
+from recombine.runtime import progress
+
+
+@dataclass(kw_only=True)
+class SharedSvd(Truncated):
+    """What both have in common; the layers of a group read inputs of one width."""
+
+    def moment(self, group: list[Site]) -> Tensor | None:
+        """E[x x^T] (n, n) of the group's inputs, times any number; None: the identity."""
+        return None
+
+    def factored(self, sites: list[Site]) -> dict[str, FactoredLinear]:
+        """The layers, by site name."""
+        layers = {}
+        for group in progress.of(self.groups(sites), "factors", "groups"):
+            weights = [site.linear.weight for site in group]
+            stack = torch.cat([weight.detach().double() for weight in weights])  # (sum m_i, n)
+            u = weighted_svd(stack, self.moment(group))[0][:, : self.group_rank(group)]
+            left, right = project(u, stack)
+            basis = nn.Parameter(right.to(weights[0]), requires_grad=False)  # one parameter: it counts once
+            for site, part in zip(group, left.split([len(weight) for weight in weights]), strict=True):
+                layers[site.name] = FactoredLinear(part.to(weights[0]), basis, bias=site.linear.bias)
+        return layers
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        for name, layer in self.factored(sites).items():
+            model.set_submodule(name, layer)
+
+
+@dataclass(kw_only=True)
+class BasisSharing(SharedSvd):
+    """Args:
+    group_size: how many consecutive layers of a role share a basis.
+    shared: the roles that do; the others are factored layer by layer.
+    whiten: weigh the inputs by their second moments; without it no data is looked at.
+    refit: fit the coefficients again, block after block, to the inputs that the compressed blocks give.
+    """
+
+    group_size: int = 2
+    shared: tuple[str, ...] = ("qkv", "q", "k", "v", "up", "gate")
+    whiten: bool = True
+    refit: bool = False
+
+    def check(self, sites: list[Site]) -> None:
+        need(self.group_size >= 1, self, "group_size", "a group has at least one layer")
+        super().check(sites)
+
+    def wants(self) -> set[str]:
+        return {"inputs"} if self.whiten else set()
+
+    def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        if self.refit:
+            need_losses(self, losses)
+
+    def groups(self, sites: list[Site]) -> list[list[Site]]:
+        return consecutive(sites, lambda role: self.group_size if role in self.shared else 1)
+
+    def moment(self, group: list[Site]) -> Tensor | None:
+        return sum(self.stats[site.name].inputs.xx for site in group) if self.whiten else None
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        if not self.refit:
+            return super().rewrite(model, sites)
+        refit(model, sites, self.factored(sites), losses)
+
+
+@dataclass(kw_only=True)
+class Dfjr(SharedSvd):
+    """Data-free joint rank-k approximation."""
+
+    def groups(self, sites: list[Site]) -> list[list[Site]]:
+        """A block has one layer of every role, so the i-th q and the i-th k are of one block."""
+        joint, seen = defaultdict(list), defaultdict(int)
+        for site in sites:
+            partner = {"k": "q", "up": "gate"}.get(site.role, site.role)
+            joint[partner, seen[site.role]].append(site)
+            seen[site.role] += 1
+        return list(joint.values())

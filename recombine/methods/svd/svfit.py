@@ -1,0 +1,46 @@
+"""SVFit: the singular vectors stay, the largest singular values train (arXiv 2409.05926).
+
+W = U diag(s) V^T with all N = min(m, n) directions: U (m, N), V (N, n) and s (N,) are stored. Trains: the `rank`
+largest entries of s, N at most.
+
+Paper: the rest of W is kept as a residual matrix. Here: as the other singular values, which is the same W and what
+CERSA's Table 14 counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from recombine.core.method import Site, need
+from recombine.layers import FactoredLinear
+from recombine.methods.svd.truncated import Spectral, directions
+
+
+@dataclass(kw_only=True)
+class Svfit(Spectral):
+    """Args:
+    rank: how many of the largest singular values train.
+    """
+
+    targets: tuple[str, ...] = ("q", "v")
+    rank: int = 768
+
+    compresses: ClassVar[bool] = False
+    knobs: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
+
+    def check(self, sites: list[Site]) -> None:
+        need(self.rank >= 1, self, "rank", "must be 1 or more; all singular values train where it exceeds their number")
+
+    def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
+        return range(1, 1 + max(directions(site) for site in sites))
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        stored = sum(directions(site) * (1 + sum(site.linear.weight.shape)) for site in sites)
+        return stored, sum(min(self.rank, directions(site)) for site in sites)
+
+    def recombine(self, site: Site) -> FactoredLinear:
+        (u, s, vh), weight = self.factors(site), site.linear.weight
+        core, tail = s[: self.rank].to(weight), s[self.rank :].to(weight)
+        layer = FactoredLinear(u.to(weight), vh.to(weight), core, tail if len(tail) else None, site.linear.bias)
+        layer.core.requires_grad_(True)
+        return layer

@@ -1,0 +1,99 @@
+"""SVFT: the singular vectors stay, a sparse matrix between them trains (arXiv 2405.19597).
+
+U (diag(s) + sigmoid(g) M) V^T with W = U diag(s) V^T, all N = min(m, n) directions: U (m, N), V (N, n) and s (N,) are
+stored, and beside them the scalar g and the entries of M (N, N) on a fixed sparsity pattern, which alone train: in a
+band of d diagonals on each side N (2 d + 1) - d (d + 1).
+
+Paper: top-k takes the largest u_i . v_j (`pattern=top_k_signed`). Here: the largest in magnitude, as a singular pair
+has no sign of its own. The paper's code draws M (Kaiming normal over its e entries, of variance 2 / e;
+`start=kaiming`). Here: M = 0, so the model starts as it was.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from recombine.core.method import Site, need
+from recombine.errors import UsageError
+from recombine.layers import FactoredLinear
+from recombine.methods.svd.truncated import Spectral, directions
+
+
+@dataclass(kw_only=True)
+class Svft(Spectral):
+    """Args:
+    pattern: where M may differ from 0: plain (the diagonal), banded, or random, top_k or top_k_signed with as many
+        entries as banded.
+    band: diagonals on each side of the main one; plain does not read it.
+    start: of M: zero, or kaiming, where the model does not start as it was.
+    """
+
+    targets: tuple[str, ...] = ("q", "v")
+    pattern: str = "banded"
+    band: int = 3
+    start: str = "zero"
+
+    compresses: ClassVar[bool] = False
+    knobs: ClassVar[dict[str, str]] = {"trainable": "band", "memory": "band"}
+
+    def check(self, sites: list[Site]) -> None:
+        need(self.pattern in PATTERNS, self, "pattern", f"must be one of {', '.join(PATTERNS)}")
+        most = min(directions(site) for site in sites) - 1
+        need(0 <= self.band <= most, self, "band", f"must be from 0 to {most}: the narrowest target layer has no more")
+        need(self.start in ("zero", "kaiming"), self, "start", "must be zero or kaiming")
+        if self.pattern.startswith("top_k"):
+            for site in sites:
+                m, n = site.linear.weight.shape
+                why = f"compares left with right singular vectors, but {site.name} is {m} x {n}; take banded or random"
+                need(m == n, self, "pattern", why)
+
+    def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
+        if self.pattern == "plain":
+            raise UsageError("method.pattern='plain' has no band that a budget could set; take banded or budget=none")
+        return range(min(directions(site) for site in sites))
+
+    def entries(self, site: Site) -> int:
+        """How many entries of M train."""
+        k, d = directions(site), 0 if self.pattern == "plain" else self.band
+        return k * (2 * d + 1) - d * (d + 1)
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        trained = sum(1 + self.entries(site) for site in sites)
+        return sum(directions(site) * (1 + sum(site.linear.weight.shape)) for site in sites) + trained, trained
+
+    def recombine(self, site: Site) -> FactoredLinear:
+        (u, s, vh), weight = self.factors(site), site.linear.weight
+        index = PATTERNS[self.pattern](u, vh).flatten().topk(self.entries(site)).indices.sort().values
+        entries = weight.new_zeros(len(index))
+        if self.start == "kaiming":
+            nn.init.kaiming_normal_(entries[None])
+        layer = FactoredLinear(
+            u.to(weight),
+            vh.to(weight),
+            tail=s.to(weight),
+            bias=site.linear.bias,
+            entries=entries,
+            index=torch.stack([index // len(s), index % len(s)]),
+            gate=weight.new_zeros(()),
+        )
+        layer.entries.requires_grad_(True)
+        layer.gate.requires_grad_(True)
+        return layer
+
+
+def diagonals(u: Tensor, vh: Tensor) -> Tensor:
+    """(N, N): the nearer to the main diagonal the larger, so that the largest make a band."""
+    i = torch.arange(len(vh), device=vh.device)
+    return -(i[:, None] - i).abs()
+
+
+PATTERNS = {  # (U, V^T) -> a score for each entry of M (N, N), of which the largest train
+    "plain": diagonals,
+    "banded": diagonals,
+    "random": lambda u, vh: torch.rand(len(vh), len(vh), device=vh.device),
+    "top_k": lambda u, vh: (u.T @ vh.T).abs(),
+    "top_k_signed": lambda u, vh: u.T @ vh.T,
+}

@@ -1,0 +1,127 @@
+"""Truncated SVD, the plainest compressor: W ~ U_k S_k V_k^T (Eckart & Young 1936).
+
+Stored: left = U_k S_k^1/2 (m, k), right = S_k^1/2 V_k^T (k, n). Trains: nothing, or with `train_core` the
+k singular values ("SVD Eigenvalues" of CRISP, Tab. 2), then left = U_k, tail = s, right = V_k^T.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from recombine.core.method import Method, Site, need
+from recombine.layers import FactoredLinear
+from recombine.linalg import energy_rank, svd
+from recombine.runtime import progress
+
+
+@dataclass(kw_only=True)
+class Spectral(Method):
+    """What the methods that factor each weight alone have in common: one SVD a layer, computed once."""
+
+    compresses: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._factors: dict[str, tuple[Tensor, ...]] = {}  # by site, for one model, until the layer is rewritten
+
+    def factors(self, site: Site) -> tuple[Tensor, ...]:
+        """What `decompose` gives, in float64."""
+        if site.name not in self._factors:
+            self._factors[site.name] = self.decompose(site)
+        return self._factors[site.name]
+
+    def decompose(self, site: Site) -> tuple[Tensor, ...]:
+        """U (m, N), s (N,), Vh (N, n)."""
+        return svd(site.linear.weight)
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        for site in progress.of(sites, "rewriting", "layers"):
+            model.set_submodule(site.name, self.recombine(site))
+            self._factors.pop(site.name, None)
+
+
+@dataclass(kw_only=True)
+class Truncated(Spectral):
+    """The same share of every matrix, which may be the weights of a group of layers in one stack.
+
+    Args:
+        ratio: weights kept per matrix (m, n), k = ratio m n / (m + n).
+        rank: the same k for all matrices instead of `ratio`.
+    """
+
+    ratio: float = 0.5
+    rank: int | None = None
+
+    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
+    rivals: ClassVar[tuple[str, ...]] = ("rank",)
+
+    def check(self, sites: list[Site]) -> None:
+        need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
+        if self.rank is not None:
+            most = min(min(shape(group)) for group in self.groups(sites))
+            need(1 <= self.rank <= most, self, "rank", f"must be from 1 to {most}, the narrowest target layer")
+
+    def choices(self, knob: str, sites: list[Site]) -> list[float]:
+        return [i / 1000 for i in range(1, 1001)]
+
+    def groups(self, sites: list[Site]) -> list[list[Site]]:
+        """The layers that are factored together."""
+        return [[site] for site in sites]
+
+    def group_rank(self, group: list[Site]) -> int:
+        m, n = shape(group)
+        return max(1, int(self.ratio * m * n / (m + n))) if self.rank is None else self.rank
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        return sum(self.group_rank(group) * sum(shape(group)) for group in self.groups(sites)), 0
+
+
+def shape(group: list[Site]) -> tuple[int, int]:
+    """(m, n) of the group's weights, one upon the other."""
+    return sum(site.linear.weight.shape[0] for site in group), group[0].linear.weight.shape[1]
+
+
+def directions(site: Site) -> int:
+    """N = min(m, n), the number of singular values."""
+    return min(site.linear.weight.shape)
+
+
+@dataclass(kw_only=True)
+class Svd(Truncated):
+    """Args:
+    ratio: weights kept per layer, k = ratio m n / (m + n).
+    rank: the same k for all layers instead of `ratio`.
+    energy: the smallest k that keeps this share of the squared singular values, instead of `ratio`.
+    train_core: train the k singular values.
+    """
+
+    energy: float | None = None
+    train_core: bool = False
+
+    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "energy": "energy", "memory": "ratio"}
+    rivals: ClassVar[tuple[str, ...]] = ("rank", "energy")
+
+    def check(self, sites: list[Site]) -> None:
+        super().check(sites)
+        if self.energy is not None:
+            need(0 < self.energy <= 1, self, "energy", "is a share of the energy, so it must lie in (0, 1]")
+
+    def group_rank(self, group: list[Site]) -> int:
+        if self.rank is None and self.energy is not None:
+            return energy_rank(self.factors(group[0])[1], self.energy)
+        return super().group_rank(group)
+
+    def sizes(self, sites: list[Site]) -> tuple[int, int]:
+        core = self.train_core * sum(self.group_rank([site]) for site in sites)
+        return super().sizes(sites)[0] + core, core
+
+    def recombine(self, site: Site) -> FactoredLinear:
+        u, s, vh = self.factors(site)
+        k, weight, bias = self.group_rank([site]), site.linear.weight, site.linear.bias
+        if self.train_core:
+            layer = FactoredLinear(u[:, :k].to(weight), vh[:k].to(weight), tail=s[:k].to(weight), bias=bias)
+            layer.tail.requires_grad_(True)
+            return layer
+        root = s[:k].sqrt()
+        return FactoredLinear((u[:, :k] * root).to(weight), (root[:, None] * vh[:k]).to(weight), bias=bias)

@@ -1,0 +1,107 @@
+"""SVD that weighs the inputs of a layer: FWSVD (arXiv 2207.00112), ASVD (2312.05821), SVD-LLM (2403.07378).
+
+With D = W - W' and W' of rank k, each minimises tr(D M D^T) for its own M (n, n):
+
+    FWSVD     M = diag(sum_i F_ij), F = E[(dL/dW)^2]     SVD(I^1/2 W) in the paper's convention, W (in, out)
+    ASVD      M = diag(E|x_j|^(2 alpha))                 SVD(W S) S^-1, S = diag(E|x_j|^alpha)
+    SVD-LLM   M = E[x x^T]                               SVD(W S) S^-1, S S^T = M: the least output error
+
+Stored: left (m, k), right (k, n) with left right = U_k U_k^T W, U the left singular vectors of W M^1/2. That is the
+papers' W' without their S^-1, so inputs that never vary, or all of them, may be zero. Trains: nothing.
+
+FWSVD's rows are inputs: the paper writes y = x W with W (in, out) and gives every row of W, the weights that multiply
+one input, the sum of their Fisher information; of an nn.Linear's weight (out, in) those are the columns. Paper: F is
+the mean over samples (`calibration.batch_size=1`). Here: over calibration batches.
+ASVD. Paper: ranks by a search over sensitivities. Here: the same ratio for every layer, as where others compare it.
+SVD-LLM. Paper: at high ratios its first version fits left again to the inputs that compressed layers give (`refit`).
+Here: all layers are fitted to the original model's inputs. Its LoRA on U, then on V, is the pair
+method@compressor=svd_llm method=lora, with LoRA on the whole layer.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from recombine.core.method import Site, need
+from recombine.layers import FactoredLinear
+from recombine.linalg import project, weighted_svd
+from recombine.methods.svd.refit import refit
+from recombine.methods.svd.truncated import Truncated
+from recombine.runtime import progress
+
+
+@dataclass(kw_only=True)
+class WeightedSvd(Truncated):
+    """What the three have in common.
+
+    Args:
+        refit: fit the left factors again, block after block, to the inputs that the compressed blocks give.
+    """
+
+    refit: bool = False
+
+    def moment(self, site: Site) -> Tensor:
+        """M (n, n), or its diagonal (n,)."""
+        raise NotImplementedError(type(self).__name__)
+
+    def decompose(self, site: Site) -> tuple[Tensor, Tensor]:
+        """U (m, N), s (N,)."""
+        return weighted_svd(site.linear.weight, self.moment(site))
+
+    def recombine(self, site: Site) -> FactoredLinear:
+        return truncated(site, self.factors(site)[0][:, : self.group_rank([site])])
+
+    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
+        if not self.refit:
+            return super().rewrite(model, sites)
+        layers = {site.name: self.recombine(site) for site in progress.of(sites, "factors", "layers")}
+        self._factors.clear()
+        refit(model, sites, layers, losses)
+
+
+def truncated(site: Site, u: Tensor) -> FactoredLinear:
+    """The layer with the weight u u^T W, u (m, k)."""
+    weight = site.linear.weight
+    left, right = project(u, weight)
+    return FactoredLinear(left.to(weight), right.to(weight), bias=site.linear.bias)
+
+
+@dataclass(kw_only=True)
+class Fwsvd(WeightedSvd):
+    """Fisher-weighted SVD."""
+
+    def wants(self) -> set[str]:
+        return {"fisher"}
+
+    def moment(self, site: Site) -> Tensor:
+        return self.stats[site.name].fisher.sum(0)
+
+
+@dataclass(kw_only=True)
+class Asvd(WeightedSvd):
+    """Args:
+    alpha: power of the mean magnitude of an input; 0 is the plain SVD.
+    """
+
+    alpha: float = 0.5
+
+    def check(self, sites: list[Site]) -> None:
+        super().check(sites)
+        need(self.alpha >= 0, self, "alpha", "is the power of a magnitude, so it must be 0 or more")
+
+    def wants(self) -> set[str]:
+        return {"magnitudes"}
+
+    def moment(self, site: Site) -> Tensor:
+        return self.stats[site.name].inputs.absolute.pow(2 * self.alpha)
+
+
+@dataclass(kw_only=True)
+class SvdLlm(WeightedSvd):
+    """Truncation-aware whitening."""
+
+    def wants(self) -> set[str]:
+        return {"inputs"}
+
+    def moment(self, site: Site) -> Tensor:
+        return self.stats[site.name].inputs.xx

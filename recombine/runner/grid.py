@@ -1,0 +1,179 @@
+"""An experiment's grid: from the YAML's axes to the command line of every cell.
+
+    grid:
+      method:                                # an axis of labelled cells: label -> overrides
+        LoRA: {method: lora, method.rank: 16}
+        CERSA: {method: cersa}
+      data.task: [cifar100, dtd]             # an axis that is a list: the axis is the key, the labels are the values
+      seed: [0, 1, 2]
+
+The grid is the product of its axes; the last axis is the slowest, so that a broken sweep has whole tables of the first
+seeds. Nothing here imports torch: the report reads thousands of cells.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from recombine.errors import UsageError
+from recombine.runtime.naming import aside, run_folder, sweep_folder
+
+CONF = Path(__file__).parents[2] / "conf"
+PLAIN = re.compile(r"[A-Za-z_][\w./-]*|-?\d+(\.\d+)?(e-?\d+)?")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid. labels: axis -> label, as tables show it; overrides: as on the command line."""
+
+    labels: dict[str, str]
+    overrides: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        return run_folder(self.overrides)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A composed conf/experiment/<name>.yaml: its grid's cells and what its report shows."""
+
+    name: str
+    config: DictConfig
+    overrides: tuple[str, ...] = ()  # further ones, which every cell gets
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        return OmegaConf.to_container(self.config.grid, resolve=True) if self.config.grid else {}
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return OmegaConf.to_container(self.config.report, resolve=True) if self.config.report else {}
+
+    @property
+    def folder(self) -> Path:
+        return Path(sweep_folder(self.name, ""))
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        return cells(self.grid, self.overrides, self.config.only)
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Composes an experiment without running it.
+
+    Raises:
+        UsageError: there is no such experiment.
+    """
+    if not (CONF / "experiment" / f"{name}.yaml").is_file():
+        known = sorted(str(p.relative_to(CONF / "experiment"))[:-5] for p in CONF.glob("experiment/**/*.yaml"))
+        raise UsageError(f"experiment={name}: there is none in conf/experiment; choose from {', '.join(known)}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        plain = [line for line in overrides if len(values(line)) == 1]
+        return Experiment(name, compose("config", [f"experiment={name}", *plain]), tuple(overrides))
+
+
+def jobs(config: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
+    """The command line of every run that a call of run.py asks for."""
+    experiment = [line for line in arguments if line.startswith("experiment=")]
+    if any(len(values(line)) > 1 for line in experiment):
+        raise UsageError(f"{experiment[0]}: a sweep takes one experiment; call run.py once for each")
+    shown = [line for line in arguments if line.startswith(("logger", "trainer.progress"))]  # no cell's, but each run's
+    grid = OmegaConf.to_container(config.grid, resolve=True) if config.grid else {}
+    return [[*experiment, *shown, *cell.overrides] for cell in cells(grid, arguments, config.only)]
+
+
+def cells(grid: Mapping[str, Any], overrides: Iterable[str] = (), only: Sequence[str] | None = None) -> list[Cell]:
+    """Every cell of a grid.
+
+    Args:
+        overrides: further ones for every cell, each a value or a sweep (``seed=0,1``). One that names the key of an
+            axis takes the place of that axis.
+        only: keeps the cells that carry one of these labels on every axis where any of them is a label.
+
+    Raises:
+        UsageError: an axis is empty or malformed, `only` names no label, or two cells have the same overrides.
+    """
+    given = {key_of(line): line for line in overrides if not aside(line.split("=")[0])}
+    axes: dict[str, dict[str, list[str]]] = {}
+    for axis, found in grid.items():
+        axes[axis] = points(axis, found)
+        if axis in given and isinstance(found, list):
+            axes[axis] = {line.split("=", 1)[1]: [line] for line in values(given.pop(axis))}
+    for key, line in given.items():
+        for axis, labels in axes.items():
+            if any(key_of(o) == key for lines in labels.values() for o in lines):
+                raise UsageError(f"{line}: the labels of grid.{axis} set {key}; choose some of them with only=[...]")
+        axes[key] = {one.partition("=")[2] or one: [one] for one in values(line)}  # ~key has no value
+    axes = choose(axes, only)
+    product = itertools.product(*[[(axis, name) for name in axes[axis]] for axis in reversed(axes)])
+    made = [
+        Cell(labels, tuple(line for axis, name in labels.items() for line in axes[axis][name]))
+        for labels in (dict(reversed(combination)) for combination in product)
+    ]
+    if len({cell.folder for cell in made}) < len(made):
+        twice = next(cell for i, cell in enumerate(made) if cell.folder in {c.folder for c in made[:i]})
+        raise UsageError(f"grid: two cells are {' '.join(twice.overrides)}; their overrides must differ")
+    return made
+
+
+def choose(axes: dict[str, dict], only: Sequence[str] | None) -> dict[str, dict]:
+    """The axes cut down to the labels in `only`, where an axis has any of them."""
+    if only is None:
+        return axes
+    wanted = [str(label) for label in ([only] if isinstance(only, str) else only)]
+    for one in wanted:
+        if not any(one in axis for axis in axes.values()):
+            known = ", ".join(label for axis in axes.values() for label in axis)
+            raise UsageError(f"only={one}: no axis of the grid has this label; they are {known}")
+    return {
+        name: {k: v for k, v in axis.items() if k in wanted} if set(axis) & set(wanted) else axis
+        for name, axis in axes.items()
+    }
+
+
+def points(axis: str, found: Any) -> dict[str, list[str]]:
+    """The labels of one axis with their overrides."""
+    if isinstance(found, list) and found:
+        return {quoted(value).strip("'"): [f"{axis}={quoted(value)}"] for value in found}
+    if isinstance(found, Mapping) and found and all(isinstance(v, Mapping) for v in found.values()):
+        return {str(name): [f"{key}={quoted(v)}" for key, v in keys.items()] for name, keys in found.items()}
+    raise UsageError(
+        f"grid.{axis}={found}: must be a list of values, or labels with overrides as in LoRA: {{method: lora}}"
+    )
+
+
+def quoted(value: Any) -> str:
+    """A value of a YAML file as Hydra's override grammar writes it."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, list):
+        return f"[{','.join(quoted(v) for v in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k}:{quoted(v)}" for k, v in value.items()) + "}"
+    text = str(value)
+    return text if PLAIN.fullmatch(text) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def key_of(line: str) -> str:
+    """What an override sets: seed of ++seed=5, data.limit of ~data.limit."""
+    return line.split("=")[0].lstrip("+~")
+
+
+def values(line: str) -> list[str]:
+    """Every override that one with a choice stands for: seed=0,1 -> seed=0, seed=1."""
+    parsed = OverridesParser.create().parse_override(line)
+    if not parsed.is_sweep_override():
+        return [line]
+    if not parsed.is_discrete_sweep():
+        raise UsageError(f"{line}: a grid takes lists of values, for example {parsed.get_key_element()}=1,2")
+    return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]

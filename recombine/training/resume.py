@@ -1,0 +1,183 @@
+"""What an interrupted run goes on from: the state folder, `<run>/.state/<hash of the configuration>`.
+
+- probe.safetensors, rewritten.safetensors, adapted.safetensors: what a phase left; its sha256 is in a .json beside it.
+- distilled-<step>-<sha256>.ckpt, best-<step>-<sha256>.ckpt: the two newest training states of a fit: the weights that
+  train, optimizer, schedule, position in the data and the best weights so far.
+
+Files appear whole, are checked before they are used, and are never unpickled: safetensors, JSON, and torch.load with
+weights_only. A damaged one is named, and the one before it is used. Everything random is drawn from (seed, phase) or
+(seed, step), so nothing else has to be kept. result.json ends a run; then its state goes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from omegaconf import DictConfig
+
+from recombine import results
+from recombine.runtime.atomic import replacing
+from recombine.training import distributed
+
+FOLDER = ".state"
+KEEP = 2  # training states of a fit
+SHARE = 20  # an epoch's end writes a state if that takes less than a 20th of the time since the last one
+EVERY = 10  # batches between two agreements of several ranks
+
+
+def folder(out: Path, cfg: DictConfig) -> Path:
+    """Where the run of that configuration keeps its state."""
+    same = {k: v for k, v in results.flat(results.settings(cfg)).items() if k not in results.ELSEWHERE}
+    return out / FOLDER / hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def clear(out: Path) -> None:
+    """At the end of a run: its state, and what a kill in the middle of a checkpoint left."""
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    for left in out.glob(".*.safetensors.*"):
+        left.unlink()
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(path: Path, **facts) -> None:
+    """Says that a phase's file is whole, and what else is known of the phase."""
+    with replacing(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps({"sha256": digest(path), **facts}))
+
+
+def sealed(path: Path) -> dict | None:
+    """The facts of a phase whose file is whole, or None."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_text())
+        if digest(path) == facts["sha256"]:
+            return facts
+    except FileNotFoundError:
+        return None
+    except (KeyError, OSError, TypeError, ValueError):
+        pass
+    damaged(path, "that phase runs again")
+    return None
+
+
+def damaged(path: Path, then: str) -> None:
+    print(f"{path}: damaged (not what its checksum says), {then}", file=sys.stderr, flush=True)
+
+
+class TrainingState(Checkpoint):
+    """Writes a fit's training state at the ends of epochs, every `minutes` within one, and when the process is told to
+    stop: by SIGTERM, or by the SIGUSR2 with which Slurm announces the end and submitit has the job queued again."""
+
+    def __init__(self, folder: Path, name: str, minutes: float):
+        self.folder, self.name, self.minutes = folder, name, minutes
+        self.told: int | None = None  # the signal
+        self.stopped = False  # early
+        self.handlers: dict[int, object] = {}
+        self.began = self.saved = time.monotonic()
+        self.before = self.cost = 0.0  # seconds in earlier processes; seconds that the last state took
+
+    def find(self) -> Path | None:
+        """The newest training state that is whole."""
+        for path in sorted(self.folder.glob(f"{self.name}-*.ckpt"), reverse=True):
+            if digest(path) == path.stem.split("-")[-1]:
+                return path
+            damaged(path, "the state before it is used")
+        return None
+
+    def state_dict(self) -> dict:
+        return {"seconds": self.before + time.monotonic() - self.began, "stopped": self.stopped}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.before, self.stopped = state["seconds"], state["stopped"]
+
+    def on_fit_start(self, trainer, lit) -> None:
+        trainer.should_stop = self.stopped
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+
+    def on_train_start(self, trainer, lit) -> None:
+        """Takes the place of Lightning's own handler, which is there by now and in which ranks wait for each other."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.handlers:
+                signal.signal(number, self.note)
+
+    def note(self, number: int, _) -> None:
+        self.told = number
+
+    def on_train_batch_end(self, trainer, lit, outputs, batch, index) -> None:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch or trainer.world_size > 1 and (index + 1) % EVERY:
+            return  # the end of the epoch comes after validation
+        self.act(trainer, time.monotonic() - self.saved > 60 * self.minutes)
+
+    def on_train_epoch_end(self, trainer, lit) -> None:
+        self.stopped = trainer.should_stop
+        last = self.stopped or trainer.current_epoch + 1 == trainer.max_epochs
+        self.act(trainer, last or time.monotonic() - self.saved > SHARE * self.cost)
+
+    def act(self, trainer, due: bool) -> None:
+        """Every rank does what one of them has to."""
+        told = distributed.highest(self.told or 0, trainer.strategy.root_device)
+        if told or distributed.highest(int(due), trainer.strategy.root_device):
+            self.save(trainer)
+        if told:
+            self.told = told
+            self.leave(trainer)
+
+    def save(self, trainer) -> None:
+        start = time.monotonic()
+        temporary = self.folder / f".{self.name}.partial"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(temporary)  # of several ranks, every one takes part
+        if trainer.is_global_zero:
+            os.replace(temporary, self.folder / f"{self.name}-{trainer.global_step:08}-{digest(temporary)}.ckpt")
+            for old in sorted(self.folder.glob(f"{self.name}-*.ckpt"), reverse=True)[KEEP:]:
+                old.unlink()
+        distributed.wait()
+        self.saved = time.monotonic()
+        self.cost = self.saved - start
+
+    def leave(self, trainer) -> None:
+        """Ends the process: 128 + signal. submitit's own handler has the job queued again."""
+        name = signal.Signals(self.told).name
+        if trainer.is_global_zero:
+            step = f"step {trainer.global_step} of {self.name}"
+            print(f"stopped by {name} at {step}: started again, it goes on from there", file=sys.stderr, flush=True)
+        then = self.handlers.get(self.told)
+        if self.told == signal.SIGUSR2 and callable(then):
+            if trainer.is_global_zero:
+                then(self.told, None)  # raises SystemExit
+            time.sleep(60)  # Slurm ends the other ranks
+        raise SystemExit(128 + self.told)
+
+    def on_fit_end(self, trainer, lit) -> None:
+        self.restore()
+        if self.told:  # while the last state was written
+            os.kill(os.getpid(), self.told)
+
+    def on_exception(self, trainer, lit, exception) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            while self.handlers:
+                signal.signal(*self.handlers.popitem())
+
+
+def where(path: Path) -> tuple[int, int]:
+    """(epoch, batch) that a training state goes on with."""
+    loops = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
+    epoch, batch = loops["fit_loop"]["epoch_progress"]["current"], loops["fit_loop"]["epoch_loop.batch_progress"]
+    if epoch["processed"] == epoch["started"]:  # at the end of an epoch
+        return epoch["processed"], 0
+    return epoch["processed"], batch["current"]["processed"]
