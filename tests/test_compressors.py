@@ -22,6 +22,7 @@ from recombine.core.method import calibrate, find_sites
 from recombine.linalg import project, weighted_svd
 from recombine.methods import Site
 from recombine.methods.allocation import greedy, lagrangian, nearest
+from recombine.methods.svd import dobi
 from recombine.methods.svd.balf import dims, most
 from recombine.methods.svd.refit import least_squares
 from recombine.methods.svd.soft_truncation import Truncation
