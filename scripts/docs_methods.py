@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
     if "--check" not in arguments:
         PAGE.write_text(new)
     elif new != text:
-        print(f"{PAGE.relative_to(ROOT)} is out of date: run python scripts/docs_methods.py", file=sys.stderr)
+        print(f"{PAGE.name} is out of date: run python scripts/docs_methods.py", file=sys.stderr)
         return 1
     return 0
 
