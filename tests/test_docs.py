@@ -1,10 +1,14 @@
-"""The pages for readers: links lead somewhere, the README is short, the table of methods is up to date."""
+"""The pages for readers: links, commands, the length of the README, the table of methods."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
 from scripts import docs_methods
 
 ROOT = Path(__file__).parents[1]
@@ -62,3 +66,24 @@ def test_a_page_out_of_date_is_reported(tmp_path, monkeypatch, capsys):
     assert "run python scripts/docs_methods.py" in capsys.readouterr().err
     assert docs_methods.main([]) == 0 and docs_methods.main(["--check"]) == 0
     assert page.read_text() == (ROOT / "docs/methods.md").read_text()
+
+
+def commands(page: Path) -> list[str]:
+    """The calls of run.py in the indented blocks of a page, each on one line."""
+    text = page.read_text().replace("\\\n", " ")
+    return re.findall(r"^    \S*python run\.py(.*)$", text, flags=re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_compose(page):
+    """Groups, choices and keys of every command exist; of a sweep the first value of each axis is composed."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for command in commands(page):
+            words = [word for word in shlex.split(command, comments=True) if "=" in word]
+            overrides = []
+            for override in OverridesParser.create().parse_overrides(words):
+                if not override.is_sweep_override():
+                    overrides.append(override.input_line)
+                elif override.is_discrete_sweep():  # of a tag(log, interval(...)) there is no first
+                    overrides.append(f"{override.key_or_group}={next(override.sweep_string_iterator())}")
+            compose("config", overrides, return_hydra_config=True)

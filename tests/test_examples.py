@@ -8,9 +8,9 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 STEPS = {
-    "compress_and_adapt": {"pretrain": 40, "adapt": 2},
-    "calibrate": {"pretrain": 40, "batches": 2},
-    "own_method": {"pretrain": 40, "adapt": 2},
+    "compress_and_adapt": {"pretrain": 120, "adapt": 2},
+    "calibrate": {"pretrain": 120, "batches": 2},
+    "own_method": {"pretrain": 120, "adapt": 2},
 }
 
 
