@@ -13,21 +13,22 @@ import torch
 from torch import nn
 
 import recombine
+from recombine import Method, Site, UsageError
 from recombine.layers import FactoredLinear
 
 
 @dataclass(kw_only=True)
-class RandomisedSvd(recombine.Method):
+class RandomisedSvd(Method):
     """W (m, n) ~ left (m, rank) right (rank, n). Trains left."""
 
     rank: int = 16
     oversampling: int = 8
 
-    def check(self, sites: list[recombine.Site]) -> None:
+    def check(self, sites: list[Site]) -> None:
         if not 1 <= self.rank <= min(min(site.module.weight.shape) for site in sites):
-            raise recombine.UsageError(f"method.rank={self.rank}: must lie between 1 and the narrowest side of a layer")
+            raise UsageError(f"method.rank={self.rank}: must lie between 1 and the narrowest side of a layer")
 
-    def recombine(self, site: recombine.Site) -> nn.Module:
+    def recombine(self, site: Site) -> nn.Module:
         weight = site.module.weight.detach()
         u, s, v = torch.svd_lowrank(weight, min(self.rank + self.oversampling, *weight.shape))
         left, right = u[:, : self.rank] * s[: self.rank], v[:, : self.rank].T
