@@ -23,7 +23,7 @@ from recombine import models
 from recombine.errors import UsageError
 from recombine.models import build, list_models, packaged, roles
 from recombine.models.fused_qkv import SplitQKV, fuse, layer_at, split
-from recombine.runtime import assets
+from recombine.runtime import archives, assets
 
 ROOT = Path(__file__).parents[1]
 TINY = ("tiny_vit", "tiny_swin")
@@ -82,7 +82,7 @@ def test_packaged_dinov2_computes_what_its_graph_computes(dinov2_file):
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    model = onnx.load_from_string(assets.read(assets.fetch("dinov2_s14"), packaged.DINOV2_MEMBER))
+    model = onnx.load_from_string(archives.read(assets.fetch("dinov2_s14"), packaged.DINOV2_MEMBER))
     graph = model.graph
     last = next(n for n in graph.node if "backbone.layernorm.bias" in n.input).output[0]
     producer = {name: node for node in graph.node for name in node.output}

@@ -97,16 +97,10 @@ def timm_model(
         path = Path(checkpoint)
     elif pretrained:
         path = packaged.WEIGHTS[name]() if tag == "packaged" else hub_file(name, source)
-
-    size = {} if image_size is None else {"img_size": image_size}
     kwargs = {key: tuple(x) if isinstance(x, list | ListConfig) else x for key, x in timm_kwargs.items()}
+    size = {} if image_size is None else {"img_size": image_size}
     drops = {"drop_path_rate": drop_path, "attn_drop_rate": attn_drop}
-    try:
-        model = timm.create_model(source, num_classes=num_classes, **drops, **size, **kwargs)
-    except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        given = " ".join(f"{key}={value}" for key, value in {**size, **drops, **kwargs}.items())
-        reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
-        raise UsageError(f"model {name}: {arch} cannot be built with {given} ({reason}): correct it") from error
+    model = _create(name, arch, source, num_classes, {**size, **drops, **kwargs})
     config = model.pretrained_cfg
     image_size = image_size or config["input_size"][-1]
     _check_patches(name, model, image_size)
@@ -127,6 +121,16 @@ def timm_model(
         **{key: list(x) if isinstance(x, tuple) else x for key, x in kwargs.items()},
     }
     return model
+
+
+def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapping) -> nn.Module:
+    """timm's model, without weights; what timm refuses becomes one line."""
+    try:
+        return timm.create_model(source, num_classes=num_classes, **arguments)
+    except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        given = " ".join(f"{key}={value}" for key, value in arguments.items())
+        reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
+        raise UsageError(f"model {name}: {arch} cannot be built with {given} ({reason}): correct it") from error
 
 
 def _resolve_tag(name: str, arch: str, tag: str | None) -> str | None:

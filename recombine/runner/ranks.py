@@ -98,17 +98,7 @@ def launch(cfg: DictConfig, out: Path, count: int) -> float:
     OmegaConf.save(cfg, folder / "config.yaml")
     if HydraConfig.initialized():
         OmegaConf.save(HydraConfig.instance().cfg, folder / "hydra.yaml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(count),
-        "NODE_RANK": "0",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count)),
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-    }
+    common = environment(count)
     told: list[int] = []
     ranks: list[subprocess.Popen] = []
 
@@ -122,13 +112,7 @@ def launch(cfg: DictConfig, out: Path, count: int) -> float:
         handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR2)}
     try:
         for r in range(count):
-            (report := folder / f"rank{r}.json").unlink(missing_ok=True)
-            with nullcontext() if r == 0 else (out / f"rank{r}.log").open("a") as log:
-                command = [sys.executable, "-m", "recombine.runner.ranks", str(out)]
-                env = common | {"LOCAL_RANK": str(r), distributed.REPORT: str(report)}
-                ranks.append(  # the pipe closes when this process dies, however it dies
-                    subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log)
-                )
+            ranks.append(start_rank(r, out, common))
         codes = end_together(ranks)
     finally:
         for process in ranks:
@@ -142,6 +126,30 @@ def launch(cfg: DictConfig, out: Path, count: int) -> float:
             handlers[told[0]](told[0], None)  # submitit's: queues the job again
         raise SystemExit(128 + told[0])
     return collect_results(folder, codes)
+
+
+def environment(count: int) -> dict[str, str]:
+    """The environment variables of all ranks: where they meet, and their share of the cores."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "NODE_RANK": "0",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count)),
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+    }
+
+
+def start_rank(r: int, out: Path, common: dict[str, str]) -> subprocess.Popen:
+    """Starts one rank, which ends when the pipe to it closes: when this process dies, however it dies."""
+    (report := out / ".ranks" / f"rank{r}.json").unlink(missing_ok=True)
+    with nullcontext() if r == 0 else (out / f"rank{r}.log").open("a") as log:
+        command = [sys.executable, "-m", "recombine.runner.ranks", str(out)]
+        env = common | {"LOCAL_RANK": str(r), distributed.REPORT: str(report)}
+        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
 
 def end_together(ranks: list[subprocess.Popen]) -> list[int | None]:

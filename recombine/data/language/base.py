@@ -38,7 +38,7 @@ from recombine.data.base import SPLITS, DataModule, announce, whole
 from recombine.data.language import choices
 from recombine.data.vision.source import shuffled
 from recombine.errors import UsageError
-from recombine.runtime import assets
+from recombine.runtime import archives, assets
 
 INDENT = " " * 16
 PORTION = 500  # documents tokenised at a time
@@ -392,7 +392,7 @@ class Gsm8k(Instructed):
 
 def gsm8k() -> list[dict[str, str]]:
     """Question and answer of the 1,319 test rows; the answer ends in ``#### 18``. Never for training or calibration."""
-    text = assets.read(assets.fetch("gsm8k"), GSM8K_MEMBER).decode()
+    text = archives.read(assets.fetch("gsm8k"), GSM8K_MEMBER).decode()
     return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 

@@ -23,7 +23,8 @@ import numpy as np
 
 from recombine.data.text.sentences import senses
 from recombine.data.vision.source import shuffled
-from recombine.runtime.assets import fetch, read
+from recombine.runtime.archives import read
+from recombine.runtime.assets import fetch
 
 TASKS = ("wiki_description", "wordnet_definition", "capital_of")
 PROMPTS = {  # question -> what stands before an option

@@ -27,7 +27,8 @@ import numpy as np
 from recombine.data.text.base import Row, TextData, TextSource
 from recombine.data.vision.source import shuffled
 from recombine.errors import UsageError
-from recombine.runtime.assets import ASSETS, cache_dir, fetch, read, read_many
+from recombine.runtime.archives import read, read_many
+from recombine.runtime.assets import ASSETS, cache_dir, fetch
 
 SIZES = {"train": 4000, "val": 1000, "test": 2000}  # rows; an epoch of minilm is a minute or two on two cores
 VADER = {  # source -> its files

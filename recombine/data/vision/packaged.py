@@ -29,7 +29,8 @@ import numpy as np
 
 from recombine.data.vision.source import SIZES, Lazy, Source, shuffled, stratified
 from recombine.errors import UsageError
-from recombine.runtime.assets import ASSETS, fetch, read, read_many
+from recombine.runtime.archives import read, read_many
+from recombine.runtime.assets import ASSETS, fetch
 
 SPLITS = Path(__file__).parents[1] / "splits"
 VENDORS = ("noto", "twemoji", "openmoji", "fluent")
