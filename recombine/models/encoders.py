@@ -96,7 +96,7 @@ def build(
         raise UsageError(f"model {name}: arch={arch} pooling={pooling} is not known: choose from {known}")
     cls = MODELS[arch, pooling]
     config = {key: list(value) if isinstance(value, ListConfig) else value for key, value in config.items()}
-    where = {"id": id, "revision": revision, "tag": tag, "pretrained": pretrained, "checkpoint": checkpoint}
+    where = dict(id=id, revision=revision, tag=tag, pretrained=pretrained, checkpoint=checkpoint)
     path = folder(name, WAYS, **where)
     refuse_unknown(cls, config)
     try:

@@ -2,7 +2,7 @@
 
 ``fetch("dinov2_s14")`` returns the path of the verified file, downloading it with the registry's ordinary client when
 the cache lacks it; `recombine.runtime.archives` reads its members. A machine without network works too: put the file
-where the error line says. ``python -m recombine.runtime.assets`` lists what there is; with a name behind it, it fetches.
+where the error line says. ``python -m recombine.runtime.assets`` lists what there is; with a name, it fetches that.
 """
 
 from __future__ import annotations
