@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 from recombine import data, methods, models, results
 from recombine.core.budget import Budget, count, layer_report
 from recombine.core.calibration import BACKWARD
-from recombine.data.vision.base import VisionData
 from recombine.errors import UsageError
 from recombine.evaluation import linear_probe
 from recombine.models import roles
@@ -59,7 +58,11 @@ def main(cfg: DictConfig, out: Path) -> float:
             return distributed.launch(cfg, out, count)
         distributed.join(trainer)
     with distributed.together(out):
-        return suite(cfg, out) if cfg.data.task == "all" else results.score(one(cfg, out))
+        if cfg.data.task == "all":
+            return suite(cfg, out)
+        if HydraConfig.initialized():
+            data.say_default_task(cfg.data.name, cfg.data.task, HydraConfig.get().overrides.task)
+        return results.score(one(cfg, out))
 
 
 def suite(cfg: DictConfig, out: Path) -> float:
@@ -110,9 +113,9 @@ def run(cfg: DictConfig, out: Path) -> dict:
     chosen, first = pair(cfg)
     budget = Budget(cfg.budget.kind, cfg.budget.value)
     module = data.build(**OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True), seed=cfg.seed)
-    native = {"num_classes": module.num_classes} if getattr(module, "native", False) else {}  # may keep its own head
+    native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
     model = models.build(**native | OmegaConf.to_container(cfg.model, resolve=True))
-    match(module, model.recombine_source)
+    module.attach_model(**models.for_data(model.recombine_source))
     if OmegaConf.select(cfg, "stage.checkpoint") is None and (cfg.stage.name == "evaluate" or cfg.stage.get("test")):
         needs_head(model, module)
     for part in (first, chosen):  # bad fields are refused before the data is made
@@ -146,21 +149,6 @@ def run(cfg: DictConfig, out: Path) -> dict:
     return result
 
 
-def match(module: L.LightningDataModule, source: dict) -> None:
-    """Gives the data what belongs to the model: the size and statistics of pictures, or the tokenizer."""
-    if not isinstance(module, VisionData):
-        module.tokenizer = models.tokenizer(source)
-        if (module.objective == "lm") != (source["arch"] == "llama"):
-            fix = "model=smollm2_135m" if module.objective == "lm" else "model=minilm"
-            raise UsageError(f"data={module.name} is no task for model {source['name']}: take {fix}, or other data")
-    elif "image_size" not in source:
-        other = "text" if source["arch"] == "llama" else "sentences"
-        raise UsageError(f"data={module.name} is pictures, model {source['name']} reads text: take data={other}")
-    else:
-        module.image_size = module.image_size or source["image_size"]
-        module.mean, module.std = module.mean or source["mean"], module.std or source["std"]
-
-
 def calibrates(cfg: DictConfig, module: L.LightningDataModule, source: dict) -> L.LightningDataModule | None:
     """The data that calibrates in the place of the run's own; None: there is no other."""
     chosen = cfg.calibration.data
@@ -170,12 +158,12 @@ def calibrates(cfg: DictConfig, module: L.LightningDataModule, source: dict) -> 
     file = models.CONF.parent / "data" / f"{name}.yaml"
     known = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
     other = data.build(**known | chosen, seed=cfg.seed)
-    if {getattr(part, "objective", None) for part in (module, other)} != {"lm"}:
+    if {module.objective, other.objective} != {"lm"}:
         raise UsageError(
             f"calibration.data={name}: a loss on it says nothing of data={module.name}; only language models calibrate "
             "on other text than their own, so set calibration.data.name=null"
         )
-    match(other, source)
+    other.attach_model(**models.for_data(source))
     return other
 
 
@@ -186,7 +174,7 @@ def elsewhere(cfg: DictConfig, module: L.LightningDataModule, source: dict) -> d
     for task, one in found.items():
         if not one.num_classes:
             raise UsageError(f"analyse.elsewhere={task}: data={module.name} has no classes to probe; set it to []")
-        match(one, source)
+        one.attach_model(**models.for_data(source))
     return found
 
 

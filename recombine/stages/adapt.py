@@ -66,7 +66,7 @@ def fit(
     callbacks.append(state := TrainingState(run.state, name, run.cfg.trainer.checkpoint_minutes))
     trainer = make_trainer(run, epochs, callbacks, optim.clip, run.logger and run.logger.fit(name))
     found = state.find()
-    run.data.start = where(found) if found else (0, 0)
+    run.data.resume_at(*(where(found) if found else (0, 0)))
     whole = copy.deepcopy(run.model) if isinstance(trainer.strategy, FSDPStrategy) else None  # it wraps in place
     with run.timed(f"train_{name}"):
         trainer.fit(lit, run.data, ckpt_path=found, weights_only=True)
@@ -86,13 +86,13 @@ def test(run: Run, lit: LitRecombine) -> dict[str, float]:
     with run.timed("test"):
         (scores,) = make_trainer(run, 1, [], None).test(lit, run.data, verbose=False)
     scores = lit.task.report({name.removeprefix("test/"): value for name, value in scores.items()})
-    if names := run.cfg.harness.tasks or getattr(run.data, "harness", ()):
+    if names := run.cfg.harness.tasks or run.data.harness:
         from recombine.evaluation import harness  # lm-eval takes seconds to load
 
         knobs = {
             "limit": run.cfg.harness.limit,
             "batch_size": run.data.batch_size,
-            "root": getattr(run.data, "root", None),
+            "root": run.data.root,
         }
         with run.timed("harness"):
             if distributed.rank() == 0:

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from recombine.core import checkpoint
 from recombine.core.budget import Budget
+from recombine.data.base import DataModule
 from recombine.data.batch_sampler import seed_of
 from recombine.evaluation.linear_probe import Probe
 from recombine.methods import Method
@@ -31,10 +30,10 @@ class Run:
     model: nn.Module
     method: Method
     budget: Budget
-    data: L.LightningDataModule
+    data: DataModule
     compressor: Method | None = None  # compresses first, then the method adapts
-    calibration: L.LightningDataModule | None = None  # what calibrates, if not the data itself
-    others: dict[str, L.LightningDataModule] = field(default_factory=dict)  # tasks that `analyse` probes
+    calibration: DataModule | None = None  # what calibrates, if not the data itself
+    others: dict[str, DataModule] = field(default_factory=dict)  # tasks that `analyse` probes
     probe: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, dict[str, list]] = field(default_factory=dict)  # of each training, by epoch
@@ -81,10 +80,7 @@ class Run:
 
     def sample(self):
         """The model's input for one sample: images (1, 3, H, W), or a dict of its keyword arguments."""
-        if hasattr(self.data, "sample"):  # texts differ in length: the module says which one is typical
-            batch = move_data_to_device(self.data.sample(), next(self.model.parameters()).device)
-        else:
-            batch = self.fetch(self.data.train, [0])
+        batch = objectives.on_device(self.data, self.data.sample(), next(self.model.parameters()).device)
         return (
             {k: v for k, v in batch.items() if k not in objectives.NOT_INPUTS} if isinstance(batch, dict) else batch[0]
         )

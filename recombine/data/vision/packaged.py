@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recombine.data.vision.source import SIZES, Lazy, Source, shuffled, stratified
+from recombine.data.sampling import shuffled, stratified
+from recombine.data.vision.source import SIZES, Lazy, Source
 from recombine.errors import UsageError
 from recombine.runtime.assets import ASSETS, fetch, read, read_many
 
@@ -109,14 +110,14 @@ def _icons(vendor: str, emoji: np.ndarray, names: np.ndarray) -> list[str | None
         icon = points.get(key, _slug(name))
         while icon not in icons["icons"] and icon in aliases:
             icon = aliases[icon]["parent"]
-        if (found := icons["icons"].get(icon)) is None:
+        if (drawing := icons["icons"].get(icon)) is None:
             return None
         left, top, width, height = (
-            found.get(k, icons.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+            drawing.get(k, icons.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
         )
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{found["body"]}</svg>'
+            f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{drawing["body"]}</svg>'
         )
 
     return [svg(key, name) for key, name in zip(emoji, names, strict=True)]
