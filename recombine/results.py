@@ -57,8 +57,8 @@ def running(folder: Path) -> bool:
         return False
 
 
-def finished(folder: Path, cfg: DictConfig) -> dict | None:
-    """The result that the folder of a run holds already, or None.
+def finished(folder: Path, config: dict) -> dict | None:
+    """The result that the folder of a run holds already, or None. config: the run's, as `settings` gives it.
 
     Raises:
         UsageError: it is a result of another configuration.
@@ -66,7 +66,7 @@ def finished(folder: Path, cfg: DictConfig) -> dict | None:
     if not (path := folder / "result.json").is_file():
         return None
     before = read(path)
-    if (what := difference(before["config"], json.loads(json.dumps(settings(cfg), default=str)))) is not None:
+    if (what := difference(before["config"], json.loads(json.dumps(config, default=str)))) is not None:
         raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")
     return before
 

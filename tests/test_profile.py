@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 import recombine
 from recombine import Cersa, Crisp, Full, Peft, Svfit, Svft, UsageError, models, results
 from recombine.core import budget, method
-from recombine.runner import pipeline
+from recombine.runner import ranks
 from recombine.stages.profile import turns
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ FEW = ["model=tiny_vit", "trainer=cpu", "trainer.progress=false", "data.limit=8"
 
 def run(out, *overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        pipeline.main(compose("config", [*FEW, *overrides]), out)
+        ranks.main(compose("config", [*FEW, *overrides]), out)
     return results.read(out / "result.json")
 
 
