@@ -135,7 +135,7 @@ def build_calibration_data(spec: RunSpec, module: DataModule, source: dict) -> D
             f"calibration.data={name}: a loss on it says nothing of data={module.name}; only language models calibrate "
             "on other text than their own, so set calibration.data.name=null"
         )
-    match(other, source)
+    other.attach_model(**models.for_data(source))
     return other
 
 

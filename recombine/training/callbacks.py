@@ -105,7 +105,7 @@ class KeepBest(Callback):
             if self.inherited and trainer.is_global_zero:
                 checkpoint.save(lit.model, self.path)
 
-    def from_spec(self, model: nn.Module) -> None:
+    def restore(self, model: nn.Module) -> None:
         """The kept weights into the model, or into one like it."""
         here = dict(model.named_parameters())
         with torch.no_grad():
