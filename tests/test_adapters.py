@@ -350,9 +350,7 @@ def test_memory_equals_cersa_table_14(method, printed, formula):
     """ViT-L, q and v, 100 classes: U, s, V beside the rest. No SVD is needed to count."""
     with torch.device("meta"):
         model = models.build("vit_l16", arch="vit_large_patch16_224", pretrained=False, num_classes=100)
-    found = roles.find(model, method.targets)
-    sites = [Site(name, role, model.get_submodule(name)) for name, role in found.items()]
-    method.check(sites)
+    sites = find_sites(model, method)
     stored, trained = method.sizes(sites)
     rest = sum(p.numel() for p in model.parameters()) - 48 * 1024**2
     memory = (4 * (rest + stored) + 12 * (trained + 102_500)) / 2**20

@@ -13,6 +13,7 @@ from torch import nn
 import recombine
 from recombine import Cersa, Crisp, Full, Peft, Svd, Svfit, Svft, models
 from recombine.core.method import Site
+from recombine.core.rewrite import find_sites
 from recombine.layers import FactoredLinear, SharedBasisLinear
 from recombine.linalg import SILU_MIN, energy_rank, silu_inverse
 from recombine.methods.crisp.closed_form import stack, truncate, ungate
@@ -150,8 +151,7 @@ def test_cersa_at_full_rank_takes_the_memory_its_formula_gives(vit_l):
     """q, k, v with all 1024 directions: 2597.7 MiB without a head (the paper prints 2519.6, a mean rank of 996)."""
     model, method = copy.deepcopy(vit_l), Cersa(alpha=1.0)
     model.reset_classifier(0)
-    found = recombine.models.roles.find(model, method.targets)
-    sites = [Site(name, role, model.get_submodule(name)) for name, role in found.items()]
+    sites = find_sites(model, method)
     method._factors = {site.name: (None, torch.ones(1024), None) for site in sites}  # the ranks need no SVD
     stored, trained = method.sizes(sites)
     rest = sum(p.numel() for p in model.parameters()) - 72 * 1024**2

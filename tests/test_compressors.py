@@ -120,6 +120,7 @@ def explicit(arch: str):
     """A float64 model; {layer: (W, X (tokens, n), [dL/dW per batch])} by plain autograd, padding left out."""
     model = build(arch).double()
     probe = copy.deepcopy(model)
+    roles.split_fused(probe, ALL)
     found = roles.find(probe, ALL)
     seen = {name: [] for name in found}
 
@@ -194,7 +195,7 @@ def test_refit_is_least_squares_on_what_the_compressed_blocks_give(arch, method)
     blocks = roles.block_names(dense)
     for i, block in enumerate(blocks):
         run = copy.deepcopy(dense)
-        roles.find(run, ALL)
+        roles.split_fused(run, ALL)
         for before in blocks[:i]:
             run.set_submodule(before, copy.deepcopy(model.get_submodule(before)))
         for name in (name for name in model.recombined.targets if name.startswith(f"{block}.")):
@@ -395,6 +396,7 @@ def learnt(method, model):
     """(a copy of the method that has seen the data, the sites)."""
     method = replace(method)
     run = copy.deepcopy(model)
+    roles.split_fused(run, method.targets)
     sites = find_sites(run, method)
     calibrate(run, method, sites, losses(run), method.statistics_needed())
     method.after_budget(run, sites, losses(run))
@@ -492,6 +494,7 @@ def test_dobi_truncates_softly_as_it_will_for_good():
     """With a sharp gate between ranks k and k + 1 the hooks give what the rewritten model gives."""
     model = build("tiny_vit").double()
     method = DobiSvd(targets=ALL, beta=1e4)
+    roles.split_fused(model, method.targets)
     sites = find_sites(model, method)
     calibrate(model, method, sites, double_losses(model), method.statistics_needed())
     method._ranks = [3 + i % 5 for i in range(len(sites))]
@@ -511,6 +514,7 @@ def test_dobi_gradient_of_the_ranks(basis):
     """Against central differences, through the whole model; also through the SVD of each batch."""
     model = build("tiny_vit").double()
     method = DobiSvd(beta=0.5, basis=basis)
+    roles.split_fused(model, method.targets)
     sites = find_sites(model, method)
     calibrate(model, method, sites, double_losses(model), method.statistics_needed())
     share = torch.full((len(sites),), 0.5, dtype=torch.float64, requires_grad=True)
@@ -536,6 +540,7 @@ def test_learning_ranks_leaves_the_model_as_it_was():
     model = build("tiny_vit").train()
     before = copy.deepcopy(model.state_dict())
     method = DobiSvd(targets=ALL, steps=2)
+    roles.split_fused(model, method.targets)
     sites = find_sites(model, method)
     calibrate(model, method, sites, losses(model), method.statistics_needed())
     method.after_budget(model, sites, losses(model))

@@ -40,6 +40,7 @@ from recombine.core.budget import Budget
 from recombine.core.rewrite import calibrate, find_sites
 from recombine.linalg import energy_rank
 from recombine.models import roles
+from recombine.models.fused_qkv import layer_at
 
 ALL = ("qkv", "o", "up", "down", "gate?")
 SPLIT = ("q", "k", "v", "o", "up", "down", "gate?")
@@ -311,7 +312,7 @@ ROWS = {
 
 def layers_of(model, method):
     found = roles.find(model, method.targets, nn.Module)
-    weights = {name: model.get_submodule(name).weight.detach() for name in found}
+    weights = {name: layer_at(model, name).weight.detach() for name in found}
     weights = {name: w.reshape(len(w), -1) for name, w in weights.items()}  # of a norm and a convolution too
     return [(*w.shape[:2], found[name], torch.linalg.svdvals(w.double())) for name, w in weights.items()]
 
@@ -319,6 +320,7 @@ def layers_of(model, method):
 def sizes(model, method):
     """(stored, trained) as the method itself says, before anything is built."""
     method = replace(method)
+    roles.split_fused(model, method.targets)
     sites = find_sites(model, method)
     if wanted := method.statistics_needed():
         calibrate(model, method, sites, losses(model), wanted)

@@ -106,8 +106,7 @@ def prepare(
         roles.split_fused(model, method.targets)
         sites = [Site(name, role, model.get_submodule(name)) for name, role, _ in sites]
         if kinds := method.statistics_needed():
-            need_losses(method, losses)
-            method.stats = collect(model, sites, losses, kinds)
+            calibrate(model, method, sites, losses, kinds)
         method.before_budget(model, sites, losses)
         if budget.kind != "none":
             solve(method, model, sites, budget)
@@ -116,6 +115,12 @@ def prepare(
         fuse(model, keep=was_split)
         raise
     return method, sites
+
+
+def calibrate(model: nn.Module, method: Method, sites: list[Site], losses: Losses | None, kinds: set[str]) -> None:
+    """Collects statistics of these kinds into the method's `stats`."""
+    need_losses(method, losses)
+    method.stats = collect(model, sites, losses, kinds)
 
 
 def find_sites(model: nn.Module, method: Method) -> list[Site]:

@@ -38,7 +38,8 @@ def check_config(config: str, rank: int | None, options: dict[str, Any], sites: 
         return
     if "r" not in known:
         raise UsageError(f"method.rank={rank}: {config} has no rank; set method.rank=null")
-    if not 1 <= rank <= (most := narrowest(sites)):
+    most = narrowest(sites)
+    if not 1 <= rank <= most:
         raise UsageError(f"method.rank={rank}: must be from 1 to {most}, the narrowest target layer")
 
 
