@@ -117,9 +117,11 @@ class DataModule(lightning.LightningDataModule):
         return self._loader(self.train, self.shuffled_batches(self.train), self._start)
 
     def val_dataloader(self) -> DataLoader | list:
+        """Every row once; without a validation set, nothing."""
         return [] if self.val is None else self._loader(self.val, self.ordered_batches(self.val))
 
     def test_dataloader(self) -> DataLoader:
+        """Every row once."""
         return self._loader(self.test, self.ordered_batches(self.test))
 
     def _loader(self, split: Dataset, batches: BatchSampler, start: tuple[int, int] = (0, 0)) -> DataLoader:
@@ -165,6 +167,7 @@ class CachedModule(DataModule):
         raise NotImplementedError
 
     def prepare_data(self) -> None:
+        """Makes the cached file where there is none; of several processes, one does and the others wait."""
         if self.cached() is None:
             with exclusive_build(self.path.stem):
                 if self.cached() is None:  # still, and not built by another while this one waited
@@ -185,6 +188,7 @@ class TokenModule(DataModule):
         self.tokenizer = tokenizer()
 
     def require_tokenizer(self) -> None:
+        """Raises UsageError before `attach_model`."""
         if self.tokenizer is None:
             raise UsageError(
                 f"data {self.name!r} has no tokenizer: call "

@@ -31,6 +31,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         self.epoch, self.sizes = start[0], []
 
     def set_epoch(self, epoch: int) -> None:
+        """The next iteration is of this epoch. Lightning calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -72,6 +72,7 @@ class LanguageData(TokenModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
+        """Builds the splits, and says what train and test share."""
         self.require_tokenizer()
         for split, samples in self.build().items():
             if not len(samples):

@@ -49,10 +49,12 @@ def articles() -> dict[str, list[dict[str, str]]]:
 
 @cache
 def items(task: str, split: str) -> list[Item]:
+    """The questions of a task of TASKS."""
     return {"wiki_description": descriptions, "wordnet_definition": definitions, "capital_of": capitals}[task](split)
 
 
 def descriptions(split: str) -> list[Item]:
+    """Of the articles that have a description and a topic."""
     rows = [(a["title"], a["description"], a["topic"]) for a in articles()[split] if a["description"]]
     return choose([row for row in rows if row[2] != "Uncategorized"])
 
@@ -105,6 +107,7 @@ def choose(rows: list[tuple[str, str, str]]) -> list[Item]:
 
 
 def stems(text: str) -> set[str]:
+    """The first five letters of all words but the short and the common ones."""
     return {word[:5] for word in re.findall(r"\w+", text.lower()) if len(word) > 2 and word not in SMALL}
 
 

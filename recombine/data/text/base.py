@@ -162,6 +162,7 @@ class TextData(CachedModule, TokenModule):
             raise UsageError(f"{what} has no {self.classes[missing[0]]!r}: every class must be there, restore the file")
 
     def setup(self, stage: str | None = None) -> None:
+        """Reads the cached file, and says what differs from the papers and what train and test share."""
         meta = self.cached()
         if meta is None:
             raise UsageError(f"no sentences for {self.task} in {self.path}: call prepare_data() first")

@@ -102,6 +102,7 @@ class VisionData(CachedModule):
         cache.build(self.path, self.source(), self.image_size, self.limit, self.check, self.task or self.name)
 
     def setup(self, stage: str | None = None) -> None:
+        """Maps the cached file, and says what differs from the papers and what train and test share."""
         meta = self.cached()
         if meta is None:
             raise UsageError(f"no pictures for {self.task or self.name} in {self.path}: call prepare_data() first")

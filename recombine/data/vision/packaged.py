@@ -128,6 +128,7 @@ def _emoji_picture(svg: str) -> np.ndarray:
 
 
 def emoji(task: str) -> Source:
+    """``emoji``, ``emoji_<vendor>`` or ``emoji_<a>_<b>``."""
     _, *vendors = task.split("_")
     table, classes = _table("emoji19.csv")
     split = _grouped(table, 0.2, 1960)
@@ -156,6 +157,7 @@ def _clipart_picture(svg: bytes) -> np.ndarray:
 
 
 def openclipart(task: str) -> Source:
+    """Drawings of Debian's openclipart-svg."""
     table, classes = _table("openclipart25.csv")
     split = _grouped(table, 0.3, 2004)  # more than 200 / 1000: some classes are one group, which train keeps
     root = "usr/share/openclipart/svg/"
@@ -206,6 +208,7 @@ def _fashion_hub(first: UsageError) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def fashion_mnist(task: str) -> Source:
+    """Fashion-MNIST (arXiv 1708.07747)."""
     arrays = _fashion_arrays()
     images, labels = arrays["train"]
     labels = labels.astype(np.int64)
@@ -224,6 +227,7 @@ def fashion_mnist(task: str) -> Source:
 
 
 def elpv(task: str) -> Source:
+    """Solar cells of the ELPV dataset."""
     from PIL import Image
 
     path = fetch("elpv")

@@ -79,10 +79,12 @@ def view(camera, target):
 
 
 def dot(a, b):
+    """The scalar product of two vectors, each a list of three numbers or arrays."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def unit(a):
+    """The vector of length 1 in the direction of a."""
     length = np.sqrt(dot(a, a))
     return [x / length for x in a]
 
