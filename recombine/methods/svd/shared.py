@@ -91,7 +91,7 @@ class BasisSharing(SharedSvd):
 
 @dataclass(kw_only=True)
 class Dfjr(SharedSvd):
-    """Data-free joint rank-k approximation."""
+    """Data-free joint rank-k approximation (arXiv 2402.16319)."""
 
     def groups(self, sites: list[Site]) -> list[list[Site]]:
         """A block has one layer of every role, so the i-th q and the i-th k are of one block."""
