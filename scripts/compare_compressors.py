@@ -91,8 +91,7 @@ def prepare(args):
     torch.manual_seed(cfg.seed)
     model = models.build(**OmegaConf.to_container(cfg.model))
     module = data.build(**OmegaConf.to_container(cfg.data), seed=cfg.seed)
-    source = model.recombine_source
-    module.image_size, module.mean, module.std = source["image_size"], source["mean"], source["std"]
+    module.attach_model(**models.for_data(model.recombine_source))
     module.prepare_data()
     module.setup()
     model.reset_classifier(module.num_classes)

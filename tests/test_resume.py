@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.data import BatchSampler, RandomSampler
 
-from recombine.data.batch_sampler import Batches
+from recombine.data.batch_sampler import ShardedBatchSampler
 from recombine.runner import ranks
 from recombine.training import resume
 
@@ -172,9 +172,9 @@ def test_a_state_is_not_unpickled(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def sampled(length: int, batch_size: int, **kwargs) -> Batches:
+def sampled(length: int, batch_size: int, **kwargs) -> ShardedBatchSampler:
     rows = RandomSampler(range(length), generator=torch.Generator())
-    return Batches(BatchSampler(rows, batch_size, drop_last=False), 3, **kwargs)
+    return ShardedBatchSampler(BatchSampler(rows, batch_size, drop_last=False), 3, **kwargs)
 
 
 def test_batches_follow_seed_and_epoch_and_are_divided_without_a_rest():

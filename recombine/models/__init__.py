@@ -10,6 +10,7 @@ where ``num_classes`` is that number (``has_own_head``); data of other classes g
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from recombine.errors import UsageError
 from recombine.models import packaged, roles
 from recombine.models.weights import hub_file, load
 
-__all__ = ["build", "has_own_head", "list_models", "reset_head", "tags", "tokenizer"]
+__all__ = [
+    "build", "for_data", "has_own_head", "list_models", "modality", "objective", "reset_head", "tags", "tokenizer",
+]  # fmt: skip
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 
@@ -42,6 +45,22 @@ def build(name: str, *, arch: str, library: str = "timm", **config) -> nn.Module
 def tokenizer(source: Mapping):
     """The tokenizer that belongs to a text model, by its ``recombine_source``."""
     return _of_transformers(source["name"], source.get("library", "timm"), source["arch"]).tokenizer(source)
+
+
+def modality(source: Mapping) -> str:
+    """What a model reads, by its ``recombine_source``: "vision" or "text"."""
+    return "vision" if source.get("library", "timm") == "timm" else "text"
+
+
+def objective(source: Mapping) -> str:
+    """What a model is for, by its ``recombine_source``: "lm", or "classification" where it has a classifier."""
+    return "lm" if source["arch"] == "llama" else "classification"
+
+
+def for_data(source: Mapping) -> dict:
+    """The arguments of a data module's `attach_model`, of the model with this ``recombine_source``."""
+    reads = partial(tokenizer, source) if modality(source) == "text" else None
+    return {"source": source, "objective": objective(source), "tokenizer": reads}
 
 
 def reset_head(model: nn.Module, num_classes: int) -> None:
@@ -71,7 +90,7 @@ def _of_transformers(name: str, library: str, arch: str):
         raise UsageError(f"model {name} sees pictures, not text: take model=minilm, or data=offline")
     if library != "transformers":
         raise UsageError(f"model.library={library}: must be timm or transformers")
-    return import_module(f"recombine.models.{'causal_lm' if arch == 'llama' else 'encoders'}")
+    return import_module(f"recombine.models.{'causal_lm' if objective({'arch': arch}) == 'lm' else 'encoders'}")
 
 
 def timm_model(

@@ -15,7 +15,7 @@ from recombine import data, methods, models, results
 from recombine.core.account import count, layer_report
 from recombine.core.calibration import BACKWARD
 from recombine.core.rewrite import find_sites
-from recombine.data.vision.base import VisionData
+from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.evaluation import linear_probe
 from recombine.models import roles
@@ -100,10 +100,10 @@ def report(result: dict, run: RunContext) -> None:
 def set_up(spec: RunSpec, out: Path) -> RunContext:
     """The model and the data of a run. What cannot work is refused before anything is downloaded or made."""
     module = data.build(**spec.data)
-    native = {"num_classes": module.num_classes} if getattr(module, "native", False) else {}  # may keep its own head
+    native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
     model = models.build(**native | spec.model)
     source, stage = model.recombine_source, spec.settings.stage
-    match(module, source)
+    module.attach_model(**models.for_data(source))
     scored_as_it_is = stage.name == "evaluate" and stage.checkpoint is None or getattr(stage, "test", False)
     if scored_as_it_is:
         require_head(model, module)
@@ -125,43 +125,28 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     return RunContext(spec.settings, out, state, model, spec.method, spec.budget, module, **pieces)
 
 
-def match(module: L.LightningDataModule, source: dict) -> None:
-    """Gives the data what belongs to the model: the size and statistics of pictures, or the tokenizer."""
-    if not isinstance(module, VisionData):
-        module.tokenizer = models.tokenizer(source)
-        if (module.objective == "lm") != (source["arch"] == "llama"):
-            fix = "model=smollm2_135m" if module.objective == "lm" else "model=minilm"
-            raise UsageError(f"data={module.name} is no task for model {source['name']}: take {fix}, or other data")
-    elif "image_size" not in source:
-        other = "text" if source["arch"] == "llama" else "sentences"
-        raise UsageError(f"data={module.name} is pictures, model {source['name']} reads text: take data={other}")
-    else:
-        module.image_size = module.image_size or source["image_size"]
-        module.mean, module.std = module.mean or source["mean"], module.std or source["std"]
-
-
-def build_calibration_data(spec: RunSpec, module, source: dict) -> L.LightningDataModule | None:
+def build_calibration_data(spec: RunSpec, module: DataModule, source: dict) -> DataModule | None:
     """The data that calibrates in the place of the run's own; None: there is no other."""
     if spec.calibration_data is None:
         return None
     other, name = data.build(**spec.calibration_data), spec.calibration_data["name"]
-    if {getattr(part, "objective", None) for part in (module, other)} != {"lm"}:
+    if {module.objective, other.objective} != {"lm"}:
         raise UsageError(
             f"calibration.data={name}: a loss on it says nothing of data={module.name}; only language models calibrate "
             "on other text than their own, so set calibration.data.name=null"
         )
-    match(other, source)
+    other.attach_model(**models.for_data(source))
     return other
 
 
-def build_transfer_data(spec: RunSpec, module, source: dict) -> dict[str, L.LightningDataModule]:
+def build_transfer_data(spec: RunSpec, module: DataModule, source: dict) -> dict[str, DataModule]:
     """The tasks that are probed before and after, other than the run's own."""
     names = [task for task in spec.transfer_tasks if task != module.task]
     transfer = {task: data.build(**spec.data | {"task": task}) for task in names}
     for task, other in transfer.items():
         if not other.num_classes:
             raise UsageError(f"analyse.elsewhere={task}: data={module.name} has no classes to probe; set it to []")
-        match(other, source)
+        other.attach_model(**models.for_data(source))
     return transfer
 
 

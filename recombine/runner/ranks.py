@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import recombine.runtime.naming  # noqa: F401  resolvers
-from recombine import results
+from recombine import data, results
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.runner import pipeline
 from recombine.runner.config import typed
@@ -42,6 +42,8 @@ def task(cfg: DictConfig) -> float:
 def main(cfg: DictConfig, out: Path) -> float:
     """Runs the stage on one task, or on a suite of them, and returns the (mean) validation score."""
     pipeline.quiet()
+    if cfg.data.task != "all" and HydraConfig.initialized():
+        data.say_default_task(cfg.data.name, cfg.data.task, HydraConfig.get().overrides.task)
     settings = typed(TrainerSettings, OmegaConf.to_container(cfg.trainer, resolve=True), "trainer")
     if (settings.devices, settings.num_nodes, settings.strategy) != (1, 1, "auto"):
         trainer = build_trainer(settings, logger=False, enable_checkpointing=False)

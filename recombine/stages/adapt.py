@@ -55,7 +55,7 @@ def fit(
     logger = run.logger and run.logger.fit(name)
     trainer = run_trainer(run, epochs, callbacks, optim.clip, logger)
     found = state.find()
-    run.data.start = loop_position(found) if found else (0, 0)
+    run.data.resume_at(*(loop_position(found) if found else (0, 0)))
     whole = copy.deepcopy(run.model) if isinstance(trainer.strategy, FSDPStrategy) else None  # it wraps in place
     with run.timed(f"train_{name}"):
         trainer.fit(lit, run.data, ckpt_path=found, weights_only=True)
@@ -86,7 +86,7 @@ def test(run: RunContext, lit: LitRecombine) -> dict[str, float]:
     with run.timed("test"):
         (scores,) = run_trainer(run, 1, [], None).test(lit, run.data, verbose=False)
     scores = lit.objective.report({name.removeprefix("test/"): value for name, value in scores.items()})
-    names = run.settings.harness.tasks or getattr(run.data, "harness", ())
+    names = run.settings.harness.tasks or run.data.harness
     return scores | harness_scores(run, names) if names else scores
 
 
@@ -103,7 +103,7 @@ def harness_scores(run: RunContext, names: tuple[str, ...]) -> dict[str, float]:
                 names,
                 limit=run.settings.harness.limit,
                 batch_size=run.data.batch_size,
-                root=getattr(run.data, "root", None),
+                root=run.data.root,
             )
         distributed.wait()
     if found := [value for key, value in scores.items() if key.endswith(("/acc", "/exact_match"))]:

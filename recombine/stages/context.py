@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from recombine.core import checkpoint, rewrite
 from recombine.core.budget import Budget
 from recombine.core.method import Method
+from recombine.data.base import DataModule
 from recombine.data.batch_sampler import seed_of
 from recombine.evaluation.linear_probe import Probe
 from recombine.models import roles
@@ -39,10 +38,10 @@ class RunContext:
     model: nn.Module
     method: Method
     budget: Budget
-    data: L.LightningDataModule
+    data: DataModule
     compressor: Method | None = None
-    calibration_data: L.LightningDataModule | None = None
-    transfer_data: dict[str, L.LightningDataModule] = field(default_factory=dict)
+    calibration_data: DataModule | None = None
+    transfer_data: dict[str, DataModule] = field(default_factory=dict)
     probe: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, dict[str, list]] = field(default_factory=dict)
@@ -111,11 +110,7 @@ class RunContext:
 
     def typical_input(self):
         """The model's input for one sample: images (1, 3, H, W), or a dict of its keyword arguments."""
-        if hasattr(self.data, "sample"):  # texts differ in length: the module says which one is typical
-            batch = move_data_to_device(self.data.sample(), self.device)
-        else:
-            batch = self.batch(self.data.train, [0])
-        return objectives.inputs_of(batch)
+        return objectives.inputs_of(objectives.on_device(self.data, self.data.sample(), self.device))
 
     def losses(self) -> Iterator[Tensor]:
         """The task loss of each calibration batch, the same seeded draw at every call.

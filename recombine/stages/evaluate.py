@@ -1,10 +1,10 @@
 """Score a checkpoint on the test set; without one, the original model, as far as it can do the task untrained."""
 
-import lightning as L
 from torch import nn
 
 from recombine import models
 from recombine.core import checkpoint
+from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.layers.quantize import quantize
 from recombine.models import roles
@@ -32,7 +32,7 @@ def evaluate(run: RunContext) -> dict:
     return {"test": test(run, LitRecombine(run.model, run.method, run.objective())), "checkpoint": path}
 
 
-def require_head(model: nn.Module, data: L.LightningDataModule) -> None:
+def require_head(model: nn.Module, data: DataModule) -> None:
     """Refuses to score a model whose weights brought no classifier for the data; a language model needs none."""
     if data.num_classes is None or models.has_own_head(model):
         return
@@ -42,6 +42,6 @@ def require_head(model: nn.Module, data: L.LightningDataModule) -> None:
     fix = "train one with stage=adapt and give stage.checkpoint=FILE"
     if own == data.num_classes:  # of other classes, for all that is known
         why, fix = f"the one in its weights is of {own} classes too", f"+model.num_classes={own} takes it"
-    elif getattr(data, "native", False) and (tags := models.tags(source["arch"], data.num_classes)):
+    elif data.uses_pretrained_classes and (tags := models.tags(source["arch"], data.num_classes)):
         fix = f"take model.tag={' or '.join(tags[:3])}"
     raise UsageError(f"{what} ({why}): {fix}")

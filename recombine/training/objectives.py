@@ -43,7 +43,12 @@ def parts_of(batch) -> dict[str, Tensor]:
 
 def fetch(data, dataset, indices: list[int], device: torch.device):
     """A batch of those samples of a data module's split as a model takes it."""
-    return data.on_after_batch_transfer(move_data_to_device(dataset.__getitems__(indices), device), 0)
+    return on_device(data, dataset.__getitems__(indices), device)
+
+
+def on_device(data, batch, device: torch.device):
+    """A batch of a data module's loaders as a model takes it."""
+    return data.on_after_batch_transfer(move_data_to_device(batch, device), 0)
 
 
 class Shard(NamedTuple):
@@ -146,16 +151,15 @@ class LanguageModel(Objective):
 
 def build(data, label_smoothing: float = 0.0) -> Objective:
     """The objective of a data module, scored by the module's own metrics where it has some."""
-    objective = getattr(data, "objective", "classification")
-    found = {
+    objective = {
         "classification": lambda: Classification(data.num_classes, label_smoothing),
         "regression": Regression,
         "lm": LanguageModel,
-    }[objective]()
-    if hasattr(data, "metrics"):
-        found.metrics = data.metrics
-        found.metric, found.mode = data.metric, "max"
-    return found
+    }[data.objective]()
+    if data.metrics() is not None:
+        objective.metrics = data.metrics
+        objective.metric, objective.mode = data.metric, "max"
+    return objective
 
 
 class Distillation(Objective):
