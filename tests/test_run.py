@@ -301,7 +301,7 @@ def test_full_disk_leaves_nothing_half_written(tmp_path):
 def test_output_folder_that_cannot_be_made(tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("a file where the folder should be")
     assert str(tmp_path / "out") in line(capsys, monkeypatch, tmp_path, "method=linear_probe")
-    with pytest.raises(recombine.UsageError, match="cannot be written"), results.reserved(tmp_path / "out" / "deeper"):
+    with pytest.raises(recombine.UsageError, match="cannot be written"), results.lock_folder(tmp_path / "out" / "deeper"):
         pass
 
 
@@ -312,7 +312,7 @@ def test_a_finished_run_is_not_run_again_and_no_two_processes_share_a_folder(tmp
     assert "finished before" in capsys.readouterr().out
     with pytest.raises(recombine.UsageError, match=r"another configuration \(optim.lr=None there, 0.1 here\)"):
         execute(tmp_path, "method=linear_probe", "optim.lr=0.1")
-    with results.reserved(tmp_path / "new"), pytest.raises(recombine.UsageError, match="another process runs here"):
+    with results.lock_folder(tmp_path / "new"), pytest.raises(recombine.UsageError, match="another process runs here"):
         execute(tmp_path / "new", "method=linear_probe")
 
 

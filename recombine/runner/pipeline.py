@@ -16,12 +16,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from recombine import data, methods, models, results
-from recombine.core.budget import Budget, count, layer_report
+from recombine.core.budget import Budget
 from recombine.core.calibration import BACKWARD
+from recombine.core.method import find_sites
 from recombine.data.vision.base import VisionData
 from recombine.errors import UsageError
 from recombine.evaluation import linear_probe
 from recombine.models import roles
+from recombine.result_schema import MethodPart
+from recombine.runner.assemble import assemble_result, chosen_labels
+from recombine.runner.summary import suite_table, summary_table
 from recombine.runtime import progress
 from recombine.stages import STAGES, Run, analysis
 from recombine.stages.adapt import trainer_on
@@ -32,6 +36,8 @@ from recombine.training import distributed, loggers, resume
 def method(cfg: DictConfig) -> methods.Method:
     """The method that cfg describes. A wrong type or an unknown field is refused in one line."""
     cls = get_class(cfg._target_)
+    if taken := MethodPart.__annotations__.keys() & OmegaConf.structured(cls).keys():
+        raise UsageError(f"method._target_={cfg._target_}: result.json has {taken.pop()} already; rename that field")
     fields = {key: value for key, value in cfg.items() if key != "_target_"}
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), fields)
@@ -84,22 +90,18 @@ def suite(cfg: DictConfig, out: Path) -> float:
         summary["mean_of_tasks"] = sum(everything) / len(everything)  # as CRISP's, Tab. 1
         if distributed.rank() == 0:
             results.write(out / "suite.json", summary | {"complete": len(done) == len(groups)})
-    rows = [(f"{g}: {t}", f"{100 * v:.1f}") for g, tasks in scores.items() for t, v in tasks.items()]
-    rows += [(f"mean of {g}", f"{100 * v:.1f}") for g, v in summary["groups"].items()]
-    rows += [("mean of the groups", f"{100 * summary['mean']:.1f}")]
-    rows += [("mean of the tasks", f"{100 * summary['mean_of_tasks']:.1f}"), ("result", out / "suite.json")]
     if distributed.rank() == 0:
-        print("\n" + results.table(rows))
+        print("\n" + suite_table(summary, done[-1], out / "suite.json"))
     return sum(map(results.score, done)) / len(done)
 
 
 def one(cfg: DictConfig, out: Path) -> dict:
     """One run: model, data, probe, stage, account, result.json. What is there already is not computed again."""
     check(cfg)
-    if (result := results.finished(out, cfg)) is not None:
-        print(f"{out / 'result.json'}: finished before\n{results.table(rows(result, out / 'result.json'))}")
+    if (result := results.load_finished(out, cfg)) is not None:
+        print(f"{out / 'result.json'}: finished before\n{summary_table(result, out / 'result.json')}")
         return result
-    with results.reserved(out) if distributed.rank() == 0 else nullcontext():
+    with results.lock_folder(out) if distributed.rank() == 0 else nullcontext():
         return run(cfg, out)
 
 
@@ -117,7 +119,7 @@ def run(cfg: DictConfig, out: Path) -> dict:
         needs_head(model, module)
     for part in (first, chosen):  # bad fields are refused before the data is made
         if part is not None and cfg.stage.name != "evaluate":
-            methods.base.find_sites(copy.deepcopy(model), part)
+            find_sites(copy.deepcopy(model), part)
     other = calibrates(cfg, module, model.recombine_source)
     others = elsewhere(cfg, module, model.recombine_source)
     for part in filter(None, (module, other, *others.values())):
@@ -128,17 +130,17 @@ def run(cfg: DictConfig, out: Path) -> dict:
         models.reset_head(model, module.num_classes)
     if torch.cuda.is_available() and cfg.trainer.accelerator in ("auto", "gpu", "cuda"):
         model.cuda()
-    run = Run(cfg, out, model, chosen, budget, module, first, other, others)
+    run = Run(cfg, out, model, chosen, budget, module, first, other, others, labels=chosen_labels(cfg))
     run.seconds["setup"] = round(time.perf_counter() - start, 3)
     with loggers.watching(run):
         fit_head(run)
         original = analysis.before(run)
         added = STAGES[cfg.stage.name](run)
-        result = describe(run, added | analysis.after(run, original))
+        result = assemble_result(run, added, analysis.after(run, original))
         result["seconds"]["total"] = round(time.perf_counter() - start, 3)
         if distributed.rank() > 0:
             return result
-        print("\n" + results.table(rows(result, out / "result.json")), flush=True)  # first: a full disk must not eat it
+        print("\n" + summary_table(result, out / "result.json"), flush=True)  # first: a full disk must not eat it
         results.write(out / "result.json", result)
         resume.clear(out)
         if run.logger:
@@ -258,87 +260,6 @@ def check(cfg: DictConfig) -> None:
     if cfg.stage.name == "evaluate":
         why = "the file of a checkpoint, which result.json of a run names, or null for the original model"
         need("stage.checkpoint", lambda x: x is None or Path(x).is_file(), f"{why} (no such file)")
-
-
-def describe(run: Run, added: dict) -> dict:
-    """Everything that a table, a plot or a doubter may ask of a run."""
-    recombined = getattr(run.model, "recombined", None)
-    hydra = HydraConfig.get() if HydraConfig.initialized() else None
-    overrides = list(hydra.overrides.task) if hydra else []
-    overrides = [f"data.task={run.data.task}" if o == "data.task=all" else o for o in overrides]
-    return {
-        "command": " ".join(["python run.py", *(f"'{o}'" if set(o) & set("[]{}() *") else o for o in overrides)]),
-        "stage": run.cfg.stage.name,
-        "model": run.model.recombine_source,
-        "method": {"name": recombined.steps[-1].method, **recombined.steps[-1].fields} if recombined else None,
-        "compressor": {"name": recombined.steps[0].method, **recombined.steps[0].fields}
-        if recombined and len(recombined.steps) > 1
-        else None,
-        "budget": str(run.budget),
-        "data": run.data.info,
-        "calibration": None if run.calibration is None else run.calibration.info,
-        "seed": run.cfg.seed,
-        "metric": run.task().metric,
-        "val": {},
-        "test": {},
-        "linear_probe": None if run.probe is None else {k: getattr(run.probe, k) for k in ("val", "test", "decay")},
-        "account": count(run.model, run.sample()).as_dict(),
-        "layers": layer_report(run.model) if recombined else [],
-        "curves": run.curves.get("best", {}),
-        **added,
-        "seconds": run.seconds,
-        "config": results.settings(run.cfg),
-        "environment": results.environment(),
-    }
-
-
-def rows(result: dict, path: Path) -> list[tuple[str, str]]:
-    """The table that a run ends with."""
-    account, test, linear = result["account"], result["test"], result["linear_probe"]
-    named = " + ".join(part["name"].lower() for part in (result["compressor"], result["method"]) if part) or "original"
-    table = [
-        (
-            f"{named} on {result['data']['task']}",
-            f"stage {result['stage']}, seed {result['seed']}",
-        )
-    ]
-    if test:
-        shown = {key: value for key, value in test.items() if "stderr" not in key}
-        shown = {key: float("nan") if value is None else value for key, value in shown.items()}
-        scores = [f"{k} {v:.3g}" if k in ("loss", "ppl") else f"{k} {100 * v:.1f} %" for k, v in shown.items()]
-        table.append(("test", ", ".join(scores)))
-    if linear:
-        table.append(("linear probe, same data", f"{100 * linear['test']:.1f} %"))
-    if errors := result.get("weight_error"):
-        worst = max(errors, key=errors.get)
-        mean = sum(errors.values()) / len(errors)
-        table.append(("relative weight error", f"mean {mean:.2g}, worst {errors[worst]:.2g} ({worst})"))
-    if "logit_error" in result:
-        table.append(("logit error", f"{result['logit_error']:.2g} of {result['logit_scale']:.3g}"))
-    if speed := result.get("profile"):
-        for kind in ("train", "infer"):
-            if speed["ratio"][kind] is not None:
-                times = f"{speed['ratio'][kind]:.2f} times the reference"
-                table.append((kind, f"{speed[f'{kind}_samples_s']:.1f} samples a second, {times}"))
-    mib = {key: account[f"bytes_{key}"] / 2**20 for key in ("weights", "gradients", "optimizer")}
-    memory = " + ".join(f"{key} {value:.1f}" for key, value in mib.items())
-    trained, stored = account["trained"], account["stored"]
-    table += [
-        ("trained", f"{trained:,} parameters ({account['trained_without_head']:,} without the head)"),
-        ("stored", f"{stored:,} parameters ({account['stored_without_head']:,} without the head)"),
-        (
-            "retained",
-            f"{100 * account['retained']:.1f} % of the target layers, {100 * account['retained_total']:.1f} % of all",
-        ),
-        ("MiB to train", f"{memory} = {account['memory_mib']:.1f}"),
-        ("GFLOPs a sample", "not measured" if account["flops"] is None else f"{account['flops'] / 1e9:.3f}"),
-        ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items())),
-        ("result", str(path)),
-        ("again with", result["command"]),
-    ]
-    if account["retained"] > 1.01 and getattr(methods, result["method"]["name"]).compresses:
-        table.append(("note", "the target layers store more than dense: these ranks adapt, they do not compress"))
-    return table
 
 
 def quiet() -> None:

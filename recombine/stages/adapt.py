@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from recombine.core import checkpoint
 from recombine.errors import UsageError
 from recombine.methods import Method
+from recombine.result_schema import StagePart
 from recombine.stages.context import Run
 from recombine.stages.retrofit import rewrite_all
 from recombine.training import distributed
@@ -23,7 +24,7 @@ from recombine.training.objectives import Task
 from recombine.training.resume import TrainingState, where
 
 
-def adapt(run: Run) -> dict:
+def adapt(run: Run) -> StagePart:
     run.phase("rewritten", lambda: rewrite_all(run))
     if not run.method.advance(run.model, 0.0):
         name = type(run.method).__name__.lower()
@@ -31,7 +32,7 @@ def adapt(run: Run) -> dict:
     return train_and_test(run)
 
 
-def train_and_test(run: Run) -> dict:
+def train_and_test(run: Run) -> StagePart:
     """The data's task with the run's optimizer, on the model as it stands."""
     optim, task = run.cfg.optim, run.task(run.cfg.optim.label_smoothing)
     if not any(p.requires_grad for p in run.model.parameters()):  # compressed, without a head: there is nothing to fit

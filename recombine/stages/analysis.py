@@ -20,6 +20,7 @@ from recombine.core.budget import stored_in_targets
 from recombine.evaluation import linear_probe
 from recombine.linalg import energy_rank, svd
 from recombine.models import roles
+from recombine.result_schema import AnalysisPart
 from recombine.stages.context import Run
 
 
@@ -29,7 +30,7 @@ def before(run: Run) -> nn.Module | None:
     return copy.deepcopy(run.model) if asked.subspaces or asked.maps or run.others else None
 
 
-def after(run: Run, original: nn.Module | None) -> dict:
+def after(run: Run, original: nn.Module | None) -> AnalysisPart:
     """What the analyses add to the result. original: as `before` returned it; its fused qkv may come back split."""
     found = costs(run)
     if original is None:
@@ -45,7 +46,7 @@ def after(run: Run, original: nn.Module | None) -> dict:
     return found
 
 
-def costs(run: Run) -> dict:
+def costs(run: Run) -> AnalysisPart:
     """memory_rate: weights + gradients + AdamW's moments over the pretrained weights, of the target layers alone
     (CERSA's (mr + nr + 4 r^2) / (mn)) and of the whole model. images_per_second: of the training, validation included.
     """

@@ -9,13 +9,14 @@ from recombine import methods
 from recombine.errors import UsageError
 from recombine.methods import train_only
 from recombine.models import roles
+from recombine.result_schema import StagePart
 from recombine.stages.adapt import fit, train_and_test
 from recombine.stages.context import Run
 from recombine.stages.retrofit import compressor, rewrite, weight_errors
 from recombine.training.objectives import Distillation
 
 
-def compress(run: Run) -> dict:
+def compress(run: Run) -> StagePart:
     """Compress and distil, then the classifier only."""
     added, _ = distil(run)
     head = [] if (found := roles.head(run.model)) is None else list(found.parameters())
@@ -23,7 +24,7 @@ def compress(run: Run) -> dict:
     return added | train_and_test(run)
 
 
-def joint(run: Run) -> dict:
+def joint(run: Run) -> StagePart:
     """Compress and distil, then adapt."""
     added, original = distil(run)
     if run.compressor is not None:
@@ -32,7 +33,7 @@ def joint(run: Run) -> dict:
     return added | train_and_test(run)
 
 
-def distil(run: Run) -> tuple[dict, nn.Module]:
+def distil(run: Run) -> tuple[StagePart, nn.Module]:
     """Rewrites the model and lets it follow the original, which comes back too, on the training data without labels."""
     method = compressor(run)
     if not method.compresses:

@@ -38,6 +38,7 @@ class Run:
     probe: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, dict[str, list]] = field(default_factory=dict)  # of each training, by epoch
+    labels: dict[str, str] = field(default_factory=dict)  # compressor, method: what the user called them
     logger: Any = None  # loggers.Watch while the run is watched
 
     @contextmanager

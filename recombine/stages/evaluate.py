@@ -8,12 +8,13 @@ from recombine.core import checkpoint
 from recombine.errors import UsageError
 from recombine.layers.quantize import quantise
 from recombine.models import roles
+from recombine.result_schema import StagePart
 from recombine.stages.adapt import test
 from recombine.stages.context import Run
 from recombine.training.lit import LitRecombine
 
 
-def evaluate(run: Run) -> dict:
+def evaluate(run: Run) -> StagePart:
     path = run.cfg.stage.checkpoint
     if path is None:
         run.model.requires_grad_(False)

@@ -15,17 +15,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from recombine import models
+from recombine import models, results
 from recombine.core import budget
 from recombine.core.budget import MIB, Budget
 from recombine.errors import UsageError
 from recombine.methods import Full, Method
+from recombine.result_schema import StagePart
 from recombine.stages.context import Run
 from recombine.stages.retrofit import rewrite_all
 from recombine.training import objectives
 
 
-def profile(run: Run) -> dict:
+def profile(run: Run) -> StagePart:
     """`account` is always there; `profile` only where there are rounds."""
     stage = run.cfg.stage
     if not stage.rewrite:
@@ -166,7 +167,7 @@ def named(reference: DictConfig) -> Method:
     return pipeline.method(OmegaConf.create(OmegaConf.to_container(OmegaConf.load(file)) | fields))
 
 
-def predict(run: Run) -> dict:
+def predict(run: Run) -> StagePart:
     """The account by the method's closed form: nothing is rewritten, so large models cost no factorisation."""
     if run.compressor is not None:
         raise UsageError("stage.rewrite=false: a pair's second needs what the first leaves; set stage.rewrite=true")
@@ -180,5 +181,6 @@ def predict(run: Run) -> dict:
     if run.budget.kind != "none":
         budget.solve(method, run.model, sites, run.budget)
     method.learn(run.model, sites, run.losses)
-    named = {"name": type(method).__name__, **asdict(method)}
-    return {"method": named, "account": budget.predict(method, run.model, sites).as_dict()}
+    cls = type(method)
+    part = results.method_part(cls.__name__, asdict(method), run.labels["method"], cls.compresses)
+    return {"method": part, "account": budget.predict(method, run.model, sites).as_dict()}

@@ -9,6 +9,7 @@ from recombine.core.budget import Budget
 from recombine.layers.quantize import quantise
 from recombine.methods import Method, apply
 from recombine.models import roles
+from recombine.result_schema import StagePart
 from recombine.stages.context import Run
 from recombine.training import objectives
 from recombine.training.lit import LitRecombine
@@ -44,7 +45,7 @@ def prepare_pair(run: Run) -> None:
 
 
 @torch.no_grad()
-def retrofit(run: Run) -> dict:
+def retrofit(run: Run) -> StagePart:
     original = copy.deepcopy(run.model).eval()
     with torch.enable_grad():
         rewrite_all(run)

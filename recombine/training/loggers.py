@@ -225,9 +225,7 @@ def sweep(out: Path) -> str | None:
 
 def labels(run: Run) -> dict[str, str]:
     """What runs are told apart by."""
-    parts = {"compressor": run.compressor, "method": run.method}
-    found = {key: type(part).__name__.lower() for key, part in parts.items() if part is not None}
-    found |= {"model": run.cfg.model.name, "task": run.data.task or run.data.name}
+    found = run.labels | {"model": run.cfg.model.name, "task": run.data.task or run.data.name}
     return found | ({} if run.budget.kind == "none" else {"budget": str(run.budget)})
 
 
