@@ -1,8 +1,7 @@
 """The schema of result.json: for every key its type, its meaning, its unit and who writes it.
 
-`Result` is the whole file. `docs/result.md` is generated from this module (scripts/make_docs.py), and
-tests/test_results.py checks real results against it. A part that a run does not have is left out (`NotRequired`).
-JSON knows no nan: a number that is not finite is null.
+`Result` is the whole file. `docs/result.md` is generated from this module by scripts/make_docs.py. A key that a run
+has no use for is left out (`NotRequired`). JSON knows no nan: a number that is not finite is null.
 """
 
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
@@ -11,8 +10,8 @@ from typing import Annotated, NamedTuple, NotRequired, TypedDict
 class Key(NamedTuple):
     """What there is to know of a key beside its type.
 
-    by: the parts of a run that may write it: a stage's name, analysis, or runner. One of them does; the runner
-    where no other did. Empty inside a part: whoever writes the part. unit: empty where there is none.
+    by: the parts of a run that may write it: stages, the analysis after them, or the runner, which does where no other
+    part did. Empty inside of a part, which has one writer. unit: empty where there is none.
     """
 
     meaning: str
@@ -26,11 +25,12 @@ TRAINING = ("adapt", "compress", "joint")
 REWRITING = ("retrofit", "compress", "joint")
 TESTING = (*TRAINING, "evaluate", "retrofit", *RUNNER)
 Scores = dict[str, float | None]  # a score's name -> its value
+Map = dict[str, dict[str, list[list[float]]]]
 Curves = dict[str, list[float | None]]  # a metric's name -> one value an epoch
 
 
 class ModelPart(TypedDict):
-    """The arguments that build the pretrained model again, by its family's keys."""
+    """The pretrained model: these keys, and further arguments that build it, which differ by family."""
 
     name: Annotated[str, Key("the word after model=")]
     arch: Annotated[str, Key("the architecture in timm, or the family in transformers")]
@@ -39,11 +39,11 @@ class ModelPart(TypedDict):
 
 
 class MethodPart(TypedDict):
-    """The method's fields as they were in the end, with what a budget or a calibration set, beside these keys."""
+    """A method: these keys, and its fields as they were in the end, after a budget and a calibration set some."""
 
     name: Annotated[str, Key("the class of the method, by which a checkpoint finds it")]
-    label: Annotated[NotRequired[str], Key("what the user typed after method=; several labels may share one class")]
-    compresses: Annotated[NotRequired[bool], Key("whether it can hold layers in fewer weights than they had")]
+    label: Annotated[str, Key("what the user typed after method=; several labels may share one class")]
+    compresses: Annotated[bool, Key("whether it can hold layers in fewer weights than they had")]
 
 
 class DataPart(TypedDict):
@@ -55,7 +55,7 @@ class DataPart(TypedDict):
     group: Annotated[str, Key("the group of the suite that the task belongs to")]
     objective: Annotated[NotRequired[str], Key("what is learnt: classification, regression, lm")]
     metric: Annotated[NotRequired[str], Key("the score that the task reports")]
-    classes: Annotated[NotRequired[int | list[str] | None], Key("how many classes, or their names; null: a number")]
+    classes: Annotated[NotRequired[int | list[str] | None], Key("how many, or their names; null: a number is learnt")]
     licence: Annotated[str, Key("the licence of the data")]
     note: Annotated[str, Key("what a reader of the numbers must know")]
     differences: Annotated[NotRequired[list[str]], Key("where the data differs from the published one")]
@@ -127,7 +127,7 @@ class Distil(TypedDict):
     """The distillation from the original model."""
 
     val_loss: Annotated[float | None, Key("the lowest validation loss; null without validation data")]
-    best_epoch: Annotated[int, Key("the epoch of it, from 0", unit="epochs")]
+    best_epoch: Annotated[int, Key("the epoch of that loss, from 0", unit="epochs")]
     curves: Annotated[Curves, Key("losses by epoch")]
 
 
@@ -156,12 +156,12 @@ class MemoryRate(TypedDict):
 
 
 class Subspaces(TypedDict):
-    """Overlap of pretrained and adapted principal subspaces (CERSA Eq. 3): 1 where one holds the other. By role."""
+    """Overlap of principal subspaces of pretrained and adapted weights (CERSA Eq. 3): 1 where one holds the other."""
 
-    u: Annotated[NotRequired[dict[str, float]], Key("output directions, mean over the layers", unit="share")]
-    v: Annotated[NotRequired[dict[str, float]], Key("input directions, mean over the layers", unit="share")]
-    map_u: Annotated[NotRequired[dict[str, dict[str, list[list[float]]]]], Key("the same by ranks and layer")]
-    map_v: Annotated[NotRequired[dict[str, dict[str, list[list[float]]]]], Key("the same by ranks and layer")]
+    u: Annotated[NotRequired[dict[str, float]], Key("output directions, by role: mean over the layers", unit="share")]
+    v: Annotated[NotRequired[dict[str, float]], Key("input directions, by role: mean over the layers", unit="share")]
+    map_u: Annotated[NotRequired[Map], Key("u by layer, role, adapted rank and pretrained rank", unit="share")]
+    map_v: Annotated[NotRequired[Map], Key("v in the same way", unit="share")]
 
 
 class Elsewhere(TypedDict):
@@ -173,7 +173,7 @@ class Elsewhere(TypedDict):
 
 
 class Environment(TypedDict):
-    """On what the run ran."""
+    """The machine and the versions that the run ran on."""
 
     python: Annotated[str, Key("version of Python")]
     platform: Annotated[str, Key("operating system")]
@@ -191,7 +191,7 @@ class RunPart(TypedDict):
     model: Annotated[ModelPart, Key("the pretrained model", RUNNER)]
     method: Annotated[MethodPart | None, Key("the method; null: nothing was rewritten", ("profile", *RUNNER))]
     compressor: Annotated[MethodPart | None, Key("the method that compressed before it", RUNNER)]
-    budget: Annotated[str, Key("the budget as a word, or none", RUNNER)]
+    budget: Annotated[str, Key("the word after budget=", RUNNER)]
     data: Annotated[DataPart, Key("the data that trained and tested", RUNNER)]
     calibration: Annotated[DataPart | None, Key("other data that calibrated; null: the same", RUNNER)]
     seed: Annotated[int, Key("the seed of the run", RUNNER)]
@@ -213,7 +213,7 @@ class StagePart(TypedDict):
     weight_error: Annotated[NotRequired[Scores], Key("|W - W'| / |W| by layer, before training", REWRITING, "share")]
     logit_error: Annotated[NotRequired[float | None], Key("largest change of an output", ("retrofit",))]
     logit_scale: Annotated[NotRequired[float | None], Key("largest output of the original model", ("retrofit",))]
-    profile: Annotated[NotRequired[Profile], Key("speed; left out for stage.rounds=0", ("profile",))]
+    profile: Annotated[NotRequired[Profile], Key("speed, where stage.rounds is more than 0", ("profile",))]
 
 
 class AnalysisPart(TypedDict):
@@ -221,8 +221,8 @@ class AnalysisPart(TypedDict):
 
     memory_rate: Annotated[NotRequired[MemoryRate], Key("memory to train over the pretrained weights", ANALYSIS)]
     images_per_second: Annotated[NotRequired[float], Key("speed of training with validation", ANALYSIS, "samples/s")]
-    subspaces: Annotated[NotRequired[Subspaces], Key("asked for by analyse.subspaces and analyse.maps", ANALYSIS)]
-    elsewhere: Annotated[NotRequired[Elsewhere], Key("asked for by analyse.elsewhere", ANALYSIS)]
+    subspaces: Annotated[NotRequired[Subspaces], Key("overlaps that analyse.subspaces or maps asks for", ANALYSIS)]
+    elsewhere: Annotated[NotRequired[Elsewhere], Key("probes on other tasks, where analyse.elsewhere asks", ANALYSIS)]
 
 
 class OriginPart(TypedDict):

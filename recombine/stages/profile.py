@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from recombine import models, results
 from recombine.core import budget
 from recombine.core.budget import MIB, Budget
+from recombine.core.method import calibrate, find_sites
 from recombine.errors import UsageError
 from recombine.methods import Full, Method
 from recombine.result_schema import StagePart
@@ -174,9 +175,9 @@ def predict(run: Run) -> StagePart:
     if isinstance(run.method, Full):
         raise UsageError("stage.rewrite=false: counts the target layers, and full trains more; set stage.rewrite=true")
     method = replace(run.method)
-    sites = method.find_sites(run.model, method)
+    sites = find_sites(run.model, method)
     if wanted := method.wants():
-        method.calibrate(run.model, method, sites, run.losses, wanted)
+        calibrate(run.model, method, sites, run.losses, wanted)
     method.prepare(run.model, sites, run.losses)
     if run.budget.kind != "none":
         budget.solve(method, run.model, sites, run.budget)
