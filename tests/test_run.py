@@ -104,7 +104,9 @@ def test_suite_prints_group_means(tmp_path, monkeypatch, capsys):
     assert summary["complete"] and list(summary["tasks"]["structured"]) == ["dsprites_loc", "dsprites_ori"]
     assert summary["mean"] == pytest.approx(sum(summary["tasks"]["structured"].values()) / 2) and 0 <= mean <= 1
     assert summary["mean_of_tasks"] == summary["mean"]
-    assert "mean of structured" in capsys.readouterr().out and (tmp_path / "dsprites_ori" / "result.json").exists()
+    out = capsys.readouterr().out
+    assert "\nlinear_probe on tiny_vit, data offline, 2 tasks\n" in out and "mean of structured" in out
+    assert (tmp_path / "dsprites_ori" / "result.json").exists()
 
 
 def test_linear_probe_is_the_optimum_that_scipy_finds():
