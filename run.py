@@ -16,10 +16,10 @@ failures: list[Exception] = []
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float:
-    from recombine.runner import pipeline
+    from recombine.runner import ranks
 
     try:
-        return pipeline.task(cfg)
+        return ranks.task(cfg)
     except EXPECTED as error:  # Hydra would print lines of its own
         failures.append(error)
         return float("nan")

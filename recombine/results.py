@@ -66,8 +66,11 @@ def running(folder: Path) -> bool:
         return False
 
 
-def load_finished(folder: Path, cfg: DictConfig) -> Result | None:
+def load_finished(folder: Path, config: dict) -> Result | None:
     """The result that the folder of a run holds already, or None.
+
+    Args:
+        config: of the run, as `settings` gives it.
 
     Raises:
         UsageError: it is a result of another configuration.
@@ -75,7 +78,7 @@ def load_finished(folder: Path, cfg: DictConfig) -> Result | None:
     if not (path := folder / "result.json").is_file():
         return None
     before = read(path)
-    if (what := config_difference(before["config"], json.loads(json.dumps(settings(cfg), default=str)))) is not None:
+    if (what := config_difference(before["config"], json.loads(json.dumps(config, default=str)))) is not None:
         raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")
     return before
 

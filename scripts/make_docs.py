@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the schema of this checkout, installed or not
 
 from recombine import result_schema as schema  # noqa: E402
+from scripts import docs_methods  # noqa: E402
 
 HEAD = """# result.json
 
@@ -100,7 +101,12 @@ def title(paths: list[str]) -> str:
     return " and ".join(f"`{path}`" for path in paths)
 
 
-PAGES: dict[str, Callable[[], str]] = {"result": result_page}  # docs/<name>.md -> what it holds
+def methods_page() -> str:
+    """docs/methods.md: the page as it stands, with a fresh table of all methods."""
+    return docs_methods.page(docs_methods.PAGE.read_text())
+
+
+PAGES: dict[str, Callable[[], str]] = {"methods": methods_page, "result": result_page}  # docs/<name>.md
 
 
 def main(arguments: list[str]) -> int:

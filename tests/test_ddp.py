@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from recombine.errors import UsageError
 from recombine.methods.adapters.ssf import Ssf
-from recombine.runner import pipeline
+from recombine.runner import ranks
 from recombine.training import distributed
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 def execute(folder: Path, *overrides: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        pipeline.main(compose("config", [*TINY, *overrides]), folder)
+        ranks.main(compose("config", [*TINY, *overrides]), folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -124,7 +124,7 @@ def test_an_error_in_one_rank_is_one_line_and_ends_both(tmp_path):
         execute(tmp_path, "method=ssf", "probe=false", f"method._target_={__name__}.Fails", *TWO)
     line = str(caught.value)
     assert "rank 1 of 2: RuntimeError: the second rank has a bad day" in line and "\n" not in line
-    assert "in penalty" in (tmp_path / ".ranks" / "trace.txt").read_text() and not children(os.getpid(), "distributed")
+    assert "in penalty" in (tmp_path / ".ranks" / "trace.txt").read_text() and not children(os.getpid(), "ranks")
 
 
 def test_a_killed_rank_is_named():

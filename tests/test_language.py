@@ -25,7 +25,7 @@ from recombine.data import hub
 from recombine.data.language import base, choices
 from recombine.evaluation import harness
 from recombine.models import causal_lm, packaged
-from recombine.runner import pipeline as stages
+from recombine.runner import ranks
 from recombine.training import objectives
 from recombine.training.lit import LitRecombine
 
@@ -521,10 +521,12 @@ def test_a_splits_loss_is_the_mean_over_its_tokens(model, packages, tokenizer):
     assert found["test/loss"] == pytest.approx(exact, rel=1e-6)
     (found,) = trainer.validate(lit, module.test_dataloader(), verbose=False)
     assert found["val/loss"] == pytest.approx(exact, rel=1e-6)
-    assert lit.task.report({"loss": exact})["ppl"] == pytest.approx(harness.perplexity(model, module.test), rel=1e-5)
+    assert lit.objective.report({"loss": exact})["ppl"] == pytest.approx(
+        harness.perplexity(model, module.test), rel=1e-5
+    )
     nothing = {k: v[:, :2] for k, v in module.test.__getitems__([0]).items()}  # a batch without a token that counts
-    loss, _ = lit.task.loss(model, nothing)
-    assert loss == 0 and lit.task.weight(nothing) == 0
+    loss, _ = lit.objective.loss(model, nothing)
+    assert loss == 0 and lit.objective.weight(nothing) == 0
 
 
 def test_likelihoods_are_the_models(model, packages, tokenizer, offline):
@@ -588,7 +590,7 @@ def test_answers_are_generated_and_read(model, packages, tokenizer, tmp_path, of
 def execute(folder: Path, *overrides: str) -> dict:
     said = ["model=tiny_llama", "trainer=cpu", "trainer.progress=false", "trainer.epochs=1", "harness.limit=2"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        stages.main(compose("config", [*said, *overrides]), folder)
+        ranks.main(compose("config", [*said, *overrides]), folder)
     return json.loads((folder / "result.json").read_text())
 
 

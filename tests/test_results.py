@@ -5,7 +5,6 @@ import json
 import sys
 import types
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import ClassVar, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -17,7 +16,8 @@ import recombine
 import run
 from recombine import result_schema, results
 from recombine.result_schema import Result
-from recombine.runner import assemble, pipeline, summary
+from recombine.runner import labels, pipeline, ranks, summary
+from scripts import make_docs
 
 ROOT = Path(__file__).parents[1]
 TINY = ["trainer=cpu", "trainer.progress=false", "trainer.epochs=1", "data.limit=32", "calibration.samples=32"]
@@ -43,7 +43,7 @@ RUNS = {
 
 def execute(folder: Path, *overrides: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        pipeline.main(compose("config", overrides), folder)
+        ranks.main(compose("config", overrides), folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -133,18 +133,11 @@ def test_a_stage_cannot_override_what_the_runner_writes(tmp_path, monkeypatch):
         execute(tmp_path, *RUNS["retrofit"])
 
 
-def make_docs():
-    spec = spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
-    spec.loader.exec_module(module := module_from_spec(spec))
-    return module
-
-
 def test_the_pages_made_from_the_code_are_up_to_date(tmp_path, monkeypatch, capsys):
-    pages = make_docs()
-    assert pages.main(["--check"]) == 0
-    monkeypatch.setattr(pages, "ROOT", tmp_path)
-    assert pages.main(["--check"]) == 1 and "docs/result.md is out of date" in capsys.readouterr().err
-    assert pages.main([]) == 0 and pages.main(["--check"]) == 0
+    assert make_docs.main(["--check"]) == 0
+    monkeypatch.setattr(make_docs, "ROOT", tmp_path)
+    assert make_docs.main(["--check"]) == 1 and "docs/result.md is out of date" in capsys.readouterr().err
+    assert make_docs.main([]) == 0 and make_docs.main(["--check"]) == 0
 
 
 # What a run is called
@@ -194,12 +187,12 @@ def test_a_run_is_called_what_was_typed(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("conf/method/*.yaml")), ids=lambda path: path.stem)
 def test_a_method_is_known_by_its_fields(path):
     fields = OmegaConf.to_container(OmegaConf.load(path))
-    assert assemble.label_of(fields["_target_"].rpartition(".")[2], fields) == path.stem
+    assert labels.label_of(fields["_target_"].rpartition(".")[2], fields) == path.stem
 
 
 def test_a_method_that_no_file_describes_is_called_by_its_class():
     options = {"config": "LoraConfig", "options": {"init_lora_weights": "olora"}}
-    assert assemble.label_of("Peft", options) == "peft" and assemble.label_of("Mine", {}) == "mine"
+    assert labels.label_of("Peft", options) == "peft" and labels.label_of("Mine", {}) == "mine"
 
 
 @pytest.mark.parametrize("data, title", [

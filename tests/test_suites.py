@@ -35,7 +35,7 @@ from recombine.data.vision.source import Lazy, Source, shuffled
 from recombine.data.vision.suites import Fgvc, Imagenet, Vision8
 from recombine.data.vision.vtab import ARCHIVE, REPOSITORY, TESTS, Vtab
 from recombine.errors import UsageError
-from recombine.runner import pipeline
+from recombine.runner import ranks
 
 SETS = {(cls, task): row for cls in (Fgvc, Vision8, Imagenet) for task, row in cls.rows.items()}
 UNIQUE = list({row.repository: key for key, row in reversed(SETS.items())}.values())
@@ -280,7 +280,7 @@ def imagenet(tmp_path: Path, classes: int = 1000) -> tuple[Path, Path]:
 def execute(folder: Path, root: Path, *overrides: str) -> dict:
     said = ["model=tiny_vit", "data=imagenet", f"data.root={root}", "data.batch_size=100", "trainer=cpu", "probe=false"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        pipeline.main(compose("config", [*said, "trainer.progress=false", "trainer.epochs=1", *overrides]), folder)
+        ranks.main(compose("config", [*said, "trainer.progress=false", "trainer.epochs=1", *overrides]), folder)
     return json.loads((folder / "result.json").read_text())
 
 

@@ -27,12 +27,12 @@ from torch import nn
 
 from recombine import data, models
 from recombine.core.calibration import KINDS, collect
-from recombine.core.method import find_sites
+from recombine.core.rewrite import find_sites
 from recombine.data.text import base, glue, sentences
 from recombine.errors import UsageError
 from recombine.models import packaged, roles
 from recombine.models.hf_folder import model_files
-from recombine.runner import pipeline
+from recombine.runner import ranks
 from recombine.runtime import assets
 from recombine.training import objectives
 
@@ -255,7 +255,7 @@ def test_deberta_has_the_papers_size():
         weights = sum(p.numel() for p in model.parameters())
         assert 16 * weights / 2**20 == pytest.approx(2814.0, abs=0.1)
         lora = sum(
-            32 * sum(site.linear.weight.shape)
+            32 * sum(site.module.weight.shape)
             for site in find_sites(model, recombine.Peft(targets=("q", "k", "v"), rank=32))
         )
         head = sum(p.numel() for p in roles.head(model).parameters())
@@ -743,7 +743,7 @@ def test_one_code_path_for_all(cache, packages, tmp_path, name, task, metric):
         said = ["model=tiny_bert", f"data={name}", f"data.task={task}", *where, "trainer=cpu", *more]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("config", [*said, "trainer.epochs=2", "trainer.progress=false", "calibration.samples=8"])
-        pipeline.main(cfg, tmp_path / out)
+        ranks.main(cfg, tmp_path / out)
         return json.loads((tmp_path / out / "result.json").read_text())
 
     result = one("method=lora", out="lora")

@@ -69,7 +69,7 @@ def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[s
     # what this batch's inputs, by identity, turned earlier sums into; the inputs are held, so that no id is used twice
     seen: dict[tuple[int, int], tuple[Tensor, Inputs]] = {}
     with watching(model) as mask, quiet(model), torch.set_grad_enabled(backward):
-        hooks = [site.linear.register_forward_hook(watcher(stats[site.name], wanted, mask, seen)) for site in sites]
+        hooks = [site.module.register_forward_hook(watcher(stats[site.name], wanted, mask, seen)) for site in sites]
         try:
             for loss in losses():
                 if backward:

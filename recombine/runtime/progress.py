@@ -7,25 +7,40 @@ Nothing shows in the first seconds, so short work stays silent, as do other rank
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from threading import Event, Thread
 
-shown = True  # what trainer.progress says
 EVERY = 30.0  # seconds between lines in a file
+_shown = ContextVar("progress is shown", default=True)
+
+
+def is_shown() -> bool:
+    """Whether anything is to be shown here: what `display` says, and of several ranks the first alone."""
+    dist = sys.modules.get("torch.distributed")  # who has not imported it has one process
+    return _shown.get() and (dist is None or not dist.is_initialized() or dist.get_rank() == 0)
+
+
+@contextmanager
+def display(shown: bool) -> Iterator[None]:
+    """Shows the progress of what runs in the block, or does not."""
+    token = _shown.set(shown)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
 
 
 def bar(what: str, total: int | None = None, unit: str = "it"):
     """A tqdm bar: `update(n)` it, and close it or use it as a context."""
     from tqdm import tqdm
 
-    dist = sys.modules.get("torch.distributed")  # who has not imported it has one process
-    first = dist is None or not dist.is_initialized() or dist.get_rank() == 0
-    knobs = {"desc": what, "total": total, "unit": unit, "leave": False, "disable": not (shown and first)}
+    options = {"desc": what, "total": total, "unit": unit, "leave": False, "disable": not is_shown()}
     if sys.stderr.isatty():
-        return tqdm(**knobs, delay=1)
+        return tqdm(**options, delay=1)
     line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left"
     if total is None:
         line = "{desc}: {n_fmt} {unit}, {elapsed} passed"
-    return tqdm(**knobs, delay=EVERY, mininterval=EVERY, maxinterval=EVERY, file=Lines(), bar_format=line)
+    return tqdm(**options, delay=EVERY, mininterval=EVERY, maxinterval=EVERY, file=Lines(), bar_format=line)
 
 
 def of(items: Iterable, what: str, unit: str = "it") -> Iterator:
@@ -46,7 +61,7 @@ def waiting(what: str) -> Iterator[None]:
             while not done.wait(1):
                 shows.update()
 
-    thread = Thread(target=tick, daemon=True)
+    thread = Thread(target=copy_context().run, args=(tick,), daemon=True)
     thread.start()
     try:
         yield

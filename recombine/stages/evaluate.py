@@ -6,16 +6,17 @@ from torch import nn
 from recombine import models
 from recombine.core import checkpoint
 from recombine.errors import UsageError
-from recombine.layers.quantize import quantise
+from recombine.layers.quantize import quantize
 from recombine.models import roles
 from recombine.result_schema import StagePart
 from recombine.stages.adapt import test
-from recombine.stages.context import Run
+from recombine.stages.context import RunContext
 from recombine.training.lit import LitRecombine
 
 
-def evaluate(run: Run) -> StagePart:
-    path = run.cfg.stage.checkpoint
+def evaluate(run: RunContext) -> StagePart:
+    """The scores on the test set, and the checkpoint's path."""
+    path, bits = run.settings.stage.checkpoint, run.settings.stage.bits
     if path is None:
         run.model.requires_grad_(False)
     else:
@@ -24,14 +25,15 @@ def evaluate(run: Run) -> StagePart:
         if head is not None and (classes := head.out_features) != run.data.num_classes:
             why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
             raise UsageError(f"{path}: {why}; set data.task to the one it was trained on")
-    if run.cfg.stage.bits is not None:
-        rewritten = getattr(run.model, "recombined", None)
-        names = rewritten.targets if rewritten else roles.find(run.model, run.method.targets)
-        quantise(map(run.model.get_submodule, names), run.cfg.stage.bits)
-    return {"test": test(run, LitRecombine(run.model, run.method, run.task())), "checkpoint": path}
+    if bits is not None:
+        if (record := getattr(run.model, "recombined", None)) is None:
+            roles.split_fused(run.model, run.method.targets)
+        names = roles.find(run.model, run.method.targets) if record is None else record.targets
+        quantize(map(run.model.get_submodule, names), bits)
+    return {"test": test(run, LitRecombine(run.model, run.method, run.objective())), "checkpoint": path}
 
 
-def needs_head(model: nn.Module, data: L.LightningDataModule) -> None:
+def require_head(model: nn.Module, data: L.LightningDataModule) -> None:
     """Refuses to score a model whose weights brought no classifier for the data; a language model needs none."""
     if data.num_classes is None or models.has_own_head(model):
         return

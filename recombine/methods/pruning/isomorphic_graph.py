@@ -72,7 +72,7 @@ def find_parts(model: nn.Module, sites: list[Site], losses: Losses) -> Parts:
     """The parts, with their scores on the calibration batches. qkv is one layer."""
     import torch_pruning as tp
 
-    o, up = ([site.linear for site in sites if site.role == role] for role in ("o", "up"))
+    o, up = ([site.module for site in sites if site.role == role] for role in ("o", "up"))
     embed = model.get_submodule(next(iter(roles.find(model, ("embed",), nn.Conv2d))))
     size = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
     importance = tp.importance.GroupTaylorImportance()
