@@ -98,11 +98,12 @@ def test_told_to_stop_two_ranks_leave_one_state(tmp_path):
 
 def test_a_sweep_of_runs_on_two_ranks_each(tmp_path):
     """In Lightning's own way each second rank would repeat the whole sweep."""
-    words = ["method=lora", "method.rank=4", "probe=false", "trainer.epochs=1"]
+    words = ["method=lora", "method.rank=4", "+method.options.use_rslora=true", "probe=false", "trainer.epochs=1"]
     given = [f"hydra.sweep.dir={tmp_path}/sweep", "seed=0,1"]
     subprocess.run(command(*words, *TWO, *given, flags=("-m",)), check=True, stdout=subprocess.DEVNULL)
     results = sorted((tmp_path / "sweep").rglob("result.json"))
     assert [json.loads(path.read_text())["seed"] for path in results] == [0, 1]
+    assert [json.loads(path.read_text())["method"]["label"] for path in results] == ["lora", "lora"]
     for seed, path in enumerate(results):
         execute(tmp_path / str(seed), *words, f"seed={seed}")
         same(tmp_path / str(seed), path.parent)

@@ -130,7 +130,9 @@ def test_a_failed_run_is_marked_and_the_next_starts_its_own(tmp_path):
     execute(tmp_path / "b", "logger=wandb", "method=linear_probe")
     first, second = Record(tmp_path / "a"), Record(tmp_path / "b")
     assert first.exit == 1 and second.exit == 0 and first.run.run_id != second.run.run_id
-    assert set(second.run.tags) == {"linearprobe", "tiny_vit", "dsprites_loc"} and len(second.series("train/loss")) == 4
+    assert (
+        set(second.run.tags) == {"linear_probe", "tiny_vit", "dsprites_loc"} and len(second.series("train/loss")) == 4
+    )
 
 
 def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen:

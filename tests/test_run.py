@@ -106,7 +106,9 @@ def test_suite_prints_group_means(tmp_path, monkeypatch, capsys):
     assert summary["complete"] and list(summary["tasks"]["structured"]) == ["dsprites_loc", "dsprites_ori"]
     assert summary["mean"] == pytest.approx(sum(summary["tasks"]["structured"].values()) / 2) and 0 <= mean <= 1
     assert summary["mean_of_tasks"] == summary["mean"]
-    assert "mean of structured" in capsys.readouterr().out and (tmp_path / "dsprites_ori" / "result.json").exists()
+    out = capsys.readouterr().out
+    assert "\nlinear_probe on tiny_vit, data offline, 2 tasks\n" in out and "mean of structured" in out
+    assert (tmp_path / "dsprites_ori" / "result.json").exists()
 
 
 def test_linear_probe_is_the_optimum_that_scipy_finds():
@@ -304,7 +306,10 @@ def test_full_disk_leaves_nothing_half_written(tmp_path):
 def test_output_folder_that_cannot_be_made(tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("a file where the folder should be")
     assert str(tmp_path / "out") in line(capsys, monkeypatch, tmp_path, "method=linear_probe")
-    with pytest.raises(recombine.UsageError, match="cannot be written"), results.reserved(tmp_path / "out" / "deeper"):
+    with (
+        pytest.raises(recombine.UsageError, match="cannot be written"),
+        results.lock_folder(tmp_path / "out" / "deeper"),
+    ):
         pass
 
 
@@ -315,7 +320,7 @@ def test_a_finished_run_is_not_run_again_and_no_two_processes_share_a_folder(tmp
     assert "finished before" in capsys.readouterr().out
     with pytest.raises(recombine.UsageError, match=r"another configuration \(optim.lr=None there, 0.1 here\)"):
         execute(tmp_path, "method=linear_probe", "optim.lr=0.1")
-    with results.reserved(tmp_path / "new"), pytest.raises(recombine.UsageError, match="another process runs here"):
+    with results.lock_folder(tmp_path / "new"), pytest.raises(recombine.UsageError, match="another process runs here"):
         execute(tmp_path / "new", "method=linear_probe")
 
 

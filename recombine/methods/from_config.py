@@ -10,15 +10,19 @@ from omegaconf.errors import OmegaConfBaseException
 from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.models import CONF
+from recombine.result_schema import MethodPart
 
 
 def from_config(cfg: DictConfig) -> Method:
     """The method that a node of the configuration describes: `_target_`, its class, and the class's fields.
 
     Raises:
-        UsageError: a field that the class does not have, or a value of another type.
+        UsageError: a field that the class does not have, a value of another type, or a class with a field that
+            result.json needs for itself.
     """
     cls = get_class(cfg._target_)
+    if taken := MethodPart.__annotations__.keys() & OmegaConf.structured(cls).keys():
+        raise UsageError(f"method._target_={cfg._target_}: result.json has {taken.pop()} already; rename that field")
     fields = {key: value for key, value in cfg.items() if key != "_target_"}
     try:
         values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(cls), fields))

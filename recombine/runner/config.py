@@ -15,6 +15,7 @@ from recombine.core.budget import Budget
 from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.methods.from_config import from_config, from_name
+from recombine.runner.labels import chosen_labels
 from recombine.stages import STAGES
 from recombine.stages.settings import (
     STAGE_SETTINGS,
@@ -37,6 +38,7 @@ class RunSpec:
 
     config: the configuration as plain values, as result.json keeps it.
     compressor: compresses first, then `method` adapts; None: there is only the method.
+    labels: what the user called them, by "compressor" and "method".
     data, model: arguments of `data.build` and `models.build`. calibration_data: of the data that calibrates; None: the
     run's own. transfer_tasks: other tasks of the same data that are probed before and after.
     """
@@ -45,6 +47,7 @@ class RunSpec:
     settings: RunSettings
     method: Method
     compressor: Method | None
+    labels: dict[str, str]
     budget: Budget
     data: dict[str, Any]
     model: dict[str, Any]
@@ -81,6 +84,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
         ),
         method=method,
         compressor=compressor,
+        labels=chosen_labels(cfg),
         budget=Budget(cfg.budget.kind, cfg.budget.value),
         data=data | {"seed": cfg.seed},
         model=plain["model"],
@@ -130,7 +134,7 @@ def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
     if cfg.get("compressor") is None:
         return method, None
     compressor = from_config(cfg.compressor)
-    name = type(compressor).__name__.lower()
+    name = chosen_labels(cfg)["compressor"]
     if not compressor.compresses:
         raise UsageError(f"method@compressor: {name} does not compress; choose one that does")
     if cfg.stage.name == "compress":

@@ -11,15 +11,16 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from recombine import data, methods, models, results
-from recombine.core.account import count, layer_report
+from recombine import data, models, results
 from recombine.core.calibration import BACKWARD
 from recombine.core.rewrite import find_sites
 from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.evaluation import linear_probe
 from recombine.models import roles
+from recombine.runner.assemble import assemble_result
 from recombine.runner.config import RunSpec, resolve
+from recombine.runner.summary import suite_table, summary_table
 from recombine.runtime import progress
 from recombine.stages import STAGES, analysis
 from recombine.stages.context import RunContext
@@ -49,12 +50,8 @@ def run_suite(cfg: DictConfig, out: Path) -> float:
         summary["mean_of_tasks"] = sum(everything) / len(everything)  # as CRISP's, Tab. 1
         if distributed.rank() == 0:
             results.write(out / "suite.json", summary | {"complete": len(done) == len(groups)})
-    rows = [(f"{g}: {t}", f"{100 * v:.1f}") for g, tasks in scores.items() for t, v in tasks.items()]
-    rows += [(f"mean of {g}", f"{100 * v:.1f}") for g, v in summary["groups"].items()]
-    rows += [("mean of the groups", f"{100 * summary['mean']:.1f}")]
-    rows += [("mean of the tasks", f"{100 * summary['mean_of_tasks']:.1f}"), ("result", out / "suite.json")]
     if distributed.rank() == 0:
-        print("\n" + results.table(rows))
+        print("\n" + suite_table(summary, done[-1], out / "suite.json"))
     return sum(map(results.score, done)) / len(done)
 
 
@@ -62,10 +59,10 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
     """One run, and its result. What is there already is not computed again."""
     spec = resolve(cfg)
     path = out / "result.json"
-    if (result := results.finished(out, spec.config)) is not None:
-        print(f"{path}: finished before\n{results.table(rows(result, path))}")
+    if (result := results.load_finished(out, spec.config)) is not None:
+        print(f"{path}: finished before\n{summary_table(result, path)}")
         return result
-    with results.reserved(out) if distributed.rank() == 0 else nullcontext():
+    with results.lock_folder(out) if distributed.rank() == 0 else nullcontext():
         return execute(spec, out)
 
 
@@ -80,7 +77,7 @@ def execute(spec: RunSpec, out: Path) -> dict:
             fit_head(run)
             original = analysis.before(run)
             added = STAGES[spec.settings.stage.name](run)
-            result = describe(spec, run, added | analysis.after(run, original))
+            result = assemble_result(spec, run, added, analysis.after(run, original))
             result["seconds"]["total"] = round(time.perf_counter() - start, 3)
             if distributed.rank() == 0:
                 report(result, run)
@@ -90,7 +87,7 @@ def execute(spec: RunSpec, out: Path) -> dict:
 def report(result: dict, run: RunContext) -> None:
     """Prints the result, writes it, and shows it to the logger; then there is nothing left to go on from."""
     path = run.out / "result.json"
-    print("\n" + results.table(rows(result, path)), flush=True)  # first: a full disk must not eat it
+    print("\n" + summary_table(result, path), flush=True)  # first: a full disk must not eat it
     results.write(path, result)
     resume.clear(run.out)
     if run.logger:
@@ -121,7 +118,12 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     if torch.cuda.is_available() and spec.settings.trainer.accelerator in ("auto", "gpu", "cuda"):
         model.cuda()
     state = resume.state_folder(out, spec.config)
-    pieces = {"compressor": spec.compressor, "calibration_data": calibration, "transfer_data": transfer}
+    pieces = {
+        "labels": spec.labels,
+        "compressor": spec.compressor,
+        "calibration_data": calibration,
+        "transfer_data": transfer,
+    }
     return RunContext(spec.settings, out, state, model, spec.method, spec.budget, module, **pieces)
 
 
@@ -168,9 +170,7 @@ def fit_head(run: RunContext) -> None:
 
 def watched(spec: RunSpec, run: RunContext) -> loggers.Watched:
     """What the logger is told of the run."""
-    parts = {"compressor": run.compressor, "method": run.method}
-    labels = {key: type(part).__name__.lower() for key, part in parts.items() if part is not None}
-    labels |= {"model": spec.model["name"], "task": run.data.task or run.data.name}
+    labels = run.labels | {"model": spec.model["name"], "task": run.data.task or run.data.name}
     labels |= {} if run.budget.kind == "none" else {"budget": str(run.budget)}
     out = run.out
     name = f"{out.parent.name}/{out.name}" if of_suite(out) else out.name
@@ -190,87 +190,6 @@ def group(out: Path) -> str | None:
     if not OmegaConf.is_missing(hydra.job, "num"):  # numbered: one of several
         return hydra.runtime.choices.get("experiment") or "/".join(Path(hydra.runtime.output_dir).parts[-3:-1])
     return out.parent.name if of_suite(out) else None
-
-
-def describe(spec: RunSpec, run: RunContext, added: dict) -> dict:
-    """Everything that a table, a plot or a doubter may ask of a run."""
-    recombined = getattr(run.model, "recombined", None)
-    hydra = HydraConfig.get() if HydraConfig.initialized() else None
-    overrides = list(hydra.overrides.task) if hydra else []
-    overrides = [f"data.task={run.data.task}" if o == "data.task=all" else o for o in overrides]
-    return {
-        "command": " ".join(["python run.py", *(f"'{o}'" if set(o) & set("[]{}() *") else o for o in overrides)]),
-        "stage": spec.settings.stage.name,
-        "model": run.model.recombine_source,
-        "method": {"name": recombined.steps[-1].method, **recombined.steps[-1].fields} if recombined else None,
-        "compressor": {"name": recombined.steps[0].method, **recombined.steps[0].fields}
-        if recombined and len(recombined.steps) > 1
-        else None,
-        "budget": str(run.budget),
-        "data": run.data.info,
-        "calibration": None if run.calibration_data is None else run.calibration_data.info,
-        "seed": spec.settings.seed,
-        "metric": run.objective().metric,
-        "val": {},
-        "test": {},
-        "linear_probe": None if run.probe is None else {k: getattr(run.probe, k) for k in ("val", "test", "decay")},
-        "account": count(run.model, run.typical_input()).as_dict(),
-        "layers": layer_report(run.model) if recombined else [],
-        "curves": run.curves.get("best", {}),
-        **added,
-        "seconds": run.seconds,
-        "config": spec.config,
-        "environment": results.environment(),
-    }
-
-
-def rows(result: dict, path: Path) -> list[tuple[str, str]]:
-    """The table that a run ends with."""
-    account, test, linear = result["account"], result["test"], result["linear_probe"]
-    named = " + ".join(part["name"].lower() for part in (result["compressor"], result["method"]) if part) or "original"
-    table = [
-        (
-            f"{named} on {result['data']['task']}",
-            f"stage {result['stage']}, seed {result['seed']}",
-        )
-    ]
-    if test:
-        shown = {key: value for key, value in test.items() if "stderr" not in key}
-        shown = {key: float("nan") if value is None else value for key, value in shown.items()}
-        scores = [f"{k} {v:.3g}" if k in ("loss", "ppl") else f"{k} {100 * v:.1f} %" for k, v in shown.items()]
-        table.append(("test", ", ".join(scores)))
-    if linear:
-        table.append(("linear probe, same data", f"{100 * linear['test']:.1f} %"))
-    if errors := result.get("weight_error"):
-        worst = max(errors, key=errors.get)
-        mean = sum(errors.values()) / len(errors)
-        table.append(("relative weight error", f"mean {mean:.2g}, worst {errors[worst]:.2g} ({worst})"))
-    if "logit_error" in result:
-        table.append(("logit error", f"{result['logit_error']:.2g} of {result['logit_scale']:.3g}"))
-    if speed := result.get("profile"):
-        for kind in ("train", "infer"):
-            if speed["ratio"][kind] is not None:
-                times = f"{speed['ratio'][kind]:.2f} times the reference"
-                table.append((kind, f"{speed[f'{kind}_samples_s']:.1f} samples a second, {times}"))
-    mib = {key: account[f"bytes_{key}"] / 2**20 for key in ("weights", "gradients", "optimizer")}
-    memory = " + ".join(f"{key} {value:.1f}" for key, value in mib.items())
-    trained, stored = account["trained"], account["stored"]
-    table += [
-        ("trained", f"{trained:,} parameters ({account['trained_without_head']:,} without the head)"),
-        ("stored", f"{stored:,} parameters ({account['stored_without_head']:,} without the head)"),
-        (
-            "retained",
-            f"{100 * account['retained']:.1f} % of the target layers, {100 * account['retained_total']:.1f} % of all",
-        ),
-        ("MiB to train", f"{memory} = {account['memory_mib']:.1f}"),
-        ("GFLOPs a sample", "not measured" if account["flops"] is None else f"{account['flops'] / 1e9:.3f}"),
-        ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in result["seconds"].items())),
-        ("result", str(path)),
-        ("again with", result["command"]),
-    ]
-    if account["retained"] > 1.01 and getattr(methods, result["method"]["name"]).compresses:
-        table.append(("note", "the target layers store more than dense: these ranks adapt, they do not compress"))
-    return table
 
 
 def quiet() -> None:

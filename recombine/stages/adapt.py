@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from recombine.core import checkpoint
 from recombine.core.method import Method
 from recombine.errors import UsageError
+from recombine.result_schema import StagePart
 from recombine.stages.context import RunContext
 from recombine.training import distributed
 from recombine.training.callbacks import Curves, Epochs, KeepBest
@@ -19,16 +20,16 @@ from recombine.training.settings import OptimizerSettings
 from recombine.training.trainer import build_trainer
 
 
-def adapt(run: RunContext) -> dict:
+def adapt(run: RunContext) -> StagePart:
     """Rewrite, then train what the method trains and the classifier."""
     run.checkpointed_step("rewritten", run.rewrite_all)
     if not run.method.on_distillation_step(run.model, 0.0):
-        name = type(run.method).__name__.lower()
+        name = run.labels["method"]
         raise UsageError(f"stage=adapt: {name} takes its form in a distillation; set stage=joint or stage=compress")
     return train_and_test(run)
 
 
-def train_and_test(run: RunContext) -> dict:
+def train_and_test(run: RunContext) -> StagePart:
     """The data's task with the run's optimizer, on the model as it stands."""
     optim = run.settings.optim
     objective = run.objective(optim.label_smoothing)

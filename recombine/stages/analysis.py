@@ -14,6 +14,7 @@ from torch import nn
 from recombine.core.account import stored_in_targets
 from recombine.evaluation import linear_probe
 from recombine.evaluation.subspaces import subspaces
+from recombine.result_schema import AnalysisPart
 from recombine.stages.context import RunContext
 
 
@@ -23,7 +24,7 @@ def before(run: RunContext) -> nn.Module | None:
     return copy.deepcopy(run.model) if asked.subspaces or asked.maps or run.transfer_data else None
 
 
-def after(run: RunContext, original: nn.Module | None) -> dict:
+def after(run: RunContext, original: nn.Module | None) -> AnalysisPart:
     """What the analyses add to the result. original: as `before` returned it."""
     part = costs(run)
     if original is None:
@@ -41,7 +42,7 @@ def after(run: RunContext, original: nn.Module | None) -> dict:
     return part
 
 
-def costs(run: RunContext) -> dict:
+def costs(run: RunContext) -> AnalysisPart:
     """memory_rate: weights + gradients + AdamW's moments over the pretrained weights, of the target layers alone
     (CERSA's (mr + nr + 4 r^2) / (mn)) and of the whole model. images_per_second: of the training, validation included.
     """

@@ -8,13 +8,14 @@ from torch import nn
 from recombine.core.rewrite import finish, train_only
 from recombine.errors import UsageError
 from recombine.models import roles
+from recombine.result_schema import StagePart
 from recombine.stages.adapt import fit, train_and_test
 from recombine.stages.context import RunContext
 from recombine.stages.retrofit import weight_errors
 from recombine.training.objectives import Distillation
 
 
-def compress(run: RunContext) -> dict:
+def compress(run: RunContext) -> StagePart:
     """Compress and distil, then train the classifier only."""
     part, _ = distil(run)
     head = [] if (found := roles.head(run.model)) is None else list(found.parameters())
@@ -22,7 +23,7 @@ def compress(run: RunContext) -> dict:
     return part | train_and_test(run)
 
 
-def joint(run: RunContext) -> dict:
+def joint(run: RunContext) -> StagePart:
     """Compress and distil, then adapt."""
     part, original = distil(run)
     if run.compressor is not None:
@@ -31,12 +32,12 @@ def joint(run: RunContext) -> dict:
     return part | train_and_test(run)
 
 
-def distil(run: RunContext) -> tuple[dict, nn.Module]:
+def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
     """Rewrites the model and lets it follow the original, which comes back too, on the training data without labels."""
     method, settings = run.first_method, run.settings.stage.distil
     if not method.compresses:
         raise UsageError(
-            f"stage={run.settings.stage.name}: {type(method).__name__.lower()} does not compress; use svd or crisp, "
+            f"stage={run.settings.stage.name}: {run.labels['method']} does not compress; use svd or crisp, "
             "or put a compressor before it: method@compressor=svd"
         )
     teacher = copy.deepcopy(run.model)

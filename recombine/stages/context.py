@@ -29,6 +29,7 @@ class RunContext:
     out: the run's folder. state: the folder of what an interrupted run goes on from.
     compressor: compresses first, then `method` adapts; None: there is only the method.
     calibration_data: what calibrates, if not the data itself. transfer_data: other tasks, which `analyse` probes.
+    labels: what the user called the compressor and the method, by "compressor" and "method".
     seconds, curves: fill up as parts of the run finish. logger: `loggers.RunLogger` while the run is watched.
     """
 
@@ -42,6 +43,7 @@ class RunContext:
     compressor: Method | None = None
     calibration_data: DataModule | None = None
     transfer_data: dict[str, DataModule] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
     probe: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, dict[str, list]] = field(default_factory=dict)

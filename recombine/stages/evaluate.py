@@ -8,12 +8,13 @@ from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.layers.quantize import quantize
 from recombine.models import roles
+from recombine.result_schema import StagePart
 from recombine.stages.adapt import test
 from recombine.stages.context import RunContext
 from recombine.training.lit import LitRecombine
 
 
-def evaluate(run: RunContext) -> dict:
+def evaluate(run: RunContext) -> StagePart:
     """The scores on the test set, and the checkpoint's path."""
     path, bits = run.settings.stage.checkpoint, run.settings.stage.bits
     if path is None:

@@ -14,19 +14,21 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor, nn
 
+from recombine import results
 from recombine.core import account
 from recombine.core.account import MIB
 from recombine.core.budget import Budget
 from recombine.core.rewrite import prepare
 from recombine.errors import UsageError
 from recombine.methods import Full
+from recombine.result_schema import StagePart
 from recombine.stages.context import RunContext
 from recombine.training import objectives
 from recombine.training.settings import TrainerSettings
 from recombine.training.trainer import precision
 
 
-def profile(run: RunContext) -> dict:
+def profile(run: RunContext) -> StagePart:
     """`account` is always there; `profile` only where there are rounds."""
     stage = run.settings.stage
     if not stage.rewrite:
@@ -154,12 +156,13 @@ def ratio(reference: list[float], method: list[float]) -> float | None:
     return value if value == value else None
 
 
-def predict(run: RunContext) -> dict:
+def predict(run: RunContext) -> StagePart:
     """The account by the method's closed form: nothing is rewritten, so large models cost no factorisation."""
     if run.compressor is not None:
         raise UsageError("stage.rewrite=false: a pair's second needs what the first leaves; set stage.rewrite=true")
     if isinstance(run.method, Full):
         raise UsageError("stage.rewrite=false: counts the target layers, and full trains more; set stage.rewrite=true")
     method, sites = prepare(run.model, run.method, run.budget, run.losses)
-    fields = {"name": type(method).__name__, **asdict(method)}
-    return {"method": fields, "account": account.predict(method, run.model, sites).as_dict()}
+    cls = type(method)
+    part = results.method_part(cls.__name__, asdict(method), run.labels["method"], cls.compresses)
+    return {"method": part, "account": account.predict(method, run.model, sites).as_dict()}

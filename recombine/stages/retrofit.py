@@ -7,6 +7,7 @@ import torch
 from recombine.layers import RecombinedLinear
 from recombine.layers.quantize import quantize
 from recombine.models.fused_qkv import layer_at
+from recombine.result_schema import StagePart
 from recombine.stages.adapt import test
 from recombine.stages.context import RunContext
 from recombine.training import objectives
@@ -14,7 +15,7 @@ from recombine.training.lit import LitRecombine
 
 
 @torch.no_grad()
-def retrofit(run: RunContext) -> dict:
+def retrofit(run: RunContext) -> StagePart:
     """weight_error of each layer, logit_error (largest difference) beside logit_scale, and test where asked for."""
     stage, original = run.settings.stage, copy.deepcopy(run.model).eval()
     with torch.enable_grad():
