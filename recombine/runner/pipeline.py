@@ -1,9 +1,7 @@
 """From a composed configuration to a run, and from a run to result.json."""
 
 import copy
-import logging
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 from recombine import data, methods, models, results
 from recombine.core.budget import Budget, count, layer_report
 from recombine.core.calibration import BACKWARD
+from recombine.core.method import find_sites
 from recombine.data.vision.base import VisionData
 from recombine.errors import UsageError
 from recombine.evaluation import linear_probe
 from recombine.models import roles
 from recombine.runtime import progress
+from recombine.runtime.logs import quiet_libraries
 from recombine.stages import STAGES, Run, analysis
 from recombine.stages.adapt import trainer_on
 from recombine.stages.evaluate import needs_head
@@ -52,7 +52,7 @@ def task(cfg: DictConfig) -> float:
 
 def main(cfg: DictConfig, out: Path) -> float:
     """Runs the stage on one task, or on a suite of them, and returns the (mean) validation score."""
-    quiet()
+    quiet_libraries()
     if (cfg.trainer.devices, cfg.trainer.num_nodes, cfg.trainer.strategy) != (1, 1, "auto"):
         trainer = trainer_on(cfg.trainer, logger=False, enable_checkpointing=False)
         if count := distributed.to_start(trainer):
@@ -117,7 +117,7 @@ def run(cfg: DictConfig, out: Path) -> dict:
         needs_head(model, module)
     for part in (first, chosen):  # bad fields are refused before the data is made
         if part is not None and cfg.stage.name != "evaluate":
-            methods.base.find_sites(copy.deepcopy(model), part)
+            find_sites(copy.deepcopy(model), part)
     other = calibrates(cfg, module, model.recombine_source)
     others = elsewhere(cfg, module, model.recombine_source)
     for part in filter(None, (module, other, *others.values())):
@@ -339,11 +339,3 @@ def rows(result: dict, path: Path) -> list[tuple[str, str]]:
     if account["retained"] > 1.01 and getattr(methods, result["method"]["name"]).compresses:
         table.append(("note", "the target layers store more than dense: these ranks adapt, they do not compress"))
     return table
-
-
-def quiet() -> None:
-    """Lightning's hints about loaders and loggers say nothing about a run."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,6 +1,7 @@
 """Train what the method trains. Validation chooses the weights; the test set is read once, with those."""
 
 import copy
+import sys
 
 import lightning as L
 import torch
@@ -17,10 +18,12 @@ from recombine.stages.context import Run
 from recombine.stages.retrofit import rewrite_all
 from recombine.training import distributed
 from recombine.training.curves import Curves
-from recombine.training.epochs import Epochs
+from recombine.training.epochs import Bars, Epochs
 from recombine.training.lit import KeepBest, LitRecombine
 from recombine.training.objectives import Task
 from recombine.training.resume import TrainingState, where
+
+LABELS = {"distilled": "distillation", "best": "training"}  # what `fit` makes -> what a user sees at work
 
 
 def adapt(run: Run) -> dict:
@@ -54,7 +57,7 @@ def fit(
     lit = LitRecombine(run.model, method, task, lr=lr, seed=run.cfg.seed, **knobs)
     monitor = f"val/{task.metric}"
     callbacks = [best := KeepBest(monitor, task.mode, run.out / f"{name}.safetensors"), history := Curves()]
-    callbacks.append(Epochs(name))
+    callbacks.append(Epochs(what := LABELS[name]))
     if run.cfg.trainer.patience and run.data.val is None:
         raise UsageError(
             f"trainer.patience={run.cfg.trainer.patience}: without validation data nothing says when to stop; "
@@ -64,7 +67,7 @@ def fit(
         patience = run.cfg.trainer.patience
         callbacks.append(EarlyStopping(monitor, mode=task.mode, patience=patience, check_finite=False))
     callbacks.append(state := TrainingState(run.state, name, run.cfg.trainer.checkpoint_minutes))
-    trainer = make_trainer(run, epochs, callbacks, optim.clip, run.logger and run.logger.fit(name))
+    trainer = make_trainer(run, what, epochs, callbacks, optim.clip, run.logger and run.logger.fit(name))
     found = state.find()
     run.data.start = where(found) if found else (0, 0)
     whole = copy.deepcopy(run.model) if isinstance(trainer.strategy, FSDPStrategy) else None  # it wraps in place
@@ -84,7 +87,7 @@ def fit(
 def test(run: Run, lit: LitRecombine) -> dict[str, float]:
     """Scores the model on the test set, and a language model on the harness's tasks that go with the data."""
     with run.timed("test"):
-        (scores,) = make_trainer(run, 1, [], None).test(lit, run.data, verbose=False)
+        (scores,) = make_trainer(run, "test", 1, [], None).test(lit, run.data, verbose=False)
     scores = lit.task.report({name.removeprefix("test/"): value for name, value in scores.items()})
     if names := run.cfg.harness.tasks or getattr(run.data, "harness", ()):
         from recombine.evaluation import harness  # lm-eval takes seconds to load
@@ -103,15 +106,17 @@ def test(run: Run, lit: LitRecombine) -> dict[str, float]:
     return scores
 
 
-def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None, logger=None) -> L.Trainer:
+def make_trainer(run: Run, what: str, epochs: int, callbacks: list, clip: float | None, logger=None) -> L.Trainer:
+    """what: the name of the work on its bar."""
+    shown = run.cfg.trainer.progress and sys.stderr.isatty()
     return trainer_on(
         run.cfg.trainer,
         max_epochs=epochs,
         gradient_clip_val=clip,
-        callbacks=callbacks,
+        callbacks=[*callbacks, Bars(what)] if shown else callbacks,
         logger=logger or False,
         enable_checkpointing=any(isinstance(callback, TrainingState) for callback in callbacks),
-        enable_progress_bar=run.cfg.trainer.progress,
+        enable_progress_bar=shown,
         limit_val_batches=0 if run.data.val is None else 1.0,
         default_root_dir=run.out,
     )

@@ -1,15 +1,16 @@
-"""A line on stderr after an epoch, at most every half minute: Lightning's bar shows nothing in a file until the end."""
+"""What a training shows: bars on a terminal; a line after an epoch, at most two a minute, where stderr is a file."""
 
 import sys
 import time
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 
 from recombine.runtime import progress
 
 
 class Epochs(Callback):
-    """what: the name of the training."""
+    """Lines in a file, where a bar would show nothing until the end. what: the name of the training."""
 
     def __init__(self, what: str):
         self.what, self.last = what, time.monotonic()
@@ -22,3 +23,43 @@ class Epochs(Callback):
         scores = ", ".join(f"{key} {value:.4g}" for key, value in sorted(trainer.callback_metrics.items()))
         done, total = trainer.current_epoch + 1, trainer.max_epochs
         print(f"{self.what}: epoch {done} of {total}, {scores}", file=sys.stderr, flush=True)
+
+
+class Bars(TQDMProgressBar):
+    """Lightning's bars on stderr, named after the work, with epochs counted from 1. what: the name of the work.
+
+    A line is as wide as the terminal at most: the bar gives way first, then the scores at its end are cut.
+    """
+
+    BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.what = what
+
+    def bar(self, what: str, position: int = 0) -> Tqdm:
+        knobs = {"desc": what, "position": position, "leave": position == 0, "disable": self.is_disabled}
+        return Tqdm(**knobs, dynamic_ncols=True, file=sys.stderr, smoothing=0, bar_format=self.BAR_FORMAT)
+
+    def init_train_tqdm(self) -> Tqdm:
+        return self.bar(self.what)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return self.bar("validation", 1)
+
+    def init_test_tqdm(self) -> Tqdm:
+        return self.bar(self.what)
+
+    def on_train_epoch_start(self, trainer, *_) -> None:
+        self.train_progress_bar.reset(self.total_train_batches)
+        self.train_progress_bar.set_description(
+            f"{self.what}, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+        )
+
+    def on_validation_batch_start(self, trainer, lit, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.has_dataloader_changed(dataloader_idx):
+            self.val_progress_bar.reset(self.total_val_batches_current_dataloader)
+
+    def on_test_batch_start(self, trainer, lit, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.has_dataloader_changed(dataloader_idx):
+            self.test_progress_bar.reset(self.total_test_batches_current_dataloader)
