@@ -3,8 +3,8 @@
 import sys
 import time
 
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from tqdm import tqdm
 
 from recombine.runtime import progress
 
@@ -28,26 +28,26 @@ class Epochs(Callback):
 class Bars(TQDMProgressBar):
     """Lightning's bars on stderr, named after the work, with epochs counted from 1. what: the name of the work.
 
-    A line is as wide as the terminal at most: the bar gives way first, then the scores at its end are cut.
+    A line is at most as wide as the terminal: the bar gives way to the words beside it.
     """
 
-    BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    BAR_FORMAT = "{desc}|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
     def __init__(self, what: str):
         super().__init__()
         self.what = what
 
-    def bar(self, what: str, position: int = 0) -> Tqdm:
+    def bar(self, what: str, position: int = 0) -> tqdm:
         knobs = {"desc": what, "position": position, "leave": position == 0, "disable": self.is_disabled}
-        return Tqdm(**knobs, dynamic_ncols=True, file=sys.stderr, smoothing=0, bar_format=self.BAR_FORMAT)
+        return tqdm(**knobs, dynamic_ncols=True, file=sys.stderr, smoothing=0, bar_format=self.BAR_FORMAT)
 
-    def init_train_tqdm(self) -> Tqdm:
+    def init_train_tqdm(self) -> tqdm:
         return self.bar(self.what)
 
-    def init_validation_tqdm(self) -> Tqdm:
+    def init_validation_tqdm(self) -> tqdm:
         return self.bar("validation", 1)
 
-    def init_test_tqdm(self) -> Tqdm:
+    def init_test_tqdm(self) -> tqdm:
         return self.bar(self.what)
 
     def on_train_epoch_start(self, trainer, *_) -> None:
@@ -63,3 +63,11 @@ class Bars(TQDMProgressBar):
     def on_test_batch_start(self, trainer, lit, batch, batch_idx, dataloader_idx=0) -> None:
         if self.has_dataloader_changed(dataloader_idx):
             self.test_progress_bar.reset(self.total_test_batches_current_dataloader)
+
+    def get_metrics(self, trainer, lit) -> dict[str, str]:
+        """The training's loss and the validation's score; its loss where there is no score. More would not fit."""
+        found = super().get_metrics(trainer, lit)
+        scores = [key for key in found if key.startswith("val/")]
+        shown = {"loss": found["train/loss"]} if "train/loss" in found else {}
+        shown |= {key: found[key] for key in scores if key != "val/loss" or len(scores) == 1}
+        return {key: f"{value:.3g}" for key, value in shown.items()}
