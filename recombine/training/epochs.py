@@ -38,7 +38,7 @@ class Bars(TQDMProgressBar):
         self.what = what
 
     def bar(self, what: str, position: int = 0) -> tqdm:
-        knobs = {"desc": what, "position": position, "leave": position == 0, "disable": self.is_disabled}
+        knobs = {"desc": f"{what}: ", "position": position, "leave": position == 0, "disable": self.is_disabled}
         return tqdm(**knobs, dynamic_ncols=True, file=sys.stderr, smoothing=0, bar_format=self.BAR_FORMAT)
 
     def init_train_tqdm(self) -> tqdm:
