@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,7 @@ from recombine.errors import UsageError
 from recombine.result_schema import MethodPart, Result
 from recombine.runtime.atomic import replacing
 from recombine.runtime.naming import aside
+from recombine.runtime.progress import wrapped
 
 PACKAGES = ("recombine", "torch", "lightning", "hydra-core", "timm", "peft", "transformers", "torchmetrics", "numpy")
 LOCK = ".running"
@@ -205,4 +207,4 @@ def commit() -> str | None:
 def table(rows: list[tuple[str, str]]) -> str:
     """A two-column table for the terminal: (label, value) of every row."""
     width = max(len(label) for label, _ in rows)
-    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
+    return "\n".join(f"  {label:<{width}}  {wrapped(str(value), width + 4, sys.stdout)}" for label, value in rows)

@@ -266,8 +266,9 @@ def test_bad_loggers_are_one_line(tmp_path):
 
 PROGRAM = """
 import sys, time
-from recombine import progress
-progress.EVERY, progress.is_shown() = 0.4, sys.argv[1] == "true"
+from recombine.runtime import progress
+progress.EVERY = 0.4
+progress.display(sys.argv[1] == "true").__enter__()
 for _ in progress.of(range(30), "factors", "layers"):
     time.sleep(0.05)
 for _ in progress.of(range(3), "short"):
@@ -304,7 +305,7 @@ def test_progress_is_a_bar_on_a_terminal_and_few_lines_in_a_file():
 def test_a_fit_in_a_file_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     execute(tmp_path, "trainer.progress=true", *SVD)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("best: epoch ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: epoch ")]
     assert len(lines) == 2 and "epoch 2 of 2" in lines[1] and "val/acc" in lines[1]
 
 

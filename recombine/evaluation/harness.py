@@ -55,7 +55,7 @@ def evaluate(
     from lm_eval.models.huggingface import HFLM
 
     mode = model.training
-    with quiet():
+    with silence_lm_eval():
         loaded = load(tasks, root)
         try:
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -169,14 +169,15 @@ def documents(name: str, root: str | Path | None) -> Callable:
 
 
 @contextmanager
-def quiet():
-    """lm-eval warns that a model in memory is a model in memory."""
+def silence_lm_eval():
+    """lm-eval warns that a model in memory is a model in memory; its bars show where others do."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with progress.bars_as_wanted():
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -22,16 +22,22 @@ from torch import nn
 from recombine.errors import UsageError
 from recombine.models import packaged, roles
 from recombine.models.weights import hub_file, load
+from recombine.runtime import clone
 
 __all__ = [
     "build", "for_data", "has_own_head", "list_models", "modality", "objective", "reset_head", "tags", "tokenizer",
 ]  # fmt: skip
 
-CONF = Path(__file__).parents[2] / "conf" / "model"
+CONF = clone.CONF / "model"
 
 
 def list_models() -> list[str]:
-    """What ``model=`` takes."""
+    """What ``model=`` takes.
+
+    Raises:
+        UsageError: the package is not in a clone.
+    """
+    clone.need_clone("list_models")
     return sorted(path.stem for path in CONF.glob("*.yaml"))
 
 

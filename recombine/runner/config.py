@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from recombine import models, results
+from recombine import results
 from recombine.core.budget import Budget
 from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.methods.from_config import from_config, from_name
 from recombine.runner.labels import chosen_labels
+from recombine.runtime.clone import CONF
 from recombine.stages import STAGES
 from recombine.stages.settings import (
     STAGE_SETTINGS,
@@ -28,7 +29,6 @@ from recombine.stages.settings import (
 from recombine.training.loggers import LoggerSettings
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
-CONF = models.CONF.parent
 T = TypeVar("T")
 
 

@@ -1,8 +1,6 @@
 """One run, from its RunSpec to result.json; and the suites, which are several runs."""
 
-import logging
 import time
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -190,11 +188,3 @@ def group(out: Path) -> str | None:
     if not OmegaConf.is_missing(hydra.job, "num"):  # numbered: one of several
         return hydra.runtime.choices.get("experiment") or "/".join(Path(hydra.runtime.output_dir).parts[-3:-1])
     return out.parent.name if of_suite(out) else None
-
-
-def quiet() -> None:
-    """Lightning's hints about loaders and loggers say nothing about a run."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

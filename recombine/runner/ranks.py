@@ -27,6 +27,7 @@ from recombine import data, results
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.runner import pipeline
 from recombine.runner.config import typed
+from recombine.runtime.logs import quiet_libraries
 from recombine.training import distributed
 from recombine.training.settings import TrainerSettings
 from recombine.training.trainer import build_trainer
@@ -41,7 +42,7 @@ def task(cfg: DictConfig) -> float:
 
 def main(cfg: DictConfig, out: Path) -> float:
     """Runs the stage on one task, or on a suite of them, and returns the (mean) validation score."""
-    pipeline.quiet()
+    quiet_libraries()
     if cfg.data.task != "all" and HydraConfig.initialized():
         data.say_default_task(cfg.data.name, cfg.data.task, HydraConfig.get().overrides.task)
     settings = typed(TrainerSettings, OmegaConf.to_container(cfg.trainer, resolve=True), "trainer")

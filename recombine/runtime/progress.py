@@ -4,8 +4,11 @@ Nothing shows in the first seconds, so short work stays silent, as do other rank
 `trainer.progress=false` silences it all.
 """
 
+import os
+import shutil
 import sys
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from threading import Event, Thread
@@ -68,6 +71,57 @@ def waiting(what: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def bars_as_wanted() -> Iterator[None]:
+    """Silences bars that a library draws with tqdm, where `trainer.progress=false`."""
+    from tqdm import tqdm
+
+    start = tqdm.__init__
+    if not _shown.get():
+        tqdm.__init__ = lambda self, *args, **kwargs: start(self, *args, **kwargs | {"disable": True})
+    try:
+        yield
+    finally:
+        tqdm.__init__ = start
+
+
+def say_what_loads(cfg: Mapping, choices: Mapping[str, str | None]) -> None:
+    """The first line of a run, on stderr, while torch is still to be imported.
+
+    Args:
+        cfg: the composed configuration.
+        choices: configuration group -> what was chosen of it, as the user typed it.
+    """
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if not cfg["trainer"]["progress"] or rank != "0":
+        return
+    method = " after ".join(part for part in (choices["method"], choices.get("method@compressor")) if part)
+    data, task = choices["data"], cfg["data"].get("task")
+    line = (
+        f"{method} on {choices['model']}, data {data}{f' ({task})' if task else ''}, "
+        f"stage {cfg['stage']['name']}: loading torch ..."
+    )
+    print(f"recombine: {wrapped(line, 11, sys.stderr)}", file=sys.stderr, flush=True)
+
+
+def wrapped(text: str, indent: int, stream) -> str:
+    """The text as lines of a terminal's width, those after the first indented; for a file it stays one line.
+
+    A command line ends its lines with a backslash, so that it can be copied into a shell as it stands.
+    """
+    if not stream.isatty():
+        return text
+    width, command = shutil.get_terminal_size().columns, text.startswith("python ")
+    lines = textwrap.wrap(
+        " " * indent + text,
+        width - 2 * command,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return (" \\\n" if command else "\n").join(lines).lstrip()
 
 
 class Lines:

@@ -1,6 +1,7 @@
 """Train what the method trains. Validation chooses the weights; the test set is read once, with those."""
 
 import copy
+import sys
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
@@ -12,12 +13,14 @@ from recombine.errors import UsageError
 from recombine.result_schema import StagePart
 from recombine.stages.context import RunContext
 from recombine.training import distributed
-from recombine.training.callbacks import Curves, Epochs, KeepBest
+from recombine.training.callbacks import Bars, Curves, Epochs, KeepBest
 from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Objective
 from recombine.training.resume import TrainingState, loop_position
 from recombine.training.settings import OptimizerSettings
 from recombine.training.trainer import build_trainer
+
+LABELS = {"distilled": "distillation", "best": "training"}  # what `fit` makes -> what a user sees at work
 
 
 def adapt(run: RunContext) -> StagePart:
@@ -52,9 +55,9 @@ def fit(
     monitor = f"val/{objective.metric}"
     best, history = KeepBest(monitor, objective.mode, run.out / f"{name}.safetensors"), Curves()
     state = TrainingState(run.state, name, settings.checkpoint_minutes)
-    callbacks = [best, history, Epochs(name), *early_stopping(run, monitor, objective.mode), state]
+    callbacks = [best, history, Epochs(LABELS[name]), *early_stopping(run, monitor, objective.mode), state]
     logger = run.logger and run.logger.fit(name)
-    trainer = run_trainer(run, epochs, callbacks, optim.clip, logger)
+    trainer = run_trainer(run, LABELS[name], epochs, callbacks, optim.clip, logger)
     found = state.find()
     run.data.resume_at(*(loop_position(found) if found else (0, 0)))
     whole = copy.deepcopy(run.model) if isinstance(trainer.strategy, FSDPStrategy) else None  # it wraps in place
@@ -85,7 +88,7 @@ def early_stopping(run: RunContext, monitor: str, mode: str) -> list[EarlyStoppi
 def test(run: RunContext, lit: LitRecombine) -> dict[str, float]:
     """Scores the model on the test set, and a language model on the harness's tasks that go with the data."""
     with run.timed("test"):
-        (scores,) = run_trainer(run, 1, [], None).test(lit, run.data, verbose=False)
+        (scores,) = run_trainer(run, "test", 1, [], None).test(lit, run.data, verbose=False)
     scores = lit.objective.report({name.removeprefix("test/"): value for name, value in scores.items()})
     names = run.settings.harness.tasks or run.data.harness
     return scores | harness_scores(run, names) if names else scores
@@ -112,16 +115,17 @@ def harness_scores(run: RunContext, names: tuple[str, ...]) -> dict[str, float]:
     return scores
 
 
-def run_trainer(run: RunContext, epochs: int, callbacks: list, clip: float | None, logger=None) -> L.Trainer:
-    """A Trainer for this run's model and data."""
+def run_trainer(run: RunContext, what: str, epochs: int, callbacks: list, clip: float | None, logger=None) -> L.Trainer:
+    """A Trainer for this run's model and data. what: the name of the work on its bar."""
+    shown = run.settings.trainer.progress and sys.stderr.isatty()
     return build_trainer(
         run.settings.trainer,
         max_epochs=epochs,
         gradient_clip_val=clip,
-        callbacks=callbacks,
+        callbacks=[*callbacks, Bars(what)] if shown else callbacks,
         logger=logger or False,
         enable_checkpointing=any(isinstance(callback, TrainingState) for callback in callbacks),
-        enable_progress_bar=run.settings.trainer.progress,
+        enable_progress_bar=shown,
         limit_val_batches=0 if run.data.val is None else 1.0,
         default_root_dir=run.out,
     )

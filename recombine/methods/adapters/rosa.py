@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from recombine.core.calibration import Losses, collect, passes, quiet
+from recombine.core.calibration import Losses, collect, eval_frozen, passes
 from recombine.core.method import Method, Site, need, need_losses
 from recombine.layers import DeltaLinear
 
@@ -72,7 +72,7 @@ class Rosa(Method):
         ]
         optimizer = torch.optim.Adam(trained, lr=self.lr)
         try:
-            with quiet(model), torch.enable_grad():
+            with eval_frozen(model), torch.enable_grad():
                 for loss in islice(passes(losses), self.warmup):
                     optimizer.zero_grad()
                     loss.backward()

@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from recombine.core.calibration import Losses, quiet
+from recombine.core.calibration import Losses, eval_frozen
 from recombine.core.method import Site
 from recombine.errors import UsageError
 from recombine.models import roles
@@ -131,7 +131,7 @@ def gradients(model: nn.Module, losses: Losses) -> Iterator[None]:
     """The loss's gradients, summed over the batches, are in the parameters for as long as the block runs."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with quiet(model), torch.enable_grad():
+        with eval_frozen(model), torch.enable_grad():
             model.requires_grad_(True).zero_grad()
             for loss in losses():
                 loss.backward()

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from recombine.core.calibration import Losses, passes, quiet
+from recombine.core.calibration import Losses, eval_frozen, passes
 from recombine.core.method import Site, need
 from recombine.methods.allocation import nearest
 from recombine.methods.svd.balf import Whitened, dims, most
@@ -74,7 +74,7 @@ class DobiSvd(Whitened):
         unit = cost / dense if self.unit == "rank" else torch.ones_like(dense)  # ratio per unit of `moved`
         moved = (self.ratio / unit).requires_grad_()
         optimizer = torch.optim.Adam([moved], lr=self.step_size)
-        with quiet(model), torch.enable_grad(), self.softly(sites, lambda: moved * unit):
+        with eval_frozen(model), torch.enable_grad(), self.softly(sites, lambda: moved * unit):
             for loss in islice(passes(losses), self.steps):
                 kept = (moved * unit * dense).sum() / dense.sum()
                 optimizer.zero_grad()
