@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from recombine import data, methods, models
+from recombine import data, models
+from recombine.core import method as core_method
 from recombine.report import plots, records, table
 from recombine.report.paper import Paper, select
 from recombine.report.records import Record, Runs
@@ -66,7 +67,7 @@ def test_cells_are_runs(name, experiments):
             pipeline.check(cfg)
             for method in filter(None, pipeline.pair(cfg)):
                 net = model(json.dumps(OmegaConf.to_container(cfg.model), sort_keys=True))
-                assert methods.base.find_sites(copy.deepcopy(net), method)
+                assert core_method.find_sites(copy.deepcopy(net), method)
             module = data.build(**OmegaConf.to_container(cfg.data), seed=cfg.seed)
             assert module.task == cfg.data.task and set(cfg.analyse.elsewhere) <= set(data.suite(cfg.data.name))
 
