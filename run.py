@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
 from recombine.errors import EXPECTED, one_line
+from recombine.runtime import budget_words
 
 DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
 failures: list[Exception] = []
@@ -30,6 +31,7 @@ def cli() -> int:
     failures.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors of its own and exits
     try:
+        budget_words.refuse_two_keys(sys.argv[1:])
         main()
     except EXPECTED as error:
         failures.append(error)

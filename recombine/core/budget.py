@@ -10,7 +10,6 @@ Where a compressor comes before the method, trainable is the method's and the ot
 method adds comes on top, and every account says how much.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -22,11 +21,12 @@ from torch import nn
 
 from recombine.errors import UsageError
 from recombine.models import roles
+from recombine.runtime import budget_words
+from recombine.runtime.budget_words import KINDS
 
 if TYPE_CHECKING:
     from recombine.core.method import Method, Site
 
-KINDS = ("none", "retained", "trainable", "energy", "memory")
 ADAM = 8  # bytes of AdamW state for each trained weight: two float32 moments
 MIB = 2**20
 
@@ -51,27 +51,10 @@ class Budget:
     @classmethod
     def parse(cls, word: str) -> "Budget":
         """retained_50 -> Budget("retained", 0.5)."""
-        n = r"\d+(?:\.\d+)?"
-        match = re.fullmatch(rf"(retained|energy)_({n})|(trainable)_({n})([km]?)|(memory)_({n})mb", word)
-        if word == "none":
-            return cls()
-        if match is None:
-            raise UsageError(
-                f"budget={word!r}: no such budget; say retained_50, trainable_150k, energy_95, memory_1200mb or none"
-            )
-        share, percent, trainable, number, unit, _, mib = match.groups()
-        if share:
-            return cls(share, float(percent) / 100)
-        if trainable:
-            return cls(trainable, float(number) * {"": 1, "k": 1e3, "m": 1e6}[unit])
-        return cls("memory", float(mib))
+        return cls(*budget_words.parse(word))
 
     def __str__(self) -> str:
-        if self.kind == "none":
-            return "none"
-        if self.kind == "trainable":
-            return f"trainable_{self.value / 1e3:.5g}k" if self.value >= 1e3 else f"trainable_{self.value:g}"
-        return f"memory_{self.value:.5g}mb" if self.kind == "memory" else f"{self.kind}_{100 * self.value:.5g}"
+        return budget_words.word(self.kind, self.value)
 
 
 def solve(method: "Method", model: nn.Module, sites: list["Site"], budget: Budget) -> "Method":
@@ -123,7 +106,8 @@ class Account:
 
     stored, trained: the whole model's; *_without_head the same less the classification head.
     retained: weights that the target layers hold, as a share of the dense ones. retained_total: the whole model's.
-    bytes_*: of the weights (as integers, where they were quantised), of the gradients, of AdamW's two float32 moments.
+    bytes_*: of the weights (as integers, where they were quantised), of the gradients, of AdamW's two float32 moments,
+        whichever optimizer a run chooses: methods are compared by them.
     flops: floating-point operations (2 per multiplication) of one forward of one sample; None if not measured.
     """
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from recombine import data, methods, models, results
+from recombine.core import method as core_method
 from recombine.core.budget import Budget, count, layer_report
 from recombine.core.calibration import BACKWARD
 from recombine.data.vision.base import VisionData
@@ -27,6 +28,7 @@ from recombine.stages import STAGES, Run, analysis
 from recombine.stages.adapt import trainer_on
 from recombine.stages.evaluate import needs_head
 from recombine.training import distributed, loggers, resume
+from recombine.training.lit import OPTIMIZERS
 
 
 def method(cfg: DictConfig) -> methods.Method:
@@ -108,7 +110,7 @@ def run(cfg: DictConfig, out: Path) -> dict:
     L.seed_everything(cfg.seed, verbose=False)
     progress.shown = cfg.trainer.progress
     chosen, first = pair(cfg)
-    budget = Budget(cfg.budget.kind, cfg.budget.value)
+    budget = Budget.parse(cfg.budget)
     module = data.build(**OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True), seed=cfg.seed)
     native = {"num_classes": module.num_classes} if getattr(module, "native", False) else {}  # may keep its own head
     model = models.build(**native | OmegaConf.to_container(cfg.model, resolve=True))
@@ -117,7 +119,7 @@ def run(cfg: DictConfig, out: Path) -> dict:
         needs_head(model, module)
     for part in (first, chosen):  # bad fields are refused before the data is made
         if part is not None and cfg.stage.name != "evaluate":
-            methods.base.find_sites(copy.deepcopy(model), part)
+            core_method.find_sites(copy.deepcopy(model), part)
     other = calibrates(cfg, module, model.recombine_source)
     others = elsewhere(cfg, module, model.recombine_source)
     for part in filter(None, (module, other, *others.values())):
@@ -239,7 +241,9 @@ def check(cfg: DictConfig) -> None:
     need("seed", lambda x: isinstance(x, int) and 0 <= x < 2**32, "a whole number from 0 to 2^32 - 1")
     if "distil" in cfg.stage:
         need("stage.distil.epochs", lambda x: isinstance(x, int) and x >= 0, "a whole number from 0")
+    Budget.parse(cfg.budget)
     need("stage.name", lambda x: x in STAGES, f"one of {', '.join(STAGES)}")
+    need("optim.name", lambda x: x in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
     need("optim.head", lambda x: x in ("random", "probe"), "random or probe")
     need("optim.lr", lambda x: x is None or number(x), "a number from 0, or null for the method's own")
     for key in ("lr_head", "weight_decay", "warmup", "label_smoothing"):

@@ -51,6 +51,7 @@ def fit(
     """Trains the parameters that require a gradient and leaves the model with the best weights by validation."""
     knobs = {key: optim[key] for key in ("lr_head", "weight_decay", "warmup", "schedule")}
     lr = method.lr if optim.lr is None else optim.lr
+    knobs["optimizer"] = optim.get("name", "adamw")  # a distillation has no such key
     lit = LitRecombine(run.model, method, task, lr=lr, seed=run.cfg.seed, **knobs)
     monitor = f"val/{task.metric}"
     callbacks = [best := KeepBest(monitor, task.mode, run.out / f"{name}.safetensors"), history := Curves()]

@@ -1,6 +1,7 @@
 """LitRecombine, the only LightningModule: a model, the method that made it, and a task."""
 
 import math
+from functools import partial
 
 import lightning as L
 import torch
@@ -15,13 +16,20 @@ from recombine.methods import Method
 from recombine.models import roles
 from recombine.training.objectives import Task, labels_of, parts_of
 
+OPTIMIZERS = {  # optim.name -> how it is made
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
+
 
 class LitRecombine(L.LightningModule):
     """Trains whatever requires a gradient.
 
     Args:
         lr, lr_head: peak learning rates of the method's weights and of the classification head.
-        weight_decay: AdamW's, on matrices only.
+        optimizer: a key of OPTIMIZERS.
+        weight_decay: the optimizer's, on matrices only.
         warmup: share of the steps over which the rates rise linearly from 0.
         schedule: cosine or linear, down to 0; or constant.
         seed: of what is drawn in training (dropout), anew at every step, so that a run can go on after any of them.
@@ -35,6 +43,7 @@ class LitRecombine(L.LightningModule):
         method: Method,
         task: Task,
         *,
+        optimizer: str = "adamw",
         lr: float = 1e-3,
         lr_head: float = 1e-3,
         weight_decay: float = 0.0,
@@ -45,7 +54,9 @@ class LitRecombine(L.LightningModule):
         super().__init__()
         self.model, self.method, self.task, self.seed = model, method, task, seed
         self.lr, self.lr_head, self.weight_decay = lr, lr_head, weight_decay
-        self.warmup, self.schedule = warmup, schedule
+        self.optimizer, self.warmup, self.schedule = optimizer, warmup, schedule
+        if optimizer not in OPTIMIZERS:
+            raise UsageError(f"optim.name={optimizer}: must be one of {', '.join(OPTIMIZERS)}")
         if schedule not in ("cosine", "linear", "constant"):
             raise UsageError(f"optim.schedule={schedule!r}: must be cosine, linear or constant")
         self.train_metrics = task.metrics().clone("train/")
@@ -127,7 +138,7 @@ class LitRecombine(L.LightningModule):
         for p in self.model.parameters():
             if p.requires_grad:
                 groups.setdefault((id(p) in head, p.ndim > 1), []).append(p)
-        optimizer = torch.optim.AdamW(
+        optimizer = OPTIMIZERS[self.optimizer](
             [
                 {
                     "params": parameters,

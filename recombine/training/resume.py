@@ -35,7 +35,7 @@ EVERY = 10  # batches between two agreements of several ranks
 
 def folder(out: Path, cfg: DictConfig) -> Path:
     """Where the run of that configuration keeps its state."""
-    same = {k: v for k, v in results.flat(results.settings(cfg)).items() if k not in results.ELSEWHERE}
+    same = {k: v for k, v in results.canonical(results.settings(cfg)).items() if k not in results.ELSEWHERE}
     return out / FOLDER / hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
