@@ -16,7 +16,7 @@ from recombine.stages import STAGES
 from recombine.training import resume
 
 CONF = Path(__file__).parents[1] / "conf"
-CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml"))]
+CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name != "shared"]
 CHOICES += [("experiment", f"{p.parent.name}/{p.stem}") for p in sorted(CONF.glob("experiment/*/*.yaml"))]
 
 
