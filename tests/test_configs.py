@@ -16,7 +16,8 @@ from recombine.stages import STAGES
 from recombine.training import resume
 
 CONF = Path(__file__).parents[1] / "conf"
-CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.parent.name != "shared"]
+CHOICES = [(p.parent.name, p.stem) for p in sorted(CONF.glob("*/*.yaml")) if p.stem[0] != "_"]
+CHOICES = [(group, choice) for group, choice in CHOICES if group != "shared"]  # parts of experiments
 CHOICES += [("experiment", f"{p.parent.name}/{p.stem}") for p in sorted(CONF.glob("experiment/*/*.yaml"))]
 
 

@@ -23,7 +23,7 @@ from recombine.data.vision.base import VisionData
 from recombine.errors import UsageError
 from recombine.evaluation import linear_probe
 from recombine.models import roles
-from recombine.runtime import progress
+from recombine.runtime import conf, progress
 from recombine.stages import STAGES, Run, analysis
 from recombine.stages.adapt import trainer_on
 from recombine.stages.evaluate import needs_head
@@ -169,8 +169,7 @@ def calibrates(cfg: DictConfig, module: L.LightningDataModule, source: dict) -> 
     chosen = {"name": chosen} if not OmegaConf.is_dict(chosen) else OmegaConf.to_container(chosen, resolve=True)
     if (name := chosen.get("name")) is None:
         return None
-    file = models.CONF.parent / "data" / f"{name}.yaml"
-    known = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+    known = conf.load("data", name) or {}
     other = data.build(**known | chosen, seed=cfg.seed)
     if {getattr(part, "objective", None) for part in (module, other)} != {"lm"}:
         raise UsageError(

@@ -15,11 +15,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from recombine import models
 from recombine.core import budget
 from recombine.core.budget import MIB, Budget
 from recombine.errors import UsageError
 from recombine.methods import Full, Method
+from recombine.runtime import conf
 from recombine.stages.context import Run
 from recombine.stages.retrofit import rewrite_all
 from recombine.training import objectives
@@ -160,10 +160,10 @@ def named(reference: DictConfig) -> Method:
     from recombine.runner import pipeline  # which needs this package
 
     fields = OmegaConf.to_container(reference, resolve=True)
-    file = models.CONF.parent / "method" / f"{fields.pop('name')}.yaml"
-    if not file.is_file():
-        raise UsageError(f"stage.reference.name={file.stem}: there is no such method; take lora or full")
-    return pipeline.method(OmegaConf.create(OmegaConf.to_container(OmegaConf.load(file)) | fields))
+    name = fields.pop("name")
+    if (known := conf.load("method", name)) is None:
+        raise UsageError(f"stage.reference.name={name}: there is no such method; take lora or full")
+    return pipeline.method(OmegaConf.create(known | fields))
 
 
 def predict(run: Run) -> dict:
