@@ -86,7 +86,7 @@ def about(argument: str) -> str:
     if not (files := parts(group, choice)):
         raise UsageError(f"--help {argument}: no such choice; {group} has {', '.join(choices(group))}")
     prefix = "" if group == "experiment" else group.replace("/", ".") + "."
-    lines = [f"{argument} holds these keys; {prefix}<key>=<value> on the command line sets one.", ""]
+    lines = [f"{argument} holds these keys. Set one with {prefix}<key>=<value>.", ""]
     for path in files:
         lines += [f"conf/{path.relative_to(CONF)}", *(f"  {line}".rstrip() for line in shown(path)), ""]
     return "\n".join(lines)
