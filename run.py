@@ -9,8 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
-from recombine.errors import EXPECTED, one_line
-from recombine.runtime import logs, progress, threads
+from recombine.errors import EXPECTED, UsageError, one_line
+from recombine.runtime import budget_words, help, logs, progress, threads
 
 DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
 failures: list[Exception] = []
@@ -31,10 +31,14 @@ def main(cfg: DictConfig) -> float:
 def cli() -> int:
     """Runs the command line. Bad input is one line on stderr and exit code 2."""
     failures.clear()
+    arguments = sys.argv[1:]
+    if any(flag in arguments for flag in help.FLAGS):
+        return show_help(arguments)
     threads.wait_asleep()
     logs.quiet_libraries()  # for the sweeps, which load some in this process
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors of its own and exits
     try:
+        budget_words.refuse_two_keys(arguments)
         main()
     except EXPECTED as error:
         failures.append(error)
@@ -46,6 +50,16 @@ def cli() -> int:
     for error in failures:
         print(f"run.py: {one_line(error)}", file=sys.stderr)
     return 2 if failures else 0
+
+
+def show_help(arguments: list[str]) -> int:
+    """Prints the help, which Hydra would print without the comments of conf/."""
+    try:
+        print(help.text(arguments))
+    except UsageError as error:
+        print(f"run.py: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

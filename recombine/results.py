@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recombine.errors import UsageError
 from recombine.result_schema import MethodPart, Result
+from recombine.runtime import budget_words
 from recombine.runtime.atomic import replacing
 from recombine.runtime.naming import aside
 from recombine.runtime.progress import wrapped
@@ -29,6 +30,7 @@ ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", 
     "data.num_workers",
     "trainer.checkpoint_minutes",
 }  # on what a run runs, not what it computes
+LATER = {"optim.name": "adamw"}  # keys that came after the first results, with what they were by then
 
 
 @contextmanager
@@ -91,7 +93,7 @@ def config_difference(there: dict, here: dict) -> str | None:
     A key that only one of them has came or went with a version, so it does not count. It does where the other one has
     a plain value above it: then a whole group was chosen in one of them only.
     """
-    there, here = (flat({"compressor": None} | config) for config in (there, here))
+    there, here = (canonical({"compressor": None} | config) for config in (there, here))
     for key in there.keys() & here.keys():
         if there[key] != here[key] and key not in ELSEWHERE:
             return f"{key}={there[key]} there, {here[key]} here"
@@ -116,6 +118,19 @@ def flat(nested: dict, prefix: str = "") -> dict:
     for key, value in nested.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return found
+
+
+def canonical(config: dict) -> dict:
+    """A configuration as flat keys, by which runs of all versions compare and find their state.
+
+    The budget's word stands as `budget.kind` and `budget.value`, as it once did. A key of LATER is left out while it
+    has the value that every run before it had.
+    """
+    found = flat(config)
+    if "budget" in found:
+        kind, value = budget_words.parse(found.pop("budget"))
+        found |= {"budget.kind": kind, "budget.value": value}
+    return {key: value for key, value in found.items() if key not in LATER or LATER[key] != value}
 
 
 def score(result: Result) -> float:

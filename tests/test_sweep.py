@@ -182,11 +182,11 @@ def test_a_score_that_is_no_number_does_not_lose_the_result(tmp_path):
 
 def test_a_search_lives_with_trials_that_miss_the_budget(tmp_path):
     pytest.importorskip("optuna")
-    space = ["method=svd", "method.targets=choice([q,v],[o])", "budget=retained", "budget.value=choice(1e-6,0.5)"]
+    space = ["method=svd", "method.targets=choice([q,v],[o])", "budget=choice(retained_0.0001,retained_50)"]
     code, out = sweep(tmp_path, "hydra/sweeper=search", "hydra.sweeper.n_trials=4", *space)
     assert code == 0, out
     best = (tmp_path / "optimization_results.yaml").read_text()
-    assert "budget.value: 0.5" in best and "cannot be met, the nearest that svd can is" in out
-    space[-1] = "budget.value=1e-6"
+    assert "budget: retained_50" in best and "cannot be met, the nearest that svd can is" in out
+    space[-1] = "budget=retained_0.0001"
     code, out = sweep(tmp_path / "none", "hydra/sweeper=search", "hydra.sweeper.n_trials=1", *space)
     assert code == 2 and "run.py: hydra/sweeper=search: No trials are completed yet." in out.splitlines()[-1]

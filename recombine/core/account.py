@@ -21,7 +21,8 @@ class Account:
 
     stored, trained: the whole model's; *_without_head the same less the classification head.
     retained: weights that the target layers hold, as a share of the dense ones. retained_total: the whole model's.
-    bytes_*: of the weights (as integers, where they were quantised), of the gradients, of AdamW's two float32 moments.
+    bytes_*: of the weights (as integers, where they were quantised), of the gradients, of AdamW's two float32 moments,
+        whichever optimizer a run chooses: methods are compared by them.
     flops: floating-point operations (2 per multiplication) of one forward of one sample; None if not measured.
     """
 

@@ -10,7 +10,6 @@ Where a compressor comes before the method, trainable is the method's and the ot
 method adds comes on top, and every account says how much.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,8 +18,8 @@ from torch import nn
 from recombine.core.account import ADAM, MIB, head_size, held
 from recombine.core.method import Method, Site
 from recombine.errors import UsageError
-
-KINDS = ("none", "retained", "trainable", "energy", "memory")
+from recombine.runtime import budget_words
+from recombine.runtime.budget_words import KINDS
 
 
 @dataclass(frozen=True)
@@ -43,27 +42,10 @@ class Budget:
     @classmethod
     def parse(cls, word: str) -> "Budget":
         """retained_50 -> Budget("retained", 0.5)."""
-        n = r"\d+(?:\.\d+)?"
-        match = re.fullmatch(rf"(retained|energy)_({n})|(trainable)_({n})([km]?)|(memory)_({n})mb", word)
-        if word == "none":
-            return cls()
-        if match is None:
-            raise UsageError(
-                f"budget={word!r}: no such budget; say retained_50, trainable_150k, energy_95, memory_1200mb or none"
-            )
-        share, percent, trainable, number, unit, _, mib = match.groups()
-        if share:
-            return cls(share, float(percent) / 100)
-        if trainable:
-            return cls(trainable, float(number) * {"": 1, "k": 1e3, "m": 1e6}[unit])
-        return cls("memory", float(mib))
+        return cls(*budget_words.parse(word))
 
     def __str__(self) -> str:
-        if self.kind == "none":
-            return "none"
-        if self.kind == "trainable":
-            return f"trainable_{self.value / 1e3:.5g}k" if self.value >= 1e3 else f"trainable_{self.value:g}"
-        return f"memory_{self.value:.5g}mb" if self.kind == "memory" else f"{self.kind}_{100 * self.value:.5g}"
+        return budget_words.word(self.kind, self.value)
 
 
 def solve(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -> Method:

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.result_schema import MethodPart
-from recombine.runtime.clone import CONF
+from recombine.runtime import conf
 
 
 def from_config(cfg: DictConfig) -> Method:
@@ -44,7 +44,6 @@ def from_name(name: str, fields: Mapping[str, Any], key: str) -> Method:
     Raises:
         UsageError: there is no such file.
     """
-    file = CONF / "method" / f"{name}.yaml"
-    if not file.is_file():
+    if (known := conf.load("method", name)) is None:
         raise UsageError(f"{key}={name}: there is no such method; take lora or full")
-    return from_config(OmegaConf.create({**OmegaConf.to_container(OmegaConf.load(file)), **fields}))
+    return from_config(OmegaConf.create(known | dict(fields)))

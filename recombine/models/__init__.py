@@ -22,13 +22,13 @@ from torch import nn
 from recombine.errors import UsageError
 from recombine.models import packaged, roles
 from recombine.models.weights import hub_file, load
-from recombine.runtime import clone
+from recombine.runtime import conf
 
 __all__ = [
     "build", "for_data", "has_own_head", "list_models", "modality", "objective", "reset_head", "tags", "tokenizer",
 ]  # fmt: skip
 
-CONF = clone.CONF / "model"
+CONF = conf.CONF / "model"
 
 
 def list_models() -> list[str]:
@@ -37,7 +37,7 @@ def list_models() -> list[str]:
     Raises:
         UsageError: the package is not in a clone.
     """
-    clone.need_clone("list_models")
+    conf.need_clone("list_models")
     return sorted(path.stem for path in CONF.glob("*.yaml"))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.report import load, save
 from recombine.report.render import FORMATS, text
-from recombine.runtime.clone import need_clone
+from recombine.runtime.conf import need_clone
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -75,7 +75,7 @@ def read(experiment: Experiment) -> Runs:
         folder = experiment.folder / name
         try:
             result = json.loads((folder / "result.json").read_text())
-            config = results.flat(result.get("config", {}))
+            config = results.canonical(result.get("config", {}))
         except FileNotFoundError:
             result, config = kept.get(name), then
             if (reason := folder / "failed.txt").is_file():
@@ -94,7 +94,7 @@ def read(experiment: Experiment) -> Runs:
 def common(experiment: Experiment) -> dict[str, Any]:
     """What the experiment itself configures, flat: neither what its cells set nor what follows from that."""
     config = OmegaConf.to_container(experiment.config, resolve=False)
-    found = results.flat({key: value for key, value in config.items() if key != "hydra" and not aside(key)})
+    found = results.canonical({key: value for key, value in config.items() if key != "hydra" and not aside(key)})
     keys = {key_of(line).rpartition("@")[2] for cell in experiment.cells for line in cell.overrides}
     keys |= {"experiment", *results.ELSEWHERE}
     return {

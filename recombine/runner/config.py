@@ -16,7 +16,7 @@ from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.methods.from_config import from_config, from_name
 from recombine.runner.labels import chosen_labels
-from recombine.runtime.clone import CONF
+from recombine.runtime import conf
 from recombine.stages import STAGES
 from recombine.stages.settings import (
     STAGE_SETTINGS,
@@ -26,6 +26,7 @@ from recombine.stages.settings import (
     RunSettings,
     StageSettings,
 )
+from recombine.training.lit import OPTIMIZERS
 from recombine.training.loggers import LoggerSettings
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
@@ -85,7 +86,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
         method=method,
         compressor=compressor,
         labels=chosen_labels(cfg),
-        budget=Budget(cfg.budget.kind, cfg.budget.value),
+        budget=Budget.parse(cfg.budget),
         data=data | {"seed": cfg.seed},
         model=plain["model"],
         calibration_data=calibration_data(chosen, cfg.seed),
@@ -123,9 +124,7 @@ def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:
     chosen = {"name": chosen} if not isinstance(chosen, dict) else chosen
     if (name := chosen.get("name")) is None:
         return None
-    file = CONF / "data" / f"{name}.yaml"
-    known = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
-    return known | chosen | {"seed": seed}
+    return (conf.load("data", name) or {}) | chosen | {"seed": seed}
 
 
 def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
@@ -163,6 +162,8 @@ def validate_config(cfg: DictConfig) -> None:
     require("seed", lambda x: isinstance(x, int) and 0 <= x < 2**32, "a whole number from 0 to 2^32 - 1")
     if "distil" in cfg.stage:
         require("stage.distil.epochs", lambda x: isinstance(x, int) and x >= 0, "a whole number from 0")
+    Budget.parse(cfg.budget)
+    require("optim.name", lambda x: x in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
     require("stage.name", lambda x: x in STAGES, f"one of {', '.join(STAGES)}")
     require("optim.head", lambda x: x in ("random", "probe"), "random or probe")
     require("optim.lr", lambda x: x is None or number(x), "a number from 0, or null for the method's own")

@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from recombine.errors import UsageError
-from recombine.runtime.clone import CONF, need_clone
+from recombine.runtime.conf import CONF, need_clone
 from recombine.runtime.naming import aside, run_folder, sweep_folder
 
 PLAIN = re.compile(r"[A-Za-z_][\w./-]*|-?\d+(\.\d+)?(e-?\d+)?")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import lightning as L
 import torch
@@ -15,10 +16,21 @@ from recombine.training.callbacks import unwrapped
 from recombine.training.objectives import Objective, Shard, labels_of, parts_of
 from recombine.training.settings import OptimizerSettings
 
+OPTIMIZERS = {  # optim.name -> how it is made
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
 SCHEDULES = {  # share of the steps after the warm-up that is left -> factor of the rate
     "cosine": lambda left: 0.5 - 0.5 * math.cos(math.pi * left),
     "linear": lambda left: left,
     "constant": lambda left: 1.0,
+}
+
+OPTIMIZERS = {  # optim.name -> how it is made
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
 }
 
 
@@ -30,7 +42,7 @@ class LitRecombine(L.LightningModule):
         seed: of what is drawn in training (dropout), anew at every step, so that a run can go on after any of them.
 
     Raises:
-        UsageError: an unknown schedule; in training, a loss that is not finite.
+        UsageError: an unknown optimizer or schedule; in training, a loss that is not finite.
     """
 
     strict_loading = False  # a training state holds what trains, not the backbone
@@ -47,6 +59,8 @@ class LitRecombine(L.LightningModule):
         self.model, self.method, self.objective, self.seed = model, method, objective, seed
         self.optim = optim or OptimizerSettings()
         self.lr = method.lr if self.optim.lr is None else self.optim.lr
+        if self.optim.name not in OPTIMIZERS:
+            raise UsageError(f"optim.name={self.optim.name}: must be one of {', '.join(OPTIMIZERS)}")
         if self.optim.schedule not in SCHEDULES:
             raise UsageError(f"optim.schedule={self.optim.schedule!r}: must be {', '.join(SCHEDULES)}")
         self.train_metrics = objective.metrics().clone("train/")
@@ -125,7 +139,7 @@ class LitRecombine(L.LightningModule):
         for p in self.model.parameters():
             if p.requires_grad:
                 groups.setdefault((id(p) in head, p.ndim > 1), []).append(p)
-        optimizer = torch.optim.AdamW(
+        optimizer = OPTIMIZERS[self.optimizer](
             [
                 {
                     "params": parameters,

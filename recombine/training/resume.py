@@ -34,7 +34,7 @@ EVERY = 10  # batches between two agreements of several ranks
 
 def state_folder(out: Path, config: dict) -> Path:
     """Where the run of that configuration, as plain values, keeps its state."""
-    same = {k: v for k, v in results.flat(config).items() if k not in results.ELSEWHERE}
+    same = {k: v for k, v in results.canonical(config).items() if k not in results.ELSEWHERE}
     return out / FOLDER / hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

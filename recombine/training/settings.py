@@ -9,6 +9,7 @@ from typing import Any
 class OptimizerSettings:
     """One training's optimizer and schedule.
 
+    name: adamw, adam or sgd (with a momentum of 0.9).
     lr: peak learning rate of the method's weights; None: the method's own.
     lr_head: peak learning rate of the classification head.
     weight_decay: on matrices only.
@@ -19,6 +20,7 @@ class OptimizerSettings:
     head: where the classification head starts: random, or probe (the linear probe on the same data).
     """
 
+    name: str = "adamw"
     lr: float | None = None
     lr_head: float = 5e-3
     weight_decay: float = 0.0

@@ -1,0 +1,45 @@
+"""The YAML files of conf/, read without Hydra: one choice of a group with the files that it builds on."""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from recombine.errors import UsageError
+
+CONF = Path(__file__).parents[2] / "conf"  # beside the package in a clone; no part of a wheel
+
+
+def need_clone(what: str) -> None:
+    """Raises UsageError where the package is not in a clone."""
+    if not (CONF / "config.yaml").is_file():
+        raise UsageError(f"{what}: reads conf/, which no wheel brings; clone the project and `pip install -e .` there")
+
+
+def parts(group: str, name: str) -> list[Path]:
+    """The files of a choice in the order in which they merge: what its defaults list names, then its own.
+
+    Args:
+        group: a folder of conf/, for example "data" or "hydra/launcher".
+        name: a file of it without .yaml, for example "vtab". There need not be one: then the list is empty.
+    """
+    path = CONF / group / f"{name}.yaml"
+    if not path.is_file():
+        return []
+    found: list[Path] = []
+    for entry in OmegaConf.load(path).get("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":
+            where, _, base = f"{group}/{entry}".rpartition("/") if entry[0] != "/" else entry[1:].rpartition("/")
+            found += parts(where, base)
+    return [*found, path]
+
+
+def load(group: str, name: str) -> dict | None:
+    """A choice as plain values; None: there is no such file.
+
+    >>> load("data", "offline")["batch_size"]
+    32
+    """
+    if not (files := parts(group, name)):
+        return None
+    merged = OmegaConf.merge(*(OmegaConf.load(path) for path in files))
+    return {key: value for key, value in OmegaConf.to_container(merged).items() if key != "defaults"}

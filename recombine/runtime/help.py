@@ -1,0 +1,119 @@
+"""`python run.py --help`, written from the comments in conf/. It takes no torch, so it comes at once."""
+
+import re
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from recombine.errors import UsageError
+from recombine.runtime.conf import CONF, parts
+
+WIDTH = 100
+FLAGS = ("--help", "-h")
+HEAD = """recombine: compress a pretrained transformer, adapt it, or both at once.
+
+  python run.py [group=choice ...] [key=value ...]
+"""
+EXAMPLES = """Examples
+  python run.py experiment=start                             CRISP halves DINOv2 ViT-S and adapts it
+  python run.py                                              CRISP adapts it at its exact size
+  python run.py method=lora data.task=emoji                  another method, another task
+  python run.py stage=joint budget=retained_50 method=crisp  compress to half, distil, adapt
+  python run.py stage=retrofit method=cersa method.alpha=0.9 rewrite and count, without training
+  python run.py -m method=crisp,cersa,lora seed=0,1,2        a sweep: one folder a run
+
+Results: a table, and outputs/<date>/<time>-<overrides>/ with result.json and best.safetensors.
+Of Hydra: --cfg job prints the composed configuration, -m sweeps, --hydra-help lists every flag.
+"""
+
+
+def text(arguments: Iterable[str] = ()) -> str:
+    """What --help prints.
+
+    Args:
+        arguments: the rest of the command line. `method=crisp` among them asks for the keys of that choice.
+
+    Raises:
+        UsageError: one of them names no choice of a group.
+    """
+    asked = [argument for argument in arguments if not argument.startswith("-")]
+    return "\n".join(map(about, asked)) if asked else overview()
+
+
+def overview() -> str:
+    """The groups with their choices, the keys of conf/config.yaml, and examples."""
+    lines = [HEAD, "Groups: take one of each with group=choice. --help group=choice shows its keys, as in"]
+    lines += ["  python run.py --help method=crisp", ""]
+    for group, default in groups().items():
+        others = [choice for choice in choices(group) if choice != default]
+        names = ", ".join([f"{default} (the default)", *others] if default else others)
+        lines.append(textwrap.fill(f"  {group}: {names}", WIDTH, subsequent_indent="    ", **WHOLE))
+    for group, comment in re.findall(r"  - (\S+@\S+): null # (.*)", (CONF / "config.yaml").read_text()):
+        lines.append(textwrap.fill(f"  {group}: {comment}", WIDTH, subsequent_indent="    ", **WHOLE))
+    lines += ["", "Keys: set any with key=value, for example method.chunk=16 or trainer.epochs=20", ""]
+    body = (CONF / "config.yaml").read_text().partition("\nbudget:")[2].partition("\nhydra:")[0]
+    lines += [f"  {line}" for line in wrapped(f"budget:{body}".splitlines(), WIDTH - 2)]
+    return "\n".join([*lines, "", EXAMPLES])
+
+
+WHOLE = {"break_long_words": False, "break_on_hyphens": False}  # names of choices and keys stay whole
+
+
+def groups() -> dict[str, str | None]:
+    """Each group that conf/config.yaml takes a choice of, with the default."""
+    found: dict[str, str | None] = {}
+    for entry in OmegaConf.load(CONF / "config.yaml").defaults:
+        if not isinstance(entry, str):
+            ((group, choice),) = entry.items()
+            found.setdefault(group.removeprefix("override ").partition("@")[0], choice)
+    return found
+
+
+def choices(group: str) -> list[str]:
+    """The names of a group's files; those that begin with _ only serve others."""
+    paths = sorted((CONF / group).rglob("*.yaml"))
+    return [str(path.relative_to(CONF / group))[:-5] for path in paths if not path.name.startswith("_")]
+
+
+def about(argument: str) -> str:
+    """The keys of one choice with their comments, those of the files that it builds on first."""
+    group, _, choice = argument.partition("=")
+    group = group.partition("@")[0]
+    if group not in groups():
+        raise UsageError(f"--help {argument}: no such group; say for example --help method=crisp, or --help alone")
+    if not (files := parts(group, choice)):
+        raise UsageError(f"--help {argument}: no such choice; {group} has {', '.join(choices(group))}")
+    prefix = "" if group == "experiment" else group.replace("/", ".") + "."
+    lines = [f"{argument} holds these keys. Set one with {prefix}<key>=<value>.", ""]
+    for path in files:
+        lines += [f"conf/{path.relative_to(CONF)}", *(f"  {line}".rstrip() for line in shown(path)), ""]
+    return "\n".join(lines)
+
+
+def shown(path: Path) -> list[str]:
+    """A file's lines without what only Hydra reads."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    kept = re.sub(r"^defaults:.*\n(  - .*\n)*\n?", "", "\n".join(lines) + "\n", flags=re.MULTILINE)
+    return wrapped(kept.splitlines(), WIDTH - 2)
+
+
+def wrapped(lines: Iterable[str], width: int) -> list[str]:
+    """The lines of a YAML file, none longer than `width`: a comment that does not fit goes above its key."""
+    found: list[str] = []
+    for line in lines:
+        start = " " * (len(line) - len(line.lstrip()))
+        key, mark, comment = line.partition(" # ")
+        if len(line) <= width:
+            found.append(line)
+        elif line.lstrip().startswith("#"):
+            found += fill(line.lstrip("# "), f"{start}# ", width)
+        else:
+            found += fill(comment, f"{start}# ", width) if mark else []
+            found += textwrap.wrap(key, width, subsequent_indent=f"{start}  ", **WHOLE)
+    return found
+
+
+def fill(comment: str, start: str, width: int) -> list[str]:
+    return textwrap.wrap(comment, width, initial_indent=start, subsequent_indent=start, **WHOLE)
