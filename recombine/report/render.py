@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections.abc import Callable
 
-from recombine.report.table import Column, Entry, Table, shown
+from recombine.report.table_data import Column, Entry, Table, shown
 
 MISSING = "—"
 GREEK = dict(α="alpha", β="beta", γ="gamma", δ="delta", ε="varepsilon", λ="lambda", μ="mu", ρ="rho", σ="sigma")
@@ -55,10 +55,10 @@ def theirs(table: Table, entry: Entry) -> str:
 
 def grid(table: Table, strong: Strong, paper: str) -> list[list[str]]:
     """The rows as text; the first is the head. `paper` labels the rows of the paper's numbers."""
-    lines = [[*table.axes, *(column.title for column in table.columns)]]
+    lines = [[*table.heads, *(column.title for column in table.columns)]]
     for row in table.rows:
         both = zip(table.columns, row.entries, strict=True)
-        lines.append([*row.labels, *(ours(table, column, entry, strong) for column, entry in both)])
+        lines.append([*row.names, *(ours(table, column, entry, strong) for column, entry in both)])
         if any(entry.paper for entry in row.entries):
             lead = [*[""] * (len(table.axes) - 1), paper]
             lines.append([*lead, *(theirs(table, entry) for entry in row.entries)])
