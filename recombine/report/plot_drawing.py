@@ -200,7 +200,12 @@ class Drawing:
             across = math.ceil(len(handles) / math.ceil(len(handles) / fit))  # in rows of the same length
             below = len(axes) > 1
             place = {"loc": "outside lower center", "ncols": across} if below else {"loc": "outside right upper"}
-            named = self.options.line not in (None, "method", "role", "value")  # whose labels do not speak for themselves
+            named = self.options.line not in (
+                None,
+                "method",
+                "role",
+                "value",
+            )  # whose labels do not speak for themselves
             title = words.heading(self.options.line) if named else None
             figure.legend(handles.values(), handles.keys(), title=title, title_fontsize=7.5, **place)
         return figure
