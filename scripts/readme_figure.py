@@ -2,10 +2,10 @@
 
     python scripts/readme_figure.py [--out docs/methods.svg]
 
-One setting for all: DINOv2 ViT-S/14 at 42 px on dSprites location, 300 pictures to train, 3 epochs, seeds 0 and 1. Points
-are means, pale bars sample standard deviations. Full fine-tuning, PiSSA, SVFit and CERSA start from a random head, the
-others from a fitted one. What offline/crisp_tab02 and crisp_tab09 compress is also distilled, on the same pictures for 4
-epochs. A method that stands in several experiments is taken from the first of EXPERIMENTS that has it.
+One setting for all: DINOv2 ViT-S/14 at 42 px on dSprites location, 300 pictures to train, 3 epochs, seeds 0 and 1.
+Points are means, pale bars sample standard deviations. Full fine-tuning, PiSSA, SVFit and CERSA start from a random
+head, the others from a fitted one. What offline/crisp_tab02 and offline/crisp_tab09 compress is also distilled, on the
+same pictures for 4 epochs. A method that stands in several experiments is taken from the first one of EXPERIMENTS.
 
 Nothing here imports torch.
 """
