@@ -124,6 +124,6 @@ def labels(cells: Sequence[Mapping[str, str]], axis: str) -> list[str]:
 
 def best(entries: Mapping[int, Entry], better: str) -> set[int]:
     """The keys of the best entries, as printed: equal ones share it. better: max or min."""
-    numbers = {key: float(found.text) for key, found in entries.items()}
+    numbers = {key: float(e.text) for key, e in entries.items()}
     top = (max if better == "max" else min)(numbers.values())
     return {key for key, number in numbers.items() if number == top}

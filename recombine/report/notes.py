@@ -46,7 +46,7 @@ def source(paper: Paper) -> str:
     """Where the paper's numbers stand and what a comparison with them means."""
     how = "the difference in brackets is ours minus the paper's"
     if not paper.compares:
-        how = "its setting is another one, so compare the order of the rows and not the numbers"
+        how = "its setting differs, so compare the order of the rows and not the numbers"
     return f"Paper: {paper.spec['file']}; {how}."
 
 
@@ -56,7 +56,7 @@ def agreement(table: Table) -> list[str]:
     Pairs that come in the other order by more than both deviations together are named. Rows of different blocks make no
     pair.
     """
-    found = []
+    lines = []
     for j, column in enumerate(table.columns):
         both = [(row, e) for row in table.rows if (e := row.entries[j]).paper and e.mean is not None]
         same, pairs, against = 0, 0, []
@@ -69,8 +69,8 @@ def agreement(table: Table) -> list[str]:
                 against.append(f"{below.name} over {above.name}")
         if pairs:
             named = f"{', '.join(against[:3])}{', ...' if len(against) > 3 else ''}"
-            found.append(f"{column.title} {same} of {pairs}" + (f" (clearly not: {named})" if against else ""))
-    return [f"Pairs of rows in the paper's order: {'; '.join(found)}."] if found else []
+            lines.append(f"{column.title} {same} of {pairs}" + (f" (clearly not: {named})" if against else ""))
+    return [f"Pairs of rows in the paper's order: {'; '.join(lines)}."] if lines else []
 
 
 def doubts(table: Table, most: int = 6) -> list[str]:

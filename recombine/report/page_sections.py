@@ -74,11 +74,11 @@ def plots(report: Report) -> list[Markup]:
         drawn = figures(spec, report.runs)
     except UsageError as error:
         return [tag("p", one_line(error), class_="failed")]
-    found = [
+    boxes = [
         tag("figure", tag("div", svg(figure, f"{report.table.name}/{name}")), tag("figcaption", words.caption(name)))
         for name, figure in drawn.items()
     ]
-    return [tag("div", *found, class_="plots")] if found else []
+    return [tag("div", *boxes, class_="plots")] if boxes else []
 
 
 def failures(report: Report) -> list[Markup]:

@@ -34,8 +34,8 @@ def svg(figure: Any, name: str) -> Markup:
     drawn = re.sub(r"<style.*?</style>", "", drawn, flags=re.S)  # would hold for the whole page
     drawn = re.sub(r' id="[\w.]+_\d+"', "", drawn)  # figure_1 and its like, in every figure
     drawn = drawn.replace(' id="halo"', ' class="halo"')
-    drawn = re.sub(r' transform="rotate\(-0 [^"]*"|(?<=style=")[^"]*', lambda found: themed(found[0]), drawn)
-    drawn = re.sub(r'(?<= (?:d|x|y)=")[^"]*', lambda found: re.sub(r"(\.\d\d)\d+|\s+$", r"\1", found[0]), drawn)
+    drawn = re.sub(r' transform="rotate\(-0 [^"]*"|(?<=style=")[^"]*', lambda match: themed(match[0]), drawn)
+    drawn = re.sub(r'(?<= (?:d|x|y)=")[^"]*', lambda match: re.sub(r"(\.\d\d)\d+|\s+$", r"\1", match[0]), drawn)
     shape = "wide" if figure.get_figwidth() > 6 else "narrow"  # of several panels, or of one
     label = escape(f"plot {name}")
     return Markup(

@@ -162,16 +162,16 @@ class Drawing:
             xlabel, ylabel: where the options say none; for y what the paths are in words.
             share: one scale of y for all panels.
         """
-        options, found = self.options, list(self.split(self.items, self.options.panel))
-        columns = min(len(found), options.columns)
-        rows = math.ceil(len(found) / columns)
-        size = (WIDTH, 0.5 + HEIGHT * rows) if len(found) > 1 else (5.2, 3.0)
+        options, names = self.options, list(self.split(self.items, self.options.panel))
+        columns = min(len(names), options.columns)
+        rows = math.ceil(len(names) / columns)
+        size = (WIDTH, 0.5 + HEIGHT * rows) if len(names) > 1 else (5.2, 3.0)
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=share)
-        for spare in axes.flat[len(found) :]:
+        for spare in axes.flat[len(names) :]:
             spare.remove()
         if options.title:
             figure.suptitle(options.title, fontsize=9)
-        panels = dict(zip(found, axes.flat, strict=False))
+        panels = dict(zip(names, axes.flat, strict=False))
         for i, (label, ax) in enumerate(panels.items()):
             ax.set_title(words.label(options.panel, label))
             ax.set_xlabel(options.xlabel or xlabel)

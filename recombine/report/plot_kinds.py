@@ -180,13 +180,13 @@ def matrices(drawing: Drawing) -> dict[tuple[str, str], list]:
         UsageError: the records have no matrix in common.
     """
     each = [item.value if isinstance(item.value, dict) else {"": item.value} for item in drawing.items]
-    nested = all(isinstance(value, dict) for found in each for value in found.values())
-    each = each if nested else [{"": found} for found in each]
-    rows = [row for row in each[0] if all(row in found for found in each)]
+    nested = all(isinstance(value, dict) for rows in each for value in rows.values())
+    each = each if nested else [{"": columns} for columns in each]
+    rows = [row for row in each[0] if all(row in other for other in each)]
     if not rows:
         raise UsageError(f"report.plots.{drawing.name}: its runs have no matrix in common; choose some with `where`")
-    columns = [c for c in each[0][rows[0]] if all(c in found[row] for found in each for row in rows)]
-    return {(row, c): [found[row][c] for found in each] for row in rows for c in columns}
+    columns = [c for c in each[0][rows[0]] if all(c in other[row] for other in each for row in rows)]
+    return {(row, c): [other[row][c] for other in each] for row in rows for c in columns}
 
 
 KINDS: dict[str, Callable[[Drawing], Figure]] = {"ranks": ranks, "xy": xy, "curves": curves, "bars": bars, "heat": heat}

@@ -117,7 +117,7 @@ def workspace(name: str, entity: str, project: str):
     scores = bars(*(f"test/{task}/acc" for task in tasks))
     drawn = []
     for title, panels in sections.items():
-        listed = [panel for found in panels for panel in (scores if found == TASKS else [found])]
+        listed = [p for panel in panels for p in (scores if panel == TASKS else [panel])]
         drawn.append(ws.Section(name=title, panels=[draw(panel, wr) for panel in listed], is_open=True))
     return ws.Workspace(
         entity=entity,
