@@ -139,7 +139,11 @@ def measures(report: Mapping[str, Any], *keys: str) -> list[Measure]:
 
 
 def shown(value: float, digits: int, cut: bool = False) -> str:
-    """A number with so many digits behind the point; cut: toward zero instead of rounded (81.96 -> 81.9)."""
-    if cut:
-        value = math.trunc(round(value * 10**digits, 6)) / 10**digits
-    return f"{value:.{digits}f}"
+    """A number with so many digits behind the point; cut: toward zero instead of rounded (81.96 -> 81.9).
+
+    Half a digit is rounded up. What lies less than a ten-thousandth of a digit below counts as half or whole, so that a
+    result and its record, which has seven digits, print the same.
+    """
+    scaled = abs(value) * 10**digits + 1e-4
+    whole = math.floor(scaled if cut else scaled + 0.5)
+    return f"{math.copysign(whole / 10**digits, value):.{digits}f}"
