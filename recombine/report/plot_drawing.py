@@ -20,6 +20,7 @@ from recombine.report.records import Record, Runs
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 ROLES = tuple(words.ROLES)
+SPEAKING = (None, "method", "model", "role", "value")  # axes whose labels need no title in a legend
 WIDTH, HEIGHT = 6.6, 2.1  # inches, of a figure and of one of several rows of panels
 STYLE = {
     "figure.dpi": 150,
@@ -200,13 +201,7 @@ class Drawing:
             across = math.ceil(len(handles) / math.ceil(len(handles) / fit))  # in rows of the same length
             below = len(axes) > 1
             place = {"loc": "outside lower center", "ncols": across} if below else {"loc": "outside right upper"}
-            named = self.options.line not in (
-                None,
-                "method",
-                "role",
-                "value",
-            )  # whose labels do not speak for themselves
-            title = words.heading(self.options.line) if named else None
+            title = None if self.options.line in SPEAKING else words.heading(self.options.line)
             figure.legend(handles.values(), handles.keys(), title=title, title_fontsize=7.5, **place)
         return figure
 
