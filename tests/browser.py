@@ -42,7 +42,7 @@ class Tab:
     def __init__(self, out, answers):
         self.out, self.answers, self.number, self.session = out, answers, 0, None
         self.events: list[dict] = []
-        pages = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
+        pages = [target for target in self.call("Target.getTargets")["targetInfos"] if target["type"] == "page"]
         given = self.call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)
         self.session = given["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -108,6 +108,7 @@ class Tab:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
-        feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[feature])
+        colours = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}  # a click must not miss while the page scrolls
+        self.call("Emulation.setEmulatedMedia", features=[colours, still])
         self.js("new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")  # the page has heard

@@ -93,7 +93,7 @@ def check_paper(spec, made, cells):
     """Every label that the paper's numbers are looked up by is one of the table, every name one of the file."""
     paper = Paper(spec["paper"])
     ours = {
-        "rows": {row.label for row in made.rows},
+        "rows": {" / ".join(row.labels) for row in made.rows},
         "columns": set(labels(cells, spec["columns"])) if spec.get("columns") else set(),
         "values": set(spec["values"]),
         "means": set(spec.get("means") or {}),

@@ -326,7 +326,8 @@ def test_dashboard_of_each_family(experiment, family, panels, tmp_path, capsys):
     assert wandb_dashboard.family(grid.load(experiment).config) == family
     found = json.loads(path.read_text())
     text = json.dumps(found)
-    assert all(f'"{key}"' in text or f'"summary:{key}"' in text for key in panels), text
+    written = ('"{}"', '"summary:{}"', '"summary_metrics.{}"')
+    assert all(any(form.format(key) in text for form in written) for key in panels), text
     again = Workspace._from_model(internal.View.model_validate(found))  # what W&B's client makes of it
     assert [section.name for section in again.sections][-1] == "layers" and experiment in again.runset_settings.filters
 

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from recombine import report
 from recombine.errors import UsageError
 from recombine.report import __main__ as command
-from recombine.report import plots, records, render, table
+from recombine.report import plots, records, render, table, table_data
 from recombine.report.paper import Paper
 from recombine.report.records import Record, Runs
 from recombine.runner import ranks
@@ -62,8 +62,8 @@ SPEC = {
 }
 
 
-def entries(made: table.Table, row: str) -> dict[str, table.Entry]:
-    (found,) = (r for r in made.rows if r.label == row)
+def entries(made: table.Table, row: str) -> dict[str, table_data.Entry]:
+    (found,) = (r for r in made.rows if r.name == row)
     return dict(zip([c.title for c in made.columns], found.entries, strict=True))
 
 
@@ -81,7 +81,7 @@ def test_means_and_deviations_are_numpys():
         assert found["groups"].mean == pytest.approx((s[:2].mean() + s[2].mean()) / 2)  # not the mean of the tasks
         assert found["groups"].spread == pytest.approx(((s[0] + s[1]) / 4 + s[2] / 2).std(ddof=1))
         assert found["memory"].mean == 100 * (i + 1) and found["memory"].spread is None
-    assert made.notes[:2] == ["27 of 27 runs.", "Mean ± sample standard deviation over seed (n = 3)."]
+    assert made.notes[:2] == ["27 of 27 runs.", "Mean ± sample standard deviation over the seeds (n = 3)."]
 
 
 def test_what_is_missing_shows_and_no_mean_hides_it():
@@ -123,8 +123,8 @@ def test_a_truncated_mean_is_cut_and_a_cell_is_rounded():
     one = {"a": 0.69986, "b": 0.69986, "c": 0.69986}
     made = table.build("x", SPEC | {"truncate": True}, runs(test=lambda c: {"acc": one[c["data.task"]]}))
     assert entries(made, "LoRA")["mean"].text == "69.9" and entries(made, "LoRA")["a"].text == "70.0"
-    assert table.shown(82.0, 1, cut=True) == "82.0" and table.shown(81.96, 1, cut=True) == "81.9"
-    assert table.shown(-1.59, 1, cut=True) == "-1.5"
+    assert table_data.shown(82.0, 1, cut=True) == "82.0" and table_data.shown(81.96, 1, cut=True) == "81.9"
+    assert table_data.shown(-1.59, 1, cut=True) == "-1.5"
 
 
 def test_the_best_is_per_column_and_block_and_ties_share_it():
@@ -151,7 +151,7 @@ def test_values_can_be_the_rows():
     spec = {"columns": "data.task", "values": {"trained": {"key": "account.trained"}, "acc": {"key": "test.acc"}}}
     full = runs(lambda c: c["method"] == "LoRA")
     made = table.build("x", spec, Runs(full.records, [r.labels for r in full.records], {}))
-    assert [row.label for row in made.rows] == ["trained", "acc"] and made.axes == ("value",)
+    assert [row.name for row in made.rows] == ["trained", "acc"] and made.axes == ("value",)
     assert made.rows[1].entries[2].mean == pytest.approx(SCORES[0, 2].mean())
 
 
@@ -349,7 +349,7 @@ def test_from_runs_to_evidence_and_back(here):
     (experiment.folder / experiment.cells[0].folder / "result.json").unlink()
     (experiment.folder / experiment.cells[0].folder / "failed.txt").write_text("the disk is full\n")
     mixed = report.build(experiment)
-    assert len(mixed.runs.failed) == 2 and "1 of them as committed earlier" in mixed.table.notes[0]
+    assert len(mixed.runs.failed) == 2 and "1 of them are from the committed runs.jsonl" in mixed.table.notes[0]
     shutil.rmtree(here / "outputs")
     assert len(report.build(changed).runs.other) == 2  # what is committed is held against config.json
     again = report.build(experiment)
@@ -420,7 +420,7 @@ def test_xy_over_an_axis_joins_numbers_and_not_words():
 
 def test_ranks_by_layer_and_role():
     made = figure({"kind": "ranks", "y": "rank", "line": "method", "where": {"method": ["CERSA", "SVFit"]}})
-    assert [ax.get_title() for ax in made.axes] == ["q", "o"]
+    assert [ax.get_title() for ax in made.axes] == ["query", "attention output"]
     assert [list(line.get_ydata()) for line in made.axes[0].lines] == [[5.0, 7.0], [6.0, 8.0]]
     assert {len(ax.get_legend_handles_labels()[1]) for ax in made.axes} == {2}
 
@@ -450,7 +450,7 @@ def test_bars_beside_their_reference():
 def test_heat_maps_share_one_scale():
     made = figure({"kind": "heat", "y": "similarity", "nines": True})
     image = made.axes[0].images[0]
-    assert np.allclose(image.get_array(), [[1.0, 0.9], [0.99, 0.999]]) and made.axes[0].get_title() == "q"
+    assert np.allclose(image.get_array(), [[1.0, 0.9], [0.99, 0.999]]) and made.axes[0].get_title() == "query"
     at = image.norm(np.array([0.9, 0.99, 0.999]))
     assert at[2] - at[1] == pytest.approx(at[1] - at[0], rel=1e-3)  # a nine more is a step further
 

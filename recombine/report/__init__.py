@@ -4,7 +4,7 @@
     print(render.text(report.table))
     save(report)
 
-Nothing here imports torch: a thousand results are a second's work.
+Nothing here imports torch, so a thousand results take about a second.
 """
 
 import json
@@ -23,7 +23,7 @@ from recombine.runtime.atomic import replacing
 
 @dataclass(frozen=True)
 class Report:
-    """experiment.report is the YAML's `report`; runs are what exists of its cells."""
+    """An experiment, the runs that exist of its cells, and its table. `experiment.report` is the YAML's `report`."""
 
     experiment: Experiment
     runs: Runs
@@ -31,12 +31,16 @@ class Report:
 
     @property
     def folder(self) -> Path:
-        """Where its evidence is committed."""
+        """The folder of its committed evidence."""
         return records.EVIDENCE / self.experiment.name
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Report:
-    """Reads what an experiment has run so far.
+    """The report of an experiment, from what has been run so far.
+
+    Args:
+        name: a file of conf/experiment, for example "cersa/tab09".
+        overrides: further key=value, as the runs were started with.
 
     Raises:
         UsageError: there is no such experiment, it has no grid or report, or a file cannot be read.
@@ -53,13 +57,15 @@ def build(experiment: Experiment) -> Report:
 
 
 def save(report: Report) -> list[Path]:
-    """Writes the evidence into experiments/<name>: the records, the table in three formats, the plots.
+    """Writes the evidence into experiments/<name>: the records, the table in three formats and the plots.
 
     Raises:
-        UsageError: the report is of some of the runs, or there are none yet.
+        UsageError: the report covers a part of the grid only, or there are no results yet.
     """
     if report.experiment.overrides:
-        raise UsageError(f"--save {' '.join(report.experiment.overrides)}: evidence is the whole grid; leave these out")
+        raise UsageError(
+            f"--save {' '.join(report.experiment.overrides)}: the evidence is the whole grid; leave these out"
+        )
     if not report.runs.records:
         raise UsageError(
             f"--save: {report.experiment.name} has no results yet; python run.py experiment=... makes them"

@@ -1,7 +1,7 @@
 """python -m recombine.report <experiment> [key=value ...]: the experiment's table, from what has been run so far.
 
-Results are read from outputs/<experiment>, or else from the committed experiments/<experiment>/runs.jsonl.
-key=value are those that the runs were started with (trainer.epochs=1, only=...). --page is over all experiments.
+Results are read from outputs/<experiment>, or else from the committed experiments/<experiment>/runs.jsonl. Give the
+same key=value as the runs were started with (trainer.epochs=1, only=...).
 """
 
 import argparse
@@ -20,8 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m recombine.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiment", nargs="?", help="the name of a file in conf/experiment, for example cersa/tab09")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--format", choices=FORMATS, default="text")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as the runs were started with")
+    parser.add_argument("--format", choices=FORMATS, default="text", help="of the table (default: %(default)s)")
     parser.add_argument(
         "--save",
         action="store_true",
@@ -32,15 +32,17 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="?",
         const="outputs/report.html",
         metavar="FILE",
-        help="instead: one HTML page over all experiments (default: %(const)s)",
+        help="write one HTML page over all experiments instead (default: %(const)s)",
     )
     given = parser.parse_intermixed_args(arguments)
     try:
         if given.page:
             need_clone("--page")
-            return whole(given)
+            return write_page(given)
         if not given.experiment:
-            raise UsageError("names no experiment; say one of conf/experiment, for example cersa/tab09, or --page")
+            raise UsageError(
+                "no experiment is named; name a file of conf/experiment, for example cersa/tab09, or give --page"
+            )
         report = load(given.experiment, given.overrides)
         if given.format == "text":
             width = shutil.get_terminal_size((160, 0)).columns
@@ -55,12 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def whole(given: argparse.Namespace) -> int:
+def write_page(given: argparse.Namespace) -> int:
     """Writes the page over all experiments; 1 if one of them could not be read."""
     from recombine.report.page import write
 
     if given.experiment or given.save:
-        raise UsageError(f"--page: is over all experiments; leave out {given.experiment or '--save'}")
+        raise UsageError(f"--page: covers all experiments; leave out {given.experiment or '--save'}")
     unread = write(Path(given.page))
     print(*(f"report: {name}: {why}" for name, why in unread), sep="\n", end="\n" if unread else "", file=sys.stderr)
     print(f"wrote {given.page}")

@@ -1,17 +1,17 @@
-"""The paper's printed numbers, from experiments/<paper>/<table>.csv: one number a line, corrected or doubted there.
+"""The paper's printed numbers, from experiments/<paper>/<table>.csv: one number a line, with corrections and doubts.
 
     paper:
       file: experiments/cersa/tab09_vitb_8datasets.csv
-      where: {metric: top1}                     # lines that count; what follows is more particular
+      where: {metric: top1}                     # the lines that count; the keys below add to this
       rows: {"CERSA (α = 0.9)": CERSA}          # our label -> the file's `row`, or {column: value, ...}
       columns: {cifar100: CIFAR-100}            # -> `dataset`
       values: {latency (ms): latency}           # -> `metric`
       means: {mean: Avg}                        # -> `dataset`
       extra: {memory (MiB): memory}             # -> the column of the row's lines that has it, or {column: value}
-      compare: order                            # not the difference: only whether the rows come in the paper's order
+      compare: order                            # compare the order of the rows only; the default is difference
 
-Labels that are not named stand in the file as they are, or have no number there; of several values, those that are not
-named have none.
+A label that is not named is looked up as it is. Where a table has several `values`, one that is not named has no number
+of the paper.
 """
 
 import csv
@@ -68,46 +68,54 @@ class Paper:
     def cell(self, row: str, column: str | None, value: str) -> Number | None:
         """The number of a row, a column (None: the table has none) and a measured value."""
         wanted = self.row(row) | (self.named("columns", column, "dataset") if column is not None else {})
-        return self.one(wanted | self.metric(value))
+        return self.look_up(wanted | self.metric(value))
 
     def mean(self, row: str, mean: str, value: str) -> Number | None:
-        return self.one(self.row(row) | self.named("means", mean, "dataset") | self.metric(value))
+        """The number of a row and a mean over columns."""
+        return self.look_up(self.row(row) | self.named("means", mean, "dataset") | self.metric(value))
 
     def metric(self, value: str) -> dict[str, Any]:
+        """How the file names a measured value; nothing where it need not."""
         return self.named("values", value, "metric") if value in self.spec.get("values", {}) else {}
 
     def extra(self, row: str, extra: str) -> Number | None:
+        """The number of a row that stands once a row."""
         selected = self.spec.get("extra", {}).get(extra)
         if isinstance(selected, Mapping):
-            return self.one(self.row(row) | dict(selected))
+            return self.look_up(self.row(row) | dict(selected))
         lines = self.find(self.row(row)) if selected else []
         if selected and selected not in self.lines[0]:
             raise UsageError(f"report.paper.extra: {extra}: {self.spec['file']} has no column {selected}")
-        found = {line[selected]: self.number(line, selected) for line in lines if line[selected]}
-        return self.single(list(found.values()), f"{row}, {selected}")
+        numbers = {line[selected]: self.number(line, selected) for line in lines if line[selected]}
+        return self.single(list(numbers.values()), f"{row}, {selected}")
 
     def row(self, label: str) -> dict[str, Any]:
+        """How the file names a row."""
         return dict(self.where) | self.named("rows", label, "row")
 
     def named(self, kind: str, label: str, column: str) -> dict[str, Any]:
+        """How the file names a label. kind: rows, columns, values or means; column: where the label stands."""
         return select(self.spec.get(kind, {}).get(label, label), column)
 
-    def one(self, wanted: Selector) -> Number | None:
+    def look_up(self, wanted: Selector) -> Number | None:
         return self.single([self.number(line, "value") for line in self.find(wanted)], str(dict(wanted)))
 
     def find(self, wanted: Selector) -> list[dict[str, str]]:
+        """The lines that have these values."""
         if unknown := wanted.keys() - self.lines[0].keys():
             raise UsageError(f"report.paper: {self.spec['file']} has no column {unknown.pop()}")
         return [line for line in self.lines if all(line[key] == str(value) for key, value in wanted.items())]
 
-    def single(self, found: list[Number | None], what: str) -> Number | None:
-        if len(found) > 1:
+    def single(self, numbers: list[Number | None], what: str) -> Number | None:
+        """The only number; None where there is none."""
+        if len(numbers) > 1:
             raise UsageError(
-                f"report.paper: {self.spec['file']} has {len(found)} lines for {what}; say more in `where`"
+                f"report.paper: {self.spec['file']} has {len(numbers)} lines for {what}; say more in `where`"
             )
-        return found[0] if found else None
+        return numbers[0] if numbers else None
 
     def number(self, line: Mapping[str, str], column: str) -> Number | None:
+        """The number in a column of a line, as corrected. A doubt that begins with a column's name is that column's."""
         if not (match := re.search(r"-?\d+(\.\d+)?", line[column])):
             return None
         about, doubt = re.match(r"(\w+): (.*)", line["doubt"]), line["doubt"]
@@ -120,4 +128,5 @@ class Paper:
 
 
 def select(selected: Any, column: str) -> dict[str, Any]:
+    """{column: value, ...} of a selection that may name the value alone."""
     return dict(selected) if isinstance(selected, Mapping) else {column: selected}

@@ -1,9 +1,9 @@
-"""Slim records: of each result.json what tables and plots need, so that the evidence of a whole grid is one small file.
+"""Slim records: what tables and plots need of each result.json, so that the evidence of a whole grid is one small file.
 
-A record is the result without its configuration (its hash is kept), its checkpoint's path and its layers' names:
-`layers` is {role: {field: [one value a layer, in model order]}}. Committed as experiments/<name>/runs.jsonl, one line a
-run; the key `cell` is the run's folder. Beside it config.json has what every run of the grid was configured with, so
-that results of an experiment that has changed since are told from its own.
+A record is a result without its configuration, of which a hash is kept, and without its checkpoint's path and its
+layers' names: `layers` is {role: {field: [one value a layer, in model order]}}. Records are committed as
+experiments/<name>/runs.jsonl, one line a run; the key `cell` is the run's folder. The config.json beside it holds what
+every run of the grid was configured with. It tells results of an older version of the experiment from those of today's.
 """
 
 import hashlib
@@ -42,12 +42,12 @@ class Record:
         return self.result if "cell" in self.result else slim(self.result, self.cell)
 
     def get(self, path: str) -> Any:
-        """What lies at a dotted path of the slim result, {metric} being the run's own; None if nothing does.
-        `linear_probe.test`, `test.{metric}`, `layers.q.rank`."""
-        found: Any = self.data if path.startswith(LEFT_OUT) else self.result  # most tables ask for nothing of that
+        """What lies at a dotted path of the slim result; None if nothing does. {metric} is the run's own metric.
+        Examples: `linear_probe.test`, `test.{metric}`, `layers.q.rank`."""
+        value: Any = self.data if path.startswith(LEFT_OUT) else self.result  # few tables need the slim one
         for part in path.replace("{metric}", self.result.get("metric") or "").split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        return found
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,20 @@ class Runs:
     records: list[Record]
     cells: list[dict[str, str]]  # the labels of every cell, run or not
     failed: dict[str, str]  # folder of a run that failed -> why
-    other: dict[str, str] = field(default_factory=dict)  # folder of a result of another configuration -> what differs
+    other: dict[str, str] = field(
+        default_factory=dict
+    )  # folder of a result left out -> what was configured differently
 
 
 def read(experiment: Experiment) -> Runs:
-    """Each cell's result: from its folder, or else from the committed runs.jsonl. One that the experiment, as it is
-    now, would not have configured so is left out.
+    """Each cell's result: from its folder, or else from the committed runs.jsonl. A result is left out if the
+    experiment as it is today would have configured it differently.
 
     Raises:
         UsageError: a file is not readable.
     """
     kept = {record["cell"]: record for record in lines(EVIDENCE / experiment.name / RUNS)}
-    now, then = common(experiment), whole(EVIDENCE / experiment.name / CONFIG)
+    now, then = common(experiment), committed_config(EVIDENCE / experiment.name / CONFIG)
     records, failed, other = [], {}, {}
     for cell in experiment.cells:
         name = cell.folder
@@ -92,20 +94,20 @@ def read(experiment: Experiment) -> Runs:
 
 
 def common(experiment: Experiment) -> dict[str, Any]:
-    """What the experiment itself configures, flat: neither what its cells set nor what follows from that."""
+    """What the experiment itself configures, as flat keys: without what its cells set and what follows from that."""
     config = OmegaConf.to_container(experiment.config, resolve=False)
-    found = results.canonical({key: value for key, value in config.items() if key != "hydra" and not aside(key)})
+    settings = results.canonical({key: value for key, value in config.items() if key != "hydra" and not aside(key)})
     keys = {key_of(line).rpartition("@")[2] for cell in experiment.cells for line in cell.overrides}
     keys |= {"experiment", *results.ELSEWHERE}
     return {
         key: value
-        for key, value in found.items()
+        for key, value in settings.items()
         if not (isinstance(value, str) and "${" in value)
-        and not any(key == one or key.startswith(f"{one}.") for one in keys)
+        and not any(key == varied or key.startswith(f"{varied}.") for varied in keys)
     }
 
 
-def whole(path: Path) -> dict[str, Any]:
+def committed_config(path: Path) -> dict[str, Any]:
     """A committed config.json; empty where there is none."""
     try:
         return json.loads(path.read_text())
@@ -127,8 +129,8 @@ def lines(path: Path) -> list[dict]:
 
 def dump(records: Iterable[Record]) -> str:
     """The text of a runs.jsonl, in the order of the cells' names, so that a new run changes one line."""
-    found = sorted((record.data for record in records), key=lambda data: data["cell"])
-    return "".join(json.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n" for data in found)
+    slims = sorted((record.data for record in records), key=lambda data: data["cell"])
+    return "".join(json.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n" for data in slims)
 
 
 def slim(result: Mapping[str, Any], cell: str) -> dict[str, Any]:
@@ -146,8 +148,8 @@ def slim(result: Mapping[str, Any], cell: str) -> dict[str, Any]:
 
 
 def by_role(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list]]:
-    """Layers as columns: {"q": {"m": [384, ...], "n": [...], "rank": [...], "held": [...]}}; null where a layer has no
-    such field."""
+    """The layers as columns: {"q": {"m": [384, ...], "n": [...], "rank": [...], "held": [...]}}; null where a
+    layer lacks the field."""
     roles: dict[str, list[dict]] = {}
     for row in rows:
         numbers = {key: rounded(value) for key, value in row.items() if isinstance(value, int | float)}
@@ -159,7 +161,7 @@ def by_role(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list]]:
 
 
 def rounded(value: Any) -> Any:
-    """The same with seven digits: more than a table shows, a third of the file."""
+    """The same with seven digits, which is more than a table shows and keeps the file at a third of its size."""
     if isinstance(value, float):
         return float(f"{value:.7g}")
     if isinstance(value, Mapping):
@@ -185,9 +187,11 @@ def provenance(records: Sequence[Record]) -> str | None:
 
 
 def dirty(record: Record) -> str:
+    """A plus sign where the run's checkout had uncommitted changes."""
     return "+" if (record.get("environment.commit") or "").endswith("+") else ""
 
 
-def counted(found: Counter) -> str:
-    shown = ", ".join(f"{name}: {n}" for name, n in found.most_common(4))
-    return shown + (", ..." if len(found) > 4 else "")
+def counted(names: Counter) -> str:
+    """The four most common names, with how often they occur."""
+    most = ", ".join(f"{name}: {n}" for name, n in names.most_common(4))
+    return most + (", ..." if len(names) > 4 else "")

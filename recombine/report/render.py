@@ -1,7 +1,7 @@
 """A `Table` as text for the terminal, Markdown, LaTeX (booktabs) or CSV.
 
-Under each row that the paper has numbers for stands a row with those and our difference to them. A cell without a
-result is a long dash.
+Below a row that the paper has numbers for stands a row with those numbers and our difference to them. A cell without a
+result is a long dash. CSV keeps the labels and axes of the grid; the other formats show words for them.
 """
 
 import csv
@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections.abc import Callable
 
-from recombine.report.table import Column, Entry, Table, shown
+from recombine.report.table_data import Column, Entry, Table, shown
 
 MISSING = "—"
 GREEK = dict(α="alpha", β="beta", γ="gamma", δ="delta", ε="varepsilon", λ="lambda", μ="mu", ρ="rho", σ="sigma")
@@ -53,12 +53,12 @@ def theirs(table: Table, entry: Entry) -> str:
     return f"{entry.paper.text} ({entry.difference:+.{max(entry.digits, 1)}f})".replace("(-", "(−")
 
 
-def grid(table: Table, strong: Strong, paper: str) -> list[list[str]]:
+def lines_of(table: Table, strong: Strong, paper: str) -> list[list[str]]:
     """The rows as text; the first is the head. `paper` labels the rows of the paper's numbers."""
-    lines = [[*table.axes, *(column.title for column in table.columns)]]
+    lines = [[*table.heads, *(column.title for column in table.columns)]]
     for row in table.rows:
         both = zip(table.columns, row.entries, strict=True)
-        lines.append([*row.labels, *(ours(table, column, entry, strong) for column, entry in both)])
+        lines.append([*row.names, *(ours(table, column, entry, strong) for column, entry in both)])
         if any(entry.paper for entry in row.entries):
             lead = [*[""] * (len(table.axes) - 1), paper]
             lines.append([*lead, *(theirs(table, entry) for entry in row.entries)])
@@ -66,24 +66,21 @@ def grid(table: Table, strong: Strong, paper: str) -> list[list[str]]:
 
 
 def text(table: Table, colour: bool = False, width: int = 160) -> str:
-    """For the terminal; without colour an asterisk marks what is best. A wider table is folded, each part with the
-    labels of its rows."""
-    lines = grid(table, (lambda best: f"\0{best}"), "  paper")
+    """For the terminal; without colour an asterisk marks what is best. A wider table is folded into parts, each with
+    the labels of its rows."""
+    lines = lines_of(table, (lambda best: f"\0{best}"), "  paper")
     n = len(table.axes)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    parts = fold(widths, n, width)
-    shown = []
-    for part in parts:
+    parts = []
+    for part in fold(widths, n, width):
         columns = [*range(n), *part]
-        for line in lines:
-            cells = [line[i].ljust(widths[i]) if i < n else line[i].rjust(widths[i]) for i in columns]
-            shown.append("  ".join(cells).rstrip())
-    rule = "─" * max(map(len, shown))
-    for k in reversed(range(len(parts))):  # around every head
-        shown.insert(k * len(lines) + 1, rule)
-        shown.insert(k * len(lines), rule)
+        shown = [line for line in lines if any(line[i] for i in part)]  # the paper may have nothing in these columns
+        cells = [[line[i].ljust(widths[i]) if i < n else line[i].rjust(widths[i]) for i in columns] for line in shown]
+        parts.append(["  ".join(line).rstrip() for line in cells])
+    rule = "─" * max(len(line) for part in parts for line in part)
+    shown = [line for head, *rest in parts for line in (rule, head, rule, *rest)]
     notes = [line for note in table.notes for line in textwrap.wrap(note, width, subsequent_indent="  ")]
-    body = "\n".join([table.title, *shown, rule, *notes]) + "\n"
+    body = "\n".join([*textwrap.wrap(table.title, width), *shown, rule, *notes]) + "\n"
     return re.sub("\0([-0-9.]+)", "\033[1m \\1\033[0m" if colour else r"*\1", body)
 
 
@@ -98,7 +95,7 @@ def fold(widths: list[int], n: int, width: int) -> list[list[int]]:
 
 
 def markdown(table: Table) -> str:
-    lines = grid(table, lambda best: f"**{best}**", "*paper*")
+    lines = lines_of(table, lambda best: f"**{best}**", "*paper*")
     n = len(table.axes)
     rule = ["---"] * n + ["---:"] * (len(lines[0]) - n)
     rows = [[cell.replace("|", "\\|") for cell in line] for line in (lines[0], rule, *lines[1:])]
@@ -110,7 +107,7 @@ def markdown(table: Table) -> str:
 def latex(table: Table) -> str:
     """A booktabs tabular in a table; needs \\usepackage{booktabs}."""
     bold = "\0{}\1"  # survives the escaping
-    lines = grid(table, bold.format, r"  paper")
+    lines = lines_of(table, bold.format, r"  paper")
     n = len(table.axes)
 
     def cell(content: str) -> str:

@@ -11,16 +11,82 @@ group, which is the experiment's name.
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from recombine import data
 from recombine.errors import EXPECTED, UsageError, one_line
+from recombine.report import words
 from recombine.runner import grid
 from recombine.runtime.atomic import replacing
 
 X = "trainer/global_step"
+
+
+class Panel(NamedTuple):
+    """A panel of a dashboard. kind: bars or curves of y by method, points of y against x, or the layers' two."""
+
+    kind: str
+    y: str = ""
+    x: str = ""
+    log: bool = False
+
+
+def bars(*keys: str) -> list[Panel]:
+    return [Panel("bars", key) for key in keys]
+
+
+def curves(*keys: str) -> list[Panel]:
+    return [Panel("curves", key) for key in keys]
+
+
+def against(y: str, *keys: str, log: bool = False) -> list[Panel]:
+    return [Panel("points", y, x, log) for x in keys]
+
+
+TASKS = Panel("tasks")  # stands for bars of the tasks that a language model is scored on
+LAYERS = [Panel("ranks"), Panel("layers")]
+SECTIONS: Mapping[str, Mapping[str, Sequence[Panel]]] = {
+    "adaptation": {
+        "scores": bars("score", "linear_probe/test"),
+        "what it costs": [
+            *against("score", "account/trained_without_head", "account/memory_mib", log=True),
+            *bars("account/memory_mib"),
+        ],
+        "training": curves("train/loss", "val/loss", "val/acc"),
+        "layers": LAYERS,
+    },
+    "compression": {
+        "scores": bars("score", "linear_probe/test", "weight_error"),
+        "what is kept": [
+            *against("score", "account/retained", "account/flops"),
+            *against("weight_error", "account/retained"),
+        ],
+        "distillation": curves("distilled/train/loss", "distilled/val/loss"),
+        "training": curves("train/loss", "val/loss", "val/acc"),
+        "layers": LAYERS,
+    },
+    "language": {
+        "scores": [*bars("test/ppl"), TASKS],
+        "what is kept": [
+            *against("test/ppl", "account/retained", "account/memory_mib"),
+            *bars("account/memory_mib"),
+        ],
+        "training": curves("distilled/val/loss", "train/loss", "val/loss"),
+        "layers": LAYERS,
+    },
+    "speed": {
+        "beside the reference": bars("profile/ratio/train", "profile/ratio/infer"),
+        "what it costs": [
+            *against("profile/ratio/train", "account/trained_without_head", log=True),
+            *bars("account/flops", "account/memory_mib"),
+        ],
+        "layers": LAYERS,
+    },
+}
 
 
 def family(config: DictConfig) -> str:
@@ -45,74 +111,39 @@ def workspace(name: str, entity: str, project: str):
     except ImportError as error:
         raise UsageError(f"dashboard: {error}; pip install -e '.[watch]'") from error
 
-    by_method = wr.Config("labels.method")
-
-    def bars(*keys: str):
-        grouped = {"groupby": by_method, "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
-        return [wr.BarPlot(title=key, metrics=[wr.SummaryMetric(key)], orientation="h", **grouped) for key in keys]
-
-    def against(y: str, *keys: str, log: bool = False):
-        return [
-            wr.ScatterPlot(title=f"{y} by {x}", x=wr.SummaryMetric(x), y=wr.SummaryMetric(y), log_x=log) for x in keys
-        ]
-
-    def curves(*keys: str):
-        return [wr.LinePlot(title=key, x=X, y=[key], groupby=by_method) for key in keys]
-
-    layers = [
-        wr.MediaBrowser(title="ranks by layer", media_keys=["ranks"]),
-        wr.WeavePanelSummaryTable(table_name="layers"),
-    ]
-    kind = family(experiment.config)
-    asked = questions(experiment.config) if kind == "language" else []
-    sections = {
-        "adaptation": {
-            "scores": [*bars("score", "linear_probe/test")],
-            "what it costs": [
-                *against("score", "account/trained_without_head", "account/memory_mib", log=True),
-                *bars("account/memory_mib"),
-            ],
-            "training": curves("train/loss", "val/loss", "val/acc"),
-            "layers": layers,
-        },
-        "compression": {
-            "scores": [*bars("score", "linear_probe/test", "weight_error")],
-            "what is kept": [
-                *against("score", "account/retained", "account/flops"),
-                *against("weight_error", "account/retained"),
-            ],
-            "distillation": curves("distilled/train/loss", "distilled/val/loss"),
-            "training": curves("train/loss", "val/loss", "val/acc"),
-            "layers": layers,
-        },
-        "language": {
-            "scores": [*bars("test/ppl", *(f"test/{task}/acc" for task in asked))],
-            "what is kept": [
-                *against("test/ppl", "account/retained", "account/memory_mib"),
-                *bars("account/memory_mib"),
-            ],
-            "training": curves("distilled/val/loss", "train/loss", "val/loss"),
-            "layers": layers,
-        },
-        "speed": {
-            "beside the reference": bars("profile/ratio/train", "profile/ratio/infer"),
-            "what it costs": [
-                *against("profile/ratio/train", "account/trained_without_head", log=True),
-                *bars("account/flops", "account/memory_mib"),
-            ],
-            "layers": layers,
-        },
-    }[kind]
+    sections = SECTIONS[family(experiment.config)]
+    tasks = questions(experiment.config) if any(TASKS in panels for panels in sections.values()) else []
+    scores = bars(*(f"test/{task}/acc" for task in tasks))
+    drawn = []
+    for title, panels in sections.items():
+        listed = [p for panel in panels for p in (scores if panel == TASKS else [panel])]
+        drawn.append(ws.Section(name=title, panels=[draw(panel, wr) for panel in listed], is_open=True))
     return ws.Workspace(
         entity=entity,
         project=project,
         name=experiment.report.get("title", name),
-        sections=[ws.Section(name=title, panels=panels, is_open=True) for title, panels in sections.items()],
+        sections=drawn,
         settings=ws.WorkspaceSettings(x_axis=X, max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters=f"Metric('Group') == '{name}'", groupby=[ws.Config("labels.method"), ws.Config("labels.task")]
         ),
     )
+
+
+def draw(panel: Panel, wr):
+    """A panel as W&B's. wr: the module wandb_workspaces.reports.v2."""
+    title, by_method = words.heading(panel.y), wr.Config("labels.method")
+    if panel.kind == "bars":
+        grouped = {"groupby": by_method, "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+        return wr.BarPlot(title=title, metrics=[wr.SummaryMetric(panel.y)], orientation="h", **grouped)
+    if panel.kind == "points":
+        x, y = wr.SummaryMetric(panel.x), wr.SummaryMetric(panel.y)
+        return wr.ScatterPlot(title=f"{title} by {words.heading(panel.x)}", x=x, y=y, log_x=panel.log)
+    if panel.kind == "curves":
+        return wr.LinePlot(title=title, x=X, y=[panel.y], groupby=by_method)
+    if panel.kind == "ranks":
+        return wr.MediaBrowser(title="ranks by layer", media_keys=["ranks"])
+    return wr.WeavePanelSummaryTable(table_name="layers")
 
 
 def questions(config: DictConfig) -> list[str]:
@@ -126,39 +157,39 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m recombine.report.wandb_dashboard", description=__doc__.split("\n")[0]
     )
     parser.add_argument("experiment", help="a name below conf/experiment, for example cersa/tab09")
-    parser.add_argument("--save", action="store_true", help="make it in the project (needs a login)")
-    parser.add_argument("--entity", default="", help="the W&B user or team; yours if left out")
+    parser.add_argument("--save", action="store_true", help="also make it in your W&B project (needs a login)")
+    parser.add_argument("--entity", default="", help="the W&B user or team (default: yours)")
     parser.add_argument("--project", default="recombine")
-    parser.add_argument("--out", type=Path, help="of the JSON file; outputs/<experiment>/dashboard.json if left out")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: outputs/<experiment>/dashboard.json)")
     given = parser.parse_args(arguments)
     try:
-        made = workspace(given.experiment, given.entity, given.project)
+        dashboard = workspace(given.experiment, given.entity, given.project)
         path = given.out or grid.load(given.experiment).folder / "dashboard.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(definition(made), indent=1))
+            temporary.write_text(json.dumps(definition(dashboard), indent=1))
         print(path)
         if given.save:
-            print(save(made))
+            print(save(dashboard))
     except EXPECTED as error:
         print(f"recombine.report.wandb_dashboard: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def definition(made) -> dict:
+def definition(dashboard) -> dict:
     """What W&B stores of a workspace."""
-    return json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True))
+    return json.loads(dashboard._to_model().model_dump_json(by_alias=True, exclude_none=True))
 
 
-def save(made) -> str:
-    """Its address."""
+def save(dashboard) -> str:
+    """Makes it in the W&B project; returns its address."""
     import wandb
 
     if not wandb.login(prompt=False, verify=False):
         raise UsageError("--save: there is no key; set WANDB_API_KEY, or run `wandb login` once")
     try:
-        return made.save().url
+        return dashboard.save().url
     except Exception as error:  # the client's own errors and its transport's
         raise UsageError(f"--save: W&B fails ({str(error).splitlines()[0]}); the JSON is written") from error
 

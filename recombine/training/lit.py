@@ -27,12 +27,6 @@ SCHEDULES = {  # share of the steps after the warm-up that is left -> factor of 
     "constant": lambda left: 1.0,
 }
 
-OPTIMIZERS = {  # optim.name -> how it is made
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": partial(torch.optim.SGD, momentum=0.9),
-}
-
 
 class LitRecombine(L.LightningModule):
     """Trains whatever requires a gradient.
@@ -139,7 +133,7 @@ class LitRecombine(L.LightningModule):
         for p in self.model.parameters():
             if p.requires_grad:
                 groups.setdefault((id(p) in head, p.ndim > 1), []).append(p)
-        optimizer = OPTIMIZERS[self.optimizer](
+        optimizer = OPTIMIZERS[self.optim.name](
             [
                 {
                     "params": parameters,
