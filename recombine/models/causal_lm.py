@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recombine.errors import UsageError
-from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged, silence
-from recombine.models.weights import first_line
+from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged
+from recombine.models.weights import first_line, silence
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 THEIRS = ("rope_parameters", "initializer_range")  # taken from the weights where there are any

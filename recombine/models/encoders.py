@@ -32,8 +32,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from recombine.errors import UsageError
-from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged, silence
-from recombine.models.weights import first_line
+from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged
+from recombine.models.weights import first_line, silence
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +91,11 @@ def build(
         num_classes: outputs of the classifier; 0: none, its input comes out.
         config: of the transformers configuration. Sizes say what the weights must have; dropouts hold in their stead.
     """
-    if (arch, pooling) not in MODELS:
+    if (cls := MODELS.get((arch, pooling))) is None:
         known = ", ".join(f"arch={a} pooling={p}" for a, p in MODELS)
         raise UsageError(f"model {name}: arch={arch} pooling={pooling} is not known: choose from {known}")
-    cls = MODELS[arch, pooling]
     config = {key: list(value) if isinstance(value, ListConfig) else value for key, value in config.items()}
-    where = dict(id=id, revision=revision, tag=tag, pretrained=pretrained, checkpoint=checkpoint)
+    where = {"id": id, "revision": revision, "tag": tag, "pretrained": pretrained, "checkpoint": checkpoint}
     path = folder(name, WAYS, **where)
     refuse_unknown(cls, config)
     try:

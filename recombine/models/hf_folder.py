@@ -1,7 +1,6 @@
 """Where a transformers model lies: one folder with weights, config.json and tokenizer."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,11 +10,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from recombine.errors import UsageError
 from recombine.models import packaged
-from recombine.models.weights import first_line, hub_folder
+from recombine.models.weights import first_line, hub_folder, silence
 
 UNREADABLE = (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError)
 
@@ -87,17 +85,3 @@ def refuse_damaged(name: str, path: Path, model: nn.Module, found: Sequence[tupl
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise UsageError(f"model {name}: the weights in {path} are damaged: {key} is not finite; replace the file")
-
-
-@contextmanager
-def silence():
-    """transformers draws bars and prints a table of what a head lacks; `load` says it in the project's words."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from recombine.models.weights import silence
 from recombine.runtime import archives, assets
 
 log = logging.getLogger(__name__)
@@ -125,8 +126,6 @@ def dinov2_from_onnx(content: bytes) -> dict[str, Tensor]:
 def llama_from_gguf(content: bytes, path: Path) -> None:
     """A Llama in GGUF -> a folder as transformers saves it; a reader sees the whole of it or none."""
     from transformers import AutoTokenizer, LlamaForCausalLM  # slow to load, and text.py imports this file
-
-    from recombine.models.hf_folder import silence
 
     with assets.writing(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as scratch, silence():
         file, part = Path(scratch) / "model.gguf", Path(scratch) / "converted"

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -144,3 +144,19 @@ def _arch(model: nn.Module) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
+
+
+@contextmanager
+def silence():
+    """transformers draws bars and prints a table of what a head lacks; its loaders here say it in one line."""
+    from transformers.utils import logging as transformers_logging  # slow to import, and timm's models need none of it
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
