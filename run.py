@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 
 import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
 from recombine.errors import EXPECTED, UsageError, one_line
-from recombine.runtime import budget_words, help, logs, progress, threads
+from recombine.runner.announce import say_what_loads
+from recombine.runtime import budget_words, help, logs, threads
 
 DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
 failures: list[Exception] = []
@@ -18,7 +19,7 @@ failures: list[Exception] = []
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float:
-    progress.say_what_loads(cfg, HydraConfig.get().runtime.choices)
+    say_what_loads(cfg, HydraConfig.get().runtime.choices)
     from recombine.runner import ranks  # imports torch
 
     try:

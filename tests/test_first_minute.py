@@ -73,8 +73,8 @@ def test_the_first_line_is_there_before_torch(tmp_path):
         "import sys; sys.argv = ['run.py', *sys.argv[1:]]\n"
         "import run\n"
         "from recombine.runtime import progress\n"
-        "say = progress.say_what_loads\n"
-        "progress.say_what_loads = lambda *given: (say(*given), sys.exit('torch' in sys.modules))\n"
+        "say = run.say_what_loads\n"
+        "run.say_what_loads = lambda *given: (say(*given), sys.exit('torch' in sys.modules))\n"
         "run.cli()"
     )
     line = "recombine: lora after svd on tiny_vit, data offline (dsprites_loc), stage adapt: loading torch ...\n"

@@ -6,8 +6,6 @@ Everything is imported on demand, since Lightning takes seconds to load.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -16,6 +14,7 @@ from pkgutil import walk_packages
 from typing import TYPE_CHECKING
 
 from recombine.errors import UsageError
+from recombine.runtime.user_code import load_class
 
 if TYPE_CHECKING:
     from recombine.data.base import DataModule
@@ -86,18 +85,7 @@ def _of_the_user(path: str) -> type[DataModule]:
     """A class of a module that lies in the working directory, or is installed."""
     from recombine.data.base import DataModule
 
-    file, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last: it hides nothing
-    try:
-        cls = getattr(import_module(file), name, None)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        reason = (str(error).splitlines() or [""])[0]
-        why = f"importing {file} in {os.getcwd()} fails ({type(error).__name__}: {reason})"
-        raise UsageError(f"data.name={path}: {why}: correct it") from error
-    if not (isinstance(cls, type) and issubclass(cls, DataModule)):
-        what = "has no" if cls is None else "has another kind of"
-        raise UsageError(f"data.name={path}: {file} {what} {name}: name a subclass of recombine.data.base.DataModule")
+    cls = load_class(path, DataModule, "data.name")
     if not cls.name:
         raise UsageError(f"data.name={path}: the class has no name of its own: write name = ... in it")
     return cls

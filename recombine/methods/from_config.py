@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -11,6 +10,7 @@ from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.result_schema import MethodPart
 from recombine.runtime import conf
+from recombine.runtime.user_code import load_class
 
 
 def from_config(cfg: DictConfig) -> Method:
@@ -20,7 +20,7 @@ def from_config(cfg: DictConfig) -> Method:
         UsageError: a field that the class does not have, a value of another type, or a class with a field that
             result.json needs for itself.
     """
-    cls = get_class(cfg._target_)
+    cls = load_class(cfg._target_, Method, "method._target_")
     if taken := MethodPart.__annotations__.keys() & OmegaConf.structured(cls).keys():
         raise UsageError(f"method._target_={cfg._target_}: result.json has {taken.pop()} already; rename that field")
     fields = {key: value for key, value in cfg.items() if key != "_target_"}

@@ -54,7 +54,7 @@ def asked_for(run: RunContext) -> RunPart:
         "model": run.model.recombine_source,
         "compressor": describe_step(run, record.steps[0], "compressor") if pair else None,
         "budget": str(run.budget),
-        "data": run.data.info,
+        "data": run.data.info | {"title": run.data.title},
         "calibration": None if run.calibration_data is None else run.calibration_data.info,
         "seed": run.settings.seed,
         "metric": run.objective().metric,

@@ -116,7 +116,7 @@ def stage_settings(values: Mapping[str, Any]) -> StageSettings:
     if "reference" in values:
         reference = dict(values["reference"])
         values["reference"] = from_name(reference.pop("name"), reference, "stage.reference.name")
-    return typed(STAGE_SETTINGS[values["name"]], values, "stage")
+    return typed(STAGE_SETTINGS.get(values["name"], StageSettings), values, "stage")
 
 
 def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:

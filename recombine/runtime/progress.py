@@ -4,11 +4,10 @@ Nothing shows in the first seconds, so short work stays silent, as do other rank
 `trainer.progress=false` silences it all.
 """
 
-import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from threading import Event, Thread
@@ -85,25 +84,6 @@ def bars_as_wanted() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = start
-
-
-def say_what_loads(cfg: Mapping, choices: Mapping[str, str | None]) -> None:
-    """The first line of a run, on stderr, while torch is still to be imported.
-
-    Args:
-        cfg: the composed configuration.
-        choices: configuration group -> what was chosen of it, as the user typed it.
-    """
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if not cfg["trainer"]["progress"] or rank != "0":
-        return
-    method = " after ".join(part for part in (choices["method"], choices.get("method@compressor")) if part)
-    data, task = choices["data"], cfg["data"].get("task")
-    line = (
-        f"{method} on {choices['model']}, data {data}{f' ({task})' if task else ''}, "
-        f"stage {cfg['stage']['name']}: loading torch ..."
-    )
-    print(f"recombine: {wrapped(line, 11, sys.stderr)}", file=sys.stderr, flush=True)
 
 
 def wrapped(text: str, indent: int, stream) -> str:

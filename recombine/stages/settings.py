@@ -95,8 +95,7 @@ class RunSettings:
     probe: bool = True
 
 
-STAGE_SETTINGS: dict[str, type[StageSettings]] = {
-    "adapt": StageSettings,
+STAGE_SETTINGS: dict[str, type[StageSettings]] = {  # of the stages that have keys of their own
     "compress": CompressSettings,
     "evaluate": EvaluateSettings,
     "joint": CompressSettings,
