@@ -1,10 +1,30 @@
 """What `import recombine` offers."""
 
-from recombine.core.budget import Account, Budget, count
+from recombine.core.account import Account, count
+from recombine.core.budget import Budget
 from recombine.core.checkpoint import load, merge, save
+from recombine.core.method import Method, Site
+from recombine.core.rewrite import Record, Step, apply, finish, train_only
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.methods import *  # noqa: F403
 from recombine.methods import __all__ as _methods
 
-__all__ = ["Account", "Budget", "RecombinedLinear", "UsageError", "count", "load", "merge", "save", *_methods]
+__all__ = [
+    "Account",
+    "Budget",
+    "Method",
+    "RecombinedLinear",
+    "Record",
+    "Site",
+    "Step",
+    "UsageError",
+    "apply",
+    "count",
+    "finish",
+    "load",
+    "merge",
+    "save",
+    "train_only",
+    *_methods,
+]

@@ -1,20 +1,27 @@
-"""result.json: written once, atomically, at the end of a run; read by the report and by anyone."""
+"""result.json: written once, atomically, at the end of a run; read by the report and by anyone.
+
+Its keys are declared in result_schema.py.
+"""
 
 import json
 import math
 import platform
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from recombine.errors import UsageError
+from recombine.result_schema import MethodPart, Result
 from recombine.runtime.atomic import replacing
 from recombine.runtime.naming import aside
+from recombine.runtime.progress import wrapped
 
 PACKAGES = ("recombine", "torch", "lightning", "hydra-core", "timm", "peft", "transformers", "torchmetrics", "numpy")
 LOCK = ".running"
@@ -25,8 +32,12 @@ ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", 
 
 
 @contextmanager
-def reserved(folder: Path) -> Iterator[None]:
-    """Makes the folder of a run and holds it; refuses one that cannot be written, or where another process works."""
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder of a run, and keeps other processes out of it until the block ends.
+
+    Raises:
+        UsageError: the folder cannot be written, or another process works there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
@@ -57,8 +68,11 @@ def running(folder: Path) -> bool:
         return False
 
 
-def finished(folder: Path, cfg: DictConfig) -> dict | None:
+def load_finished(folder: Path, config: dict) -> Result | None:
     """The result that the folder of a run holds already, or None.
+
+    Args:
+        config: of the run, as `settings` gives it.
 
     Raises:
         UsageError: it is a result of another configuration.
@@ -66,14 +80,17 @@ def finished(folder: Path, cfg: DictConfig) -> dict | None:
     if not (path := folder / "result.json").is_file():
         return None
     before = read(path)
-    if (what := difference(before["config"], json.loads(json.dumps(settings(cfg), default=str)))) is not None:
+    if (what := config_difference(before["config"], json.loads(json.dumps(config, default=str)))) is not None:
         raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")
     return before
 
 
-def difference(there: dict, here: dict) -> str | None:
-    """Where two configurations would compute different things. A key that only one of them knows came or went with a
-    version, but for what lies below a key of the other: a group that was chosen or was not."""
+def config_difference(there: dict, here: dict) -> str | None:
+    """The first key by which two configurations would compute different things, with both values; None: there is none.
+
+    A key that only one of them has came or went with a version, so it does not count. It does where the other one has
+    a plain value above it: then a whole group was chosen in one of them only.
+    """
     there, here = (flat({"compressor": None} | config) for config in (there, here))
     for key in there.keys() & here.keys():
         if there[key] != here[key] and key not in ELSEWHERE:
@@ -101,13 +118,33 @@ def flat(nested: dict, prefix: str = "") -> dict:
     return found
 
 
-def score(result: dict) -> float:
-    """What validation chose by; nan where nothing did."""
+def score(result: Result) -> float:
+    """The validation score that chose the epoch; nan where there is none."""
     value = result["val"].get(result["metric"])
     return float("nan") if value is None else value
 
 
-def write(path: Path, result: dict) -> Path:
+def merge_parts(**who: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of a result as one: merge_parts(runner={...}, adapt={...}).
+
+    Raises:
+        AssertionError: two parts write the same key. One of them has to leave it to the other.
+    """
+    merged, writer = {}, {}
+    for name, part in who.items():
+        for key, value in part.items():
+            if key in merged:
+                raise AssertionError(f"result.json: {key} is written by {writer[key]} and by {name}")
+            merged[key], writer[key] = value, name
+    return merged
+
+
+def method_part(name: str, fields: Mapping[str, Any], label: str, compresses: bool) -> MethodPart:
+    """What a result says of a method: its class, what the user called it, and its fields."""
+    return merge_parts(recombine={"name": name, "label": label, "compresses": compresses}, **{name: fields})
+
+
+def write(path: Path, result: Mapping[str, Any]) -> Path:
     """Writes a result, whole or not at all; a number that is not finite, which JSON does not know, as null."""
     text = json.dumps(finite(result), indent=1, default=str, allow_nan=False)
     with replacing(path) as temporary:
@@ -123,7 +160,7 @@ def finite(value):
     return [finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def read(path: Path) -> dict:
+def read(path: Path) -> Result:
     """Reads a result.json."""
     try:
         result = json.loads(path.read_text())
@@ -168,6 +205,6 @@ def commit() -> str | None:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """A two-column table for the terminal."""
+    """A two-column table for the terminal: (label, value) of every row."""
     width = max(len(label) for label, _ in rows)
-    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
+    return "\n".join(f"  {label:<{width}}  {wrapped(str(value), width + 4, sys.stdout)}" for label, value in rows)

@@ -21,12 +21,12 @@ from omegaconf import OmegaConf
 import recombine
 from recombine import data, models
 from recombine.core.calibration import collect
+from recombine.core.method import Site
 from recombine.evaluation import linear_probe
 from recombine.layers import RecombinedLinear
-from recombine.methods import Site
 from recombine.models import roles
-from recombine.runner import pipeline
-from recombine.stages import Run
+from recombine.runner.config import resolve
+from recombine.stages.context import RunContext
 from recombine.training import objectives
 
 ROLES = ["q", "k", "v", "o", "up", "down"]
@@ -60,7 +60,7 @@ def main() -> None:
     args = parser.parse_args()
     original, module, cfg = prepare(args)
     head = linear_probe.fit(original, module)
-    head.into(roles.head(original))
+    head.init_head(roles.head(original))
     roles.find(original, tuple(ROLES))  # the same layers for every method
     sites = [Site(n, r, original.get_submodule(n)) for n, r in roles.find(original, tuple(ROLES)).items()]
     order = torch.randperm(len(module.train), generator=torch.Generator().manual_seed(cfg.seed))[
@@ -91,8 +91,7 @@ def prepare(args):
     torch.manual_seed(cfg.seed)
     model = models.build(**OmegaConf.to_container(cfg.model))
     module = data.build(**OmegaConf.to_container(cfg.data), seed=cfg.seed)
-    source = model.recombine_source
-    module.image_size, module.mean, module.std = source["image_size"], source["mean"], source["std"]
+    module.attach_model(**models.for_data(model.recombine_source))
     module.prepare_data()
     module.setup()
     model.reset_classifier(module.num_classes)
@@ -101,17 +100,20 @@ def prepare(args):
 
 def passes(model, module, split, indices):
     """One loss a batch: what the hooks see is what counts."""
-    task = objectives.build(module)
+    objective = objectives.build(module)
     for start in range(0, len(indices), 32):
-        yield task.loss(model, objectives.fetch(module, split, indices[start : start + 32], torch.device("cpu")))[0]
+        yield objective.loss(model, objectives.fetch(module, split, indices[start : start + 32], torch.device("cpu")))[
+            0
+        ]
 
 
 def compress(label, original, module, sites, moments, args) -> dict:
     with initialize_config_dir(str(models.CONF.parent), version_base="1.3"):
         overrides = [*RIVALS[label], f"calibration.samples={args.samples}", "method.targets=[q,k,v,o,up,down]"]
         cfg = compose("config", overrides)
-    method, model = pipeline.method(cfg.method), copy.deepcopy(original)
-    run = Run(cfg, Path(), model, method, recombine.Budget.parse(args.budget), module)
+    spec, model = resolve(cfg), copy.deepcopy(original)
+    budget, method = recombine.Budget.parse(args.budget), spec.method
+    run = RunContext(spec.settings, Path(), Path(), model, method, budget, module)
     start = time.perf_counter()
     recombine.apply(model, method, run.budget, run.losses)
     seconds = time.perf_counter() - start
@@ -120,7 +122,7 @@ def compress(label, original, module, sites, moments, args) -> dict:
 
 @torch.no_grad()
 def row(label, model, original, sites, moments, module, seconds, refitted) -> dict:
-    layers = [(site.linear.weight.double(), dense_weight(model.get_submodule(site.name))) for site in sites]
+    layers = [(site.module.weight.double(), dense_weight(model.get_submodule(site.name))) for site in sites]
     known = [[m[site.name] for site in sites] for m in moments]
     errors = [
         [layer_error(*pair, one.inputs.xx) for pair, one in zip(layers, known[split], strict=True)] for split in (0, 1)

@@ -19,11 +19,11 @@ from zoo import batch, build, loss, losses, outputs, train
 
 import recombine
 from recombine import Cersa, Crisp, Peft, Rosa, Ssf, Svd, Svfit, Svft, models
-from recombine.core.budget import stored_in_targets
+from recombine.core.account import stored_in_targets
 from recombine.core.checkpoint import merged
-from recombine.core.method import find_sites
+from recombine.core.method import Site
+from recombine.core.rewrite import find_sites
 from recombine.layers import FactoredLinear, ScaleShift
-from recombine.methods import Site
 from recombine.methods.adapters.peft_checks import butterflies
 from recombine.methods.svd.truncated import directions
 from recombine.models import roles
@@ -136,7 +136,7 @@ def test_peft_computes_what_the_paper_says(formula, method):
 
 def test_pissa_is_the_principal_part_and_is_never_factored_again(tmp_path, monkeypatch):
     pretrained, (_, method) = build("tiny_vit"), FORMULAS["pissa"]
-    roles.find(pretrained, QKV)
+    roles.split_fused(pretrained, QKV)
     model = recombine.apply(copy.deepcopy(pretrained), method)
     for name in model.recombined.targets:
         layer, w = model.get_submodule(name), pretrained.get_submodule(name).weight.detach().double().numpy()
@@ -144,7 +144,9 @@ def test_pissa_is_the_principal_part_and_is_never_factored_again(tmp_path, monke
         principal = lora(layer, np.zeros_like(w))
         assert np.abs(principal - (u[:, :4] * s[:4]) @ vh[:4]).max() <= 1e-5 * s[0]
         assert np.abs(principal + layer.base_layer.weight.numpy() - w).max() <= 1e-5 * s[0]
-        assert f"{name}.base_layer.weight" not in model.recombined.own  # the rest is no pretrained weight: it is saved
+        assert (
+            f"{name}.base_layer.weight" not in model.recombined.untouched
+        )  # the rest is no pretrained weight: it is saved
     train(model, 2)
     recombine.save(model.eval(), tmp_path / "m")
 
@@ -268,7 +270,7 @@ def site_of(kind, m, n, seed):
 @given(st.integers(1, 9), st.integers(1, 9), KINDS, st.integers(0, 99), st.integers(1, 12))
 def test_svfit_starts_at_the_weight_and_trains_the_largest_singular_values(m, n, kind, seed, rank):
     site = site_of(kind, m, n, seed)
-    layer, w = Svfit(rank=rank).recombine(site), site.linear.weight.detach()
+    layer, w = Svfit(rank=rank).recombine(site), site.module.weight.detach()
     s = scipy.linalg.svdvals(w.numpy())
     assert torch.allclose(layer.dense_weight(), w, atol=1e-12 * max(s[0], 1e-300), rtol=0)
     assert np.allclose(layer.core.detach().numpy(), s[:rank], atol=1e-12 * max(s[0], 1e-300))
@@ -283,7 +285,7 @@ def test_svft_is_its_formula(m, n, kind, seed, data):
     k, site = min(m, n), site_of(kind, m, n, seed)
     method = Svft(pattern=pattern, band=data.draw(st.integers(0, k - 1)))
     method.check([site])
-    layer, w = method.recombine(site), site.linear.weight.detach()
+    layer, w = method.recombine(site), site.module.weight.detach()
     scale = max(scipy.linalg.svdvals(w.numpy())[0], 1e-300)
     assert torch.allclose(layer.dense_weight(), w, atol=1e-12 * scale, rtol=0)
     trained = {name: p.numel() for name, p in layer.named_parameters() if p.requires_grad}
@@ -311,7 +313,7 @@ def test_svft_is_its_formula(m, n, kind, seed, data):
     expected = u @ (np.diag(s) + sparse / (1 + np.exp(-0.7))) @ vh
     assert np.abs(layer.dense_weight().detach().numpy() - expected).max() <= 1e-11 * scale
     x = torch.randn(3, n, dtype=torch.float64)
-    assert torch.allclose(layer.structured(x), x @ torch.from_numpy(expected).T, atol=1e-10 * scale)
+    assert torch.allclose(layer.factored_forward(x), x @ torch.from_numpy(expected).T, atol=1e-10 * scale)
 
 
 def test_svft_starts_as_the_papers_code():
@@ -348,9 +350,7 @@ def test_memory_equals_cersa_table_14(method, printed, formula):
     """ViT-L, q and v, 100 classes: U, s, V beside the rest. No SVD is needed to count."""
     with torch.device("meta"):
         model = models.build("vit_l16", arch="vit_large_patch16_224", pretrained=False, num_classes=100)
-    found = roles.find(model, method.targets)
-    sites = [Site(name, role, model.get_submodule(name)) for name, role in found.items()]
-    method.check(sites)
+    sites = find_sites(model, method)
     stored, trained = method.sizes(sites)
     rest = sum(p.numel() for p in model.parameters()) - 48 * 1024**2
     memory = (4 * (rest + stored) + 12 * (trained + 102_500)) / 2**20
@@ -384,7 +384,7 @@ def test_both_forwards_agree(method, monkeypatch):
 
 def test_rosa_takes_the_entries_with_the_largest_mean_squared_gradient():
     pretrained = build("tiny_vit")
-    roles.find(pretrained, SPLIT)
+    roles.split_fused(pretrained, SPLIT)
     method = Rosa(targets=SPLIT, rank=2, alpha=6, density=0.02)
     model = copy.deepcopy(pretrained)
     recombine.apply(model, method, losses=losses(model))
@@ -414,7 +414,7 @@ def test_rosa_takes_the_entries_with_the_largest_mean_squared_gradient():
 def test_rosa_makes_its_mask_after_a_warm_up():
     """warmup: LoRA alone trains by Adam on the calibration batches, and its model's gradients choose the entries."""
     pretrained = build("tiny_vit")
-    roles.find(pretrained, SPLIT)
+    roles.split_fused(pretrained, SPLIT)
     method, masks = Rosa(targets=SPLIT, rank=3, alpha=6, density=0.02, warmup=6, lr=0.02), []
     for one in (method, replace(method, warmup=0)):
         model = copy.deepcopy(pretrained)

@@ -13,7 +13,8 @@ import recombine
 from recombine import Cersa, Full, Jactus, Peft, UsageError, models
 from recombine.evaluation import linear_probe
 from recombine.models import roles
-from recombine.runner import pipeline
+from recombine.runner import pipeline, ranks
+from recombine.runner.config import resolve
 from recombine.runner.grid import CONF
 from recombine.stages import analysis
 
@@ -82,7 +83,7 @@ def test_subspaces_are_those_of_what_the_adapted_layer_applies(method):
     found = analysis.subspaces(original, model, 0.95)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     merged = recombine.merge(copy.deepcopy(model))
-    roles.find(merged, QKV)
+    roles.split_fused(merged, QKV)
     for role in QKV:
         names = [name for name, played in model.recombined.targets.items() if played == role]
         pairs = [[principal(m.get_submodule(n).weight, 0.95) for m in (original, merged)] for n in names]
@@ -98,7 +99,7 @@ def test_forgetting_is_the_share_of_the_mean_accuracy_that_is_lost():
 def run(tmp_path, *overrides):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", ["model=tiny_vit", "trainer=cpu", "trainer.progress=false", "probe=false", *overrides])
-    pipeline.main(cfg, tmp_path)
+    ranks.main(cfg, tmp_path)
     return cfg, pipeline.results.read(tmp_path / "result.json")
 
 
@@ -153,4 +154,4 @@ def test_a_task_without_classes_cannot_be_probed():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", ["data=text", "data.limit=8", "analyse.elsewhere=[c4]"])
     with pytest.raises(UsageError, match="no classes to probe"):
-        pipeline.elsewhere(cfg, pipeline.data.build(**cfg.data, seed=0), {})
+        pipeline.build_transfer_data(resolve(cfg), pipeline.data.build(**cfg.data, seed=0), {})

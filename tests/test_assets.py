@@ -9,7 +9,7 @@ import zipfile
 import pytest
 
 from recombine.errors import UsageError
-from recombine.runtime import assets
+from recombine.runtime import archives, assets
 
 BODY = b"forty-two"
 TOY = assets.Asset("toy", "npm", "toy", "1.0", "toy-1.0.tgz", hashlib.sha256(BODY).hexdigest(), "MIT")
@@ -155,7 +155,7 @@ def test_readers_round_trip(tmp_path, file):
         path.write_bytes(tar("gz"))
     else:
         write_wheel(path)
-    assert sorted(assets.members(path)) == sorted(FILES)
-    assert assets.read_many(path, FILES) == FILES
+    assert sorted(archives.members(path)) == sorted(FILES)
+    assert archives.read_many(path, FILES) == FILES
     with pytest.raises(UsageError, match="no member 'b'"):
-        assets.read(path, "b")
+        archives.read(path, "b")

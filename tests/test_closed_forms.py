@@ -12,9 +12,10 @@ from torch import nn
 
 import recombine
 from recombine import Cersa, Crisp, Full, Peft, Svd, Svfit, Svft, models
+from recombine.core.method import Site
+from recombine.core.rewrite import find_sites
 from recombine.layers import FactoredLinear, SharedBasisLinear
 from recombine.linalg import SILU_MIN, energy_rank, silu_inverse
-from recombine.methods import Site
 from recombine.methods.crisp.closed_form import stack, truncate, ungate
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 5))
@@ -51,7 +52,7 @@ def test_crisp_is_the_eckart_young_optimum(shape, chunk, g, kind, seed, data):
     m, n = 4 * shape[0], 8 * shape[1]
     group = group_of(kind, m, n, g, seed)
     rank = data.draw(st.integers(1, g * chunk))
-    stacked = np.concatenate([s.linear.weight.detach().numpy().reshape(-1, chunk) for s in group], 1)
+    stacked = np.concatenate([s.module.weight.detach().numpy().reshape(-1, chunk) for s in group], 1)
     s = scipy.linalg.svdvals(stacked)
     optimum, scale = np.sqrt((s[rank:] ** 2).sum()), max(s[0], 1e-300)
     for gauge in ("svd", "balanced"):
@@ -70,8 +71,8 @@ def test_svd_is_the_eckart_young_optimum(m, n, kind, seed, data):
     site = group_of(kind, m, n, 1, seed)[0]
     for core in (False, True):
         built = Svd(rank=rank, train_core=core).recombine(site).dense_weight().detach()
-        s = torch.linalg.svdvals(site.linear.weight.detach())
-        error = torch.linalg.norm(built - site.linear.weight.detach())
+        s = torch.linalg.svdvals(site.module.weight.detach())
+        error = torch.linalg.norm(built - site.module.weight.detach())
         assert abs(error - s[rank:].square().sum().sqrt()) <= 1e-9 * max(s[0].item(), 1e-300)
 
 
@@ -80,7 +81,7 @@ def test_svd_is_the_eckart_young_optimum(m, n, kind, seed, data):
 def test_cersa_keeps_the_energy_with_the_fewest_directions(m, n, kind, seed, a, b):
     site, (beta, alpha) = group_of(kind, m, n, 1, seed)[0], sorted((a, b))
     layer = Cersa(alpha=alpha, beta=beta).recombine(site)
-    s = scipy.linalg.svdvals(site.linear.weight.detach().numpy())
+    s = scipy.linalg.svdvals(site.module.weight.detach().numpy())
     energy = np.cumsum(s**2) / max((s**2).sum(), 1e-300)
     if s[0] > 0:
         assert energy[layer.rank - 1] >= alpha - 1e-12
@@ -118,7 +119,7 @@ def test_flops_rule_counts_what_runs(tokens):
         layer.train()
         structured, dense, build = layer.flops(tokens, False)
         with FlopCounterMode(display=False) as counted:
-            layer.structured(x)
+            layer.factored_forward(x)
         inner = 25 * tokens if isinstance(layer, FactoredLinear) else 0  # folded away in eval
         assert counted.get_total_flops() == 2 * (structured + inner)
         with FlopCounterMode(display=False) as counted:
@@ -150,8 +151,7 @@ def test_cersa_at_full_rank_takes_the_memory_its_formula_gives(vit_l):
     """q, k, v with all 1024 directions: 2597.7 MiB without a head (the paper prints 2519.6, a mean rank of 996)."""
     model, method = copy.deepcopy(vit_l), Cersa(alpha=1.0)
     model.reset_classifier(0)
-    found = recombine.models.roles.find(model, method.targets)
-    sites = [Site(name, role, model.get_submodule(name)) for name, role in found.items()]
+    sites = find_sites(model, method)
     method._factors = {site.name: (None, torch.ones(1024), None) for site in sites}  # the ranks need no SVD
     stored, trained = method.sizes(sites)
     rest = sum(p.numel() for p in model.parameters()) - 72 * 1024**2
@@ -176,7 +176,7 @@ class FlatCersa(Cersa):
     """Cersa on a weight whose SVD is known, the identity's, for counts alone."""
 
     def factors(self, site):
-        m, n = site.linear.weight.shape
+        m, n = site.module.weight.shape
         return torch.eye(m, min(m, n)), torch.ones(min(m, n)), torch.eye(min(m, n), n)
 
 

@@ -18,9 +18,9 @@ from zoo import ARCHS, batch, build, losses
 import recombine
 from recombine import Asvd, Balf, BasisSharing, Dfjr, DobiSvd, Fwsvd, Svd, SvdLlm, UsageError
 from recombine.core.calibration import Inputs, Stats
-from recombine.core.method import calibrate, find_sites
+from recombine.core.method import Site
+from recombine.core.rewrite import calibrate, find_sites
 from recombine.linalg import project, weighted_svd
-from recombine.methods import Site
 from recombine.methods.allocation import greedy, lagrangian, nearest
 from recombine.methods.svd import dobi
 from recombine.methods.svd.balf import dims, most
@@ -120,6 +120,7 @@ def explicit(arch: str):
     """A float64 model; {layer: (W, X (tokens, n), [dL/dW per batch])} by plain autograd, padding left out."""
     model = build(arch).double()
     probe = copy.deepcopy(model)
+    roles.split_fused(probe, ALL)
     found = roles.find(probe, ALL)
     seen = {name: [] for name in found}
 
@@ -194,7 +195,7 @@ def test_refit_is_least_squares_on_what_the_compressed_blocks_give(arch, method)
     blocks = roles.block_names(dense)
     for i, block in enumerate(blocks):
         run = copy.deepcopy(dense)
-        roles.find(run, ALL)
+        roles.split_fused(run, ALL)
         for before in blocks[:i]:
             run.set_submodule(before, copy.deepcopy(model.get_submodule(before)))
         for name in (name for name in model.recombined.targets if name.startswith(f"{block}.")):
@@ -269,7 +270,7 @@ def group_of(shapes, role, kind, inputs, seed):
 def test_basis_sharing_is_the_optimum_of_its_group(g, m, n, kind, inputs, seed, data):
     """The group's output error on all its inputs is the tail of [W_1; ...] [X_1 ...]; without data, of [W_1; ...]."""
     model, sites, stats, xs = group_of([(m, n)] * g, "q" * g, kind, inputs, seed)
-    stack = np.concatenate([site.linear.weight.detach().numpy() for site in sites])
+    stack = np.concatenate([site.module.weight.detach().numpy() for site in sites])
     rank, whiten = data.draw(st.integers(1, min(g * m, n))), data.draw(st.booleans())
     method = BasisSharing(rank=rank, group_size=3, whiten=whiten)
     method.stats = stats
@@ -295,7 +296,7 @@ def test_dfjr_is_the_optimum_of_its_pairs(m, n, kind, seed, data):
     assert layers[0].right is layers[1].right and layers[3].right is layers[4].right
     assert len({id(layer.right) for layer in layers}) == 3
     for pair in ((0, 1), (2,), (3, 4)):
-        stack = np.concatenate([sites[i].linear.weight.detach().numpy() for i in pair])
+        stack = np.concatenate([sites[i].module.weight.detach().numpy() for i in pair])
         built = np.concatenate([layers[i].dense_weight().detach().numpy() for i in pair])
         agrees(np.linalg.norm(stack - built), tail(stack, rank), np.linalg.norm(stack) + 1e-300)
 
@@ -395,9 +396,10 @@ def learnt(method, model):
     """(a copy of the method that has seen the data, the sites)."""
     method = replace(method)
     run = copy.deepcopy(model)
+    roles.split_fused(run, method.targets)
     sites = find_sites(run, method)
-    calibrate(run, method, sites, losses(run), method.wants())
-    method.learn(run, sites, losses(run))
+    calibrate(run, method, sites, losses(run), method.statistics_needed())
+    method.after_budget(run, sites, losses(run))
     return method, sites
 
 
@@ -415,7 +417,7 @@ def test_calibrated_budgets_are_met_and_used(method, word):
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.8, 0.95])
 def test_balf_spends_the_budget_better_than_one_ratio_for_all(arch, ratio):
     method, sites = learnt(Balf(targets=ALL, ratio=ratio), build(arch))
-    stored, dense = method.sizes(sites)[0], sum(site.linear.weight.numel() for site in sites)
+    stored, dense = method.sizes(sites)[0], sum(site.module.weight.numel() for site in sites)
     assert stored <= ratio * dense and stored > ratio * dense - max(sum(dims(site)) for site in sites)
     options_ = [method.options(site) for site in sites]
     for site, (costs, lost) in zip(sites, options_, strict=True):
@@ -431,7 +433,7 @@ def test_balf_spends_the_budget_better_than_one_ratio_for_all(arch, ratio):
 def test_balf_unfilled_takes_every_choice_at_one_price():
     """As the paper's code: some price makes all choices the best of their layers, and the rest is not spent."""
     learned, sites = learnt(Balf(targets=ALL), build("tiny_vit"))
-    dense, unspent = sum(site.linear.weight.numel() for site in sites), 0
+    dense, unspent = sum(site.module.weight.numel() for site in sites), 0
     for ratio in (0.1, 0.25, 0.4, 0.5, 0.6, 0.8):
         method, filled = (replace(learned, ratio=ratio, fill=fill) for fill in (False, True))
         for one in (method, filled):
@@ -461,7 +463,7 @@ def test_balf_leaves_layers_dense_as_they_are():
 
 def test_balf_of_a_layer_without_outputs():
     model, sites, stats, _ = group_of([(8, 8)] * 2, "qk", "random", "random", 0)
-    sites[0].linear.weight.data.zero_()
+    sites[0].module.weight.data.zero_()
     method = Balf(ratio=0.6)
     method.stats = stats
     assert method.ranks(sites)[1] is None or method.ranks(sites)[1] > method.ranks(sites)[0] == 1
@@ -492,10 +494,11 @@ def test_dobi_truncates_softly_as_it_will_for_good():
     """With a sharp gate between ranks k and k + 1 the hooks give what the rewritten model gives."""
     model = build("tiny_vit").double()
     method = DobiSvd(targets=ALL, beta=1e4)
+    roles.split_fused(model, method.targets)
     sites = find_sites(model, method)
-    calibrate(model, method, sites, double_losses(model), method.wants())
+    calibrate(model, method, sites, double_losses(model), method.statistics_needed())
     method._ranks = [3 + i % 5 for i in range(len(sites))]
-    scale = [sum(dims(site)) / site.linear.weight.numel() for site in sites]
+    scale = [sum(dims(site)) / site.module.weight.numel() for site in sites]
     share = torch.tensor([(k + 0.5) * s for k, s in zip(method._ranks, scale, strict=True)], dtype=torch.float64)
     x = batch(model).double()
     with torch.no_grad():
@@ -511,8 +514,9 @@ def test_dobi_gradient_of_the_ranks(basis):
     """Against central differences, through the whole model; also through the SVD of each batch."""
     model = build("tiny_vit").double()
     method = DobiSvd(beta=0.5, basis=basis)
+    roles.split_fused(model, method.targets)
     sites = find_sites(model, method)
-    calibrate(model, method, sites, double_losses(model), method.wants())
+    calibrate(model, method, sites, double_losses(model), method.statistics_needed())
     share = torch.full((len(sites),), 0.5, dtype=torch.float64, requires_grad=True)
 
     def total():
@@ -536,9 +540,10 @@ def test_learning_ranks_leaves_the_model_as_it_was():
     model = build("tiny_vit").train()
     before = copy.deepcopy(model.state_dict())
     method = DobiSvd(targets=ALL, steps=2)
+    roles.split_fused(model, method.targets)
     sites = find_sites(model, method)
-    calibrate(model, method, sites, losses(model), method.wants())
-    method.learn(model, sites, losses(model))
+    calibrate(model, method, sites, losses(model), method.statistics_needed())
+    method.after_budget(model, sites, losses(model))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 import recombine.runtime.naming  # noqa: F401  resolvers that the configuration uses
 from recombine import models
 from recombine.core.budget import Budget
-from recombine.methods import Method
-from recombine.runner import pipeline
+from recombine.core.method import Method
+from recombine.methods.from_config import from_config
 from recombine.stages import STAGES
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -26,7 +26,7 @@ def test_composes(group, choice):
     missing = OmegaConf.missing_keys(cfg)
     assert missing <= {"budget.value", "stage.checkpoint", "data.root"}
     if group == "method":
-        method = pipeline.method(cfg.method)
+        method = from_config(cfg.method)
         assert isinstance(method, Method) and set(cfg.method) - {"_target_"} == {f.name for f in fields(method)}
     if group == "budget" and not missing:
         assert str(Budget(cfg.budget.kind, cfg.budget.value)) == choice

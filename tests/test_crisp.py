@@ -15,7 +15,7 @@ from zoo import batch, build, losses, outputs
 
 import recombine
 from recombine import Crisp, Recast
-from recombine.core.method import find_sites
+from recombine.core.rewrite import find_sites
 from recombine.layers import SharedBasisLinear
 from recombine.layers.shared_basis import GATES, PLACEMENTS
 from recombine.linalg import GELU_MIN, gelu_inverse, shrink
@@ -89,7 +89,7 @@ def test_flops_rule_counts_what_runs(placement, tokens):
 
     layer, x = SharedBasisLinear(torch.randn(24, 3), torch.randn(3, 4), 8, placement=placement), torch.randn(tokens, 8)
     with FlopCounterMode(display=False) as counted:
-        layer.structured(x)
+        layer.factored_forward(x)
     assert counted.get_total_flops() == 2 * layer.flops(tokens, False)[0]
 
 
@@ -354,7 +354,7 @@ def test_refine_trains_weights_and_task_then_freezes_the_basis():
         errors = [share(model.get_submodule(n).dense_weight(), dense.get_submodule(n).weight) ** 2 for n in names]
         with torch.no_grad():
             task = torch.stack(list(losses(model)())).mean().item()
-        assert {n.rpartition(".")[2] for n in model.recombined.trains if "blocks" in n} == {"mixer"}
+        assert {n.rpartition(".")[2] for n in model.recombined.trainable if "blocks" in n} == {"mixer"}
         assert all(p.grad is None for p in model.parameters())
         return sum(errors) / len(errors), task
 
@@ -464,7 +464,7 @@ def shapes(arch, **fields):
     with torch.device("meta"):
         model = timm.create_model(arch, num_classes=1000)
     sites = find_sites(model, Crisp(**fields))
-    return sites, sum(p.numel() for p in model.parameters()) - sum(s.linear.weight.numel() for s in sites)
+    return sites, sum(p.numel() for p in model.parameters()) - sum(s.module.weight.numel() for s in sites)
 
 
 SPLIT = ("q", "k", "v", "o", "up", "down")

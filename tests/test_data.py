@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 from recombine import data
-from recombine.data.vision import packaged, synthetic
+from recombine.data.sampling import stratified
+from recombine.data.vision import packaged, ray_caster, synthetic
 from recombine.data.vision.offline import SUITE, TASKS, Offline, pins
-from recombine.data.vision.source import SIZES, stratified
+from recombine.data.vision.source import SIZES
 from recombine.errors import UsageError
 from recombine.runtime import assets
 
@@ -129,9 +130,9 @@ def test_clevr_labels_are_in_the_scene():
 
 
 def test_cast_sees_a_ball_where_it_is():
-    ball = synthetic.Solid("sphere", (0.0, 0.0, 1.0), (1.0,) * 3, (1.0, 0.0, 0.0))
+    ball = ray_caster.Solid("sphere", (0.0, 0.0, 1.0), (1.0,) * 3, (1.0, 0.0, 0.0))
     view = ((6.0, 0.0, 1.0), (0.0, 0.0, 1.0), (6.0, 0.0, 8.0), 0.5, (0.0, 0.0, 1.0), (0.0, 0.0, 1.0))
-    image = synthetic.cast([ball], *view)
+    image = ray_caster.cast([ball], *view)
     red = np.argwhere(image[..., 0] > image[..., 2])
     assert np.abs(red.mean(0) - 47.5).max() < 1.5
     assert abs(np.ptp(red[:, 1]) - 96 / (0.5 * np.sqrt(35))) < 2  # tangent of its half angle: 1 / sqrt(35)
@@ -297,7 +298,7 @@ def test_other_pictures_than_the_pinned_are_refused(cache, monkeypatch):
 
 def test_no_space_and_no_folder(cache, monkeypatch, tmp_path):
     if Path("/dev/full").exists():
-        monkeypatch.setattr("recombine.data.vision.base.uuid4", lambda: SimpleNamespace(hex="x"))
+        monkeypatch.setattr("recombine.data.vision.cache.uuid4", lambda: SimpleNamespace(hex="x"))
         (cache / "images").mkdir(parents=True)
         Path(f"{sprites().path}.x").symlink_to("/dev/full")
         assert "No space left" in refusal(sprites().prepare_data)

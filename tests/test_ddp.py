@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from recombine.errors import UsageError
 from recombine.methods.adapters.ssf import Ssf
-from recombine.runner import pipeline
+from recombine.runner import ranks
 from recombine.training import distributed
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 def execute(folder: Path, *overrides: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        pipeline.main(compose("config", [*TINY, *overrides]), folder)
+        ranks.main(compose("config", [*TINY, *overrides]), folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -98,11 +98,12 @@ def test_told_to_stop_two_ranks_leave_one_state(tmp_path):
 
 def test_a_sweep_of_runs_on_two_ranks_each(tmp_path):
     """In Lightning's own way each second rank would repeat the whole sweep."""
-    words = ["method=lora", "method.rank=4", "probe=false", "trainer.epochs=1"]
+    words = ["method=lora", "method.rank=4", "+method.options.use_rslora=true", "probe=false", "trainer.epochs=1"]
     given = [f"hydra.sweep.dir={tmp_path}/sweep", "seed=0,1"]
     subprocess.run(command(*words, *TWO, *given, flags=("-m",)), check=True, stdout=subprocess.DEVNULL)
     results = sorted((tmp_path / "sweep").rglob("result.json"))
     assert [json.loads(path.read_text())["seed"] for path in results] == [0, 1]
+    assert [json.loads(path.read_text())["method"]["label"] for path in results] == ["lora", "lora"]
     for seed, path in enumerate(results):
         execute(tmp_path / str(seed), *words, f"seed={seed}")
         same(tmp_path / str(seed), path.parent)
@@ -123,7 +124,7 @@ def test_an_error_in_one_rank_is_one_line_and_ends_both(tmp_path):
         execute(tmp_path, "method=ssf", "probe=false", f"method._target_={__name__}.Fails", *TWO)
     line = str(caught.value)
     assert "rank 1 of 2: RuntimeError: the second rank has a bad day" in line and "\n" not in line
-    assert "in penalty" in (tmp_path / ".ranks" / "trace.txt").read_text() and not children(os.getpid(), "distributed")
+    assert "in penalty" in (tmp_path / ".ranks" / "trace.txt").read_text() and not children(os.getpid(), "ranks")
 
 
 def test_a_killed_rank_is_named():

@@ -1,6 +1,5 @@
 """Every experiment of conf/experiment: its cells are runs, its report speaks of axes, keys and numbers that exist."""
 
-import copy
 import csv
 import json
 from functools import cache
@@ -11,12 +10,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from recombine import data, methods, models
+from recombine import data, models, results
+from recombine.core.rewrite import find_sites
 from recombine.report import plots, records, table
 from recombine.report.paper import Paper, select
 from recombine.report.records import Record, Runs
 from recombine.report.table import labels
-from recombine.runner import grid, pipeline
+from recombine.runner import config, grid, ranks
 
 ROOT = grid.CONF.parent
 NAMES = sorted(str(p.relative_to(grid.CONF / "experiment"))[:-5] for p in grid.CONF.glob("experiment/*/*.yaml"))
@@ -36,8 +36,8 @@ def record(tmp_path_factory):
     asked = ["analyse.subspaces=0.9", "analyse.maps=2", "analyse.elsewhere=[clevr_count]", "data.limit=40"]
     with initialize_config_dir(str(grid.CONF), version_base="1.3"):
         cfg = compose("config", [*small, *asked, "method=cersa"])
-    pipeline.main(cfg, folder)
-    return Record({}, records.slim(pipeline.results.read(folder / "result.json"), "run"), "run")
+    ranks.main(cfg, folder)
+    return Record({}, records.slim(results.read(folder / "result.json"), "run"), "run")
 
 
 @cache
@@ -63,10 +63,10 @@ def test_cells_are_runs(name, experiments):
         for cell in sample(experiments[name]):
             cfg = compose("config", [f"experiment={name}", *cell.overrides])
             OmegaConf.resolve(cfg)
-            pipeline.check(cfg)
-            for method in filter(None, pipeline.pair(cfg)):
+            config.validate_config(cfg)
+            for method in filter(None, config.resolve_methods(cfg)):
                 net = model(json.dumps(OmegaConf.to_container(cfg.model), sort_keys=True))
-                assert methods.base.find_sites(copy.deepcopy(net), method)
+                assert find_sites(net, method)
             module = data.build(**OmegaConf.to_container(cfg.data), seed=cfg.seed)
             assert module.task == cfg.data.task and set(cfg.analyse.elsewhere) <= set(data.suite(cfg.data.name))
 

@@ -14,12 +14,12 @@ from zoo import ARCHS, batch, build, loss, losses, outputs
 
 import recombine
 from recombine import Balf, Jactus, Svd
-from recombine.core.budget import layer_report
+from recombine.core.account import layer_report
 from recombine.core.calibration import Inputs, Stats, collect
-from recombine.core.method import find_sites
+from recombine.core.method import Site
+from recombine.core.rewrite import find_sites
 from recombine.layers import DeltaLinear, FactoredLinear
 from recombine.linalg import orthonormal_union, shrink
-from recombine.methods import Site
 
 EVERYTHING = {"inputs", "magnitudes", "outputs", "cross", "fisher"}
 
@@ -42,10 +42,10 @@ def test_statistics_are_the_plain_means(arch):
         xs, gs, fisher = [], [], []
         for x in batches:
             seen = []
-            hook = site.linear.register_forward_hook(lambda m, a, y, seen=seen: seen.append((a[0], y)))
+            hook = site.module.register_forward_hook(lambda m, a, y, seen=seen: seen.append((a[0], y)))
             value = loss(model, x)
             hook.remove()
-            grads = torch.autograd.grad(value, [y for _, y in seen] + [site.linear.weight])
+            grads = torch.autograd.grad(value, [y for _, y in seen] + [site.module.weight])
             for (source, _), grad in zip(seen, grads, strict=False):
                 keep = slice(None)
                 if isinstance(x, dict) and source.shape[:2] == x["attention_mask"].shape:
@@ -140,7 +140,7 @@ def test_full_unions_give_the_weighted_optimum(m, n, kind, seed, data):
     method.stats = {"layer": stats}
     cx, cg = covariances(stats, method.floor)
     root_x, root_g = (scipy.linalg.sqrtm(c).real for c in (cx, cg))
-    w = site.linear.weight.detach().numpy()
+    w = site.module.weight.detach().numpy()
     spectrum = scipy.linalg.svdvals(root_g @ w @ root_x)
     k = data.draw(st.integers(1, min(m, n)))
     layer = method.layer(site, k)
@@ -162,7 +162,7 @@ def test_smaller_unions_are_optimal_inside_themselves(m, n, kind, seed, share):
         method.stats = {"layer": stats}
         cx, cg = covariances(stats, method.floor)
         k = min(2, len(method.whole(site).inner))
-        delta = site.linear.weight.detach().numpy() - method.layer(site, k).dense_weight().detach().numpy()
+        delta = site.module.weight.detach().numpy() - method.layer(site, k).dense_weight().detach().numpy()
         errors.append(np.trace(cg @ delta @ cx @ delta.T))
         assert np.isfinite(delta).all()
     assert errors[0] >= errors[1] - 1e-9 * max(1.0, errors[1])
@@ -174,10 +174,10 @@ def test_without_gradients_full_unions_are_the_whitened_svd(m, n, kind, seed, da
     """sensitivity=none: |(W - W_k) C_x^1/2|_F is the tail of W C_x^1/2, and no statistic of outputs is read."""
     site, stats = site_of(m, n, kind, seed)
     method = Jactus(alpha=1, sensitivity="none", dense="none")
-    assert method.wants() == {"inputs"}
+    assert method.statistics_needed() == {"inputs"}
     cx, _ = covariances(stats, method.floor)
     method.stats = {"layer": Stats(stats.inputs)}
-    root, w = scipy.linalg.sqrtm(cx).real, site.linear.weight.detach().numpy()
+    root, w = scipy.linalg.sqrtm(cx).real, site.module.weight.detach().numpy()
     u, s, _ = scipy.linalg.svd(w @ root)
     k = data.draw(st.integers(1, min(m, n)))
     delta = w - method.layer(site, k).dense_weight().detach().numpy()
@@ -192,7 +192,7 @@ def test_without_gradients_relative_shares_are_spent_as_balf_spends_them(ratio):
     sites, stats = [], {}
     for i, (m, n) in enumerate([(8, 8), (12, 9), (9, 14), (10, 10), (20, 6)]):
         site, one = site_of(m, n, "random", i)
-        site.linear.weight.data *= 10.0 ** (i - 2)
+        site.module.weight.data *= 10.0 ** (i - 2)
         sites.append(site._replace(name=f"l{i}"))
         stats[f"l{i}"] = Stats(Inputs(10**12, one.inputs.xx, one.inputs.x4))  # so many tokens that nothing is shrunk
     ours = Jactus(ratio=ratio, alpha=1, sensitivity="none", relative=True, allocation="lagrangian",
@@ -269,7 +269,7 @@ def test_counts_hold_where_the_union_is_narrower_than_the_core(shares, counted):
     again = copy.copy(method)
     again.__post_init__()
     sites = find_sites(fresh, again)
-    again.stats = collect(fresh, sites, losses(fresh), again.wants())
+    again.stats = collect(fresh, sites, losses(fresh), again.statistics_needed())
     assert again.sizes(sites) == (
         recombine.budget.stored_in_targets(model),
         recombine.count(model).trained_without_head,

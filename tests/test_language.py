@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from recombine import Budget, Svd, UsageError, data, models
 from recombine.data import hub
-from recombine.data.language import base, choices
+from recombine.data.base import SPLITS
+from recombine.data.language import choices, instructions, prompts, text
 from recombine.evaluation import harness
 from recombine.models import causal_lm, packaged
-from recombine.runner import pipeline as stages
+from recombine.runner import ranks
 from recombine.training import objectives
 from recombine.training.lit import LitRecombine
 
@@ -93,9 +94,9 @@ def packages(monkeypatch):
     words = [(f"{3 + i % 2:02}", [f"n{chr(97 + i // 26)}{chr(97 + i % 26)}"], f"thing {i}", []) for i in range(60)]
     monkeypatch.setattr(choices, "articles", lambda: made)
     monkeypatch.setattr(choices, "senses", lambda: [("00", ["adjective"], "no noun", []), *words])
-    monkeypatch.setattr(base, "PORTION", 3)
+    monkeypatch.setattr(text, "PORTION", 3)
     monkeypatch.setattr(choices, "WORDS", {"test": 8, "val": 4, "train": 10})
-    monkeypatch.setattr(base, "gsm8k", lambda: [{"question": "1 + 1?", "answer": "two\n#### 1,002"}] * 3)
+    monkeypatch.setattr(instructions, "gsm8k", lambda: [{"question": "1 + 1?", "answer": "two\n#### 1,002"}] * 3)
     for cached in (choices.items, choices.nouns):
         cached.cache_clear()
     yield
@@ -259,24 +260,24 @@ def test_text_is_packed(packages, tokenizer):
 
 def test_the_prompt_is_masked(tokenizer):
     rows = [("ask: ", "yes"), ("a longer question: ", "no")]
-    batch = base.Instructions(rows, tokenizer, 64, loss_on_prompt=False).__getitems__([0, 1])
+    batch = instructions.Instructions(rows, tokenizer, 64, loss_on_prompt=False).__getitems__([0, 1])
     learnt = [tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
     assert learnt == ["yes</s>", "no</s>"]
     assert batch["attention_mask"].sum(1).tolist() == [len("ask: yes") + 1, len("a longer question: no") + 1]
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
-    batch = base.Instructions(rows, tokenizer, 64, loss_on_prompt=True).__getitems__([0])
+    batch = instructions.Instructions(rows, tokenizer, 64, loss_on_prompt=True).__getitems__([0])
     assert torch.equal(batch["labels"], batch["input_ids"])
 
 
 def test_what_is_too_long_keeps_something_to_learn(tokenizer):
     row = [("ask: ", "yes"), ("x" * 50 + ": ", "yes"), ("ask: ", "y" * 50)]
-    cut = base.Instructions(row, tokenizer, 16, loss_on_prompt=False)
+    cut = instructions.Instructions(row, tokenizer, 16, loss_on_prompt=False)
     for i, (prompt, response) in enumerate([("ask: ", "yes</s>"), ("x" * 10 + ": ", "yes</s>"), (" ", "y" * 15)]):
         batch = cut.__getitems__([i])
         labels = batch["labels"][0]
         assert tokenizer.decode(labels[labels != -100]) == response
         assert tokenizer.decode(batch["input_ids"][0]) == prompt + response
-    whole = base.Instructions(row, tokenizer, 16, loss_on_prompt=True).__getitems__([1])
+    whole = instructions.Instructions(row, tokenizer, 16, loss_on_prompt=True).__getitems__([1])
     assert tokenizer.decode(whole["labels"][0]) == "x" * 16
 
 
@@ -287,25 +288,25 @@ def test_a_token_across_the_border_belongs_to_the_response():
     made = Tokenizer(models.BPE({t: i for i, t in enumerate(["a", "b", "ab", "e"])}, [("a", "b")]))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     merged = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="e", pad_token="e")
-    labels = base.Instructions([("a a", "b b")], merged, 8, loss_on_prompt=False).__getitems__([0])["labels"]
+    labels = instructions.Instructions([("a a", "b b")], merged, 8, loss_on_prompt=False).__getitems__([0])["labels"]
     assert merged.convert_ids_to_tokens(labels[0][1:]) == ["ab", "b", "e"] and labels[0][0] == -100
 
 
 def test_prompts_are_the_papers():
-    lines = base.alpaca("Is it?\n\nAnswer format: true/false").split("\n")
+    lines = prompts.alpaca("Is it?\n\nAnswer format: true/false").split("\n")
     assert lines[0].rstrip().endswith("appropriately completes the request.") and lines[1] == lines[-1] == ""
     assert [row.strip() for row in lines[2:-1]] == [
         "### Instruction:", "Is it?", "", "Answer format: true/false", "", "### Response:"
     ]  # fmt: skip
     assert lines[3].startswith(16 * " " + "Is")
-    assert base.metamath("Q").endswith("### Instruction:\nQ\n\n### Response: Let's think step by step.")
+    assert prompts.metamath("Q").endswith("### Instruction:\nQ\n\n### Response: Let's think step by step.")
 
 
 def test_choices(packages, tokenizer):
     module = loaded("choices", tokenizer, task="wiki_description")
     assert module.harness == choices.TASKS and not set(module.train.rows) & set(module.test.rows)
     for task in choices.TASKS:
-        for split in base.SPLITS:
+        for split in SPLITS:
             for item in choices.items(task, split):
                 assert len(set(item["options"])) == 4
                 assert not any(choices.stems(item["question"]) & choices.stems(o) for o in item["options"])
@@ -343,11 +344,11 @@ def write(path: Path, found: list[dict]) -> Path:
 def test_commonsense_from_a_folder(tmp_path, tokenizer, file):
     write(tmp_path / file, rows(40))
     module = loaded("commonsense", tokenizer, task="commonsense_170k", root=tmp_path, loss_on_prompt=True)
-    assert [len(getattr(module, split)) for split in base.SPLITS] == [32, 4, 4]
+    assert [len(getattr(module, split)) for split in SPLITS] == [32, 4, 4]
     assert module.harness == harness.COMMONSENSE and len(module.harness) == 8
     prompt, response = module.train.rows[0]
     assert "### Instruction" in prompt and response.strip().startswith("the correct answer is")
-    everything = {row for split in base.SPLITS for row in getattr(module, split).rows}
+    everything = {row for split in SPLITS for row in getattr(module, split).rows}
     assert len(everything) == 40
     for name in module.sets:
         write(tmp_path / name / "test.json", rows(2))
@@ -361,8 +362,8 @@ def test_metamath_and_gsm8k(tmp_path, tokenizer, packages):
     ]
     write(tmp_path / "MetaMathQA-395K.json", found)
     module = loaded("gsm8k", tokenizer, task="metamath", root=tmp_path)
-    assert [len(getattr(module, split)) for split in base.SPLITS] == [24, 3, 3]
-    assert module.test.rows[0][0] == base.metamath("1 + 1?") and module.harness == ("gsm8k_metamath",)
+    assert [len(getattr(module, split)) for split in SPLITS] == [24, 3, 3]
+    assert module.test.rows[0][0] == prompts.metamath("1 + 1?") and module.harness == ("gsm8k_metamath",)
 
 
 def test_wikitext(tmp_path, tokenizer):
@@ -375,7 +376,7 @@ def test_wikitext(tmp_path, tokenizer):
 
 def test_c4_is_a_stream(tmp_path, tokenizer, monkeypatch, offline):
     """Read no further than the windows need: a file that breaks off later is as good as a whole one."""
-    monkeypatch.setattr(base, "PORTION", 3)
+    monkeypatch.setattr(text, "PORTION", 3)
     files = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
     noise = "".join(map(chr, np.random.default_rng(0).integers(97, 123, 40_000)))  # which gzip cannot shorten
     (tmp_path / "en").mkdir()
@@ -405,19 +406,19 @@ def test_c4_is_a_stream(tmp_path, tokenizer, monkeypatch, offline):
 
 
 def test_packing_takes_no_more_documents_than_it_needs(tokenizer, monkeypatch):
-    monkeypatch.setattr(base, "PORTION", 2)
+    monkeypatch.setattr(text, "PORTION", 2)
     taken = []
     endless = (taken.append(i) or "seven b" for i in iter(int, 1))
-    assert base.pack(tokenizer, endless, 16, 4).shape == (4, 16) and len(taken) == 8  # 8 tokens each
-    assert base.pack(tokenizer, ["seven b"] * 5, 16, None).shape == (2, 16)
-    assert base.pack(tokenizer, ["seven b"], 16, 4).shape == (0, 16)
+    assert text.pack(tokenizer, endless, 16, 4).shape == (4, 16) and len(taken) == 8  # 8 tokens each
+    assert text.pack(tokenizer, ["seven b"] * 5, 16, None).shape == (2, 16)
+    assert text.pack(tokenizer, ["seven b"], 16, 4).shape == (0, 16)
 
 
 def test_rows_of_train_that_are_in_test_are_said(tmp_path, tokenizer, packages, capsys):
     asked = [{"query": f"{i} + 1?", "response": "so"} for i in range(40)]  # the test asks 1 + 1?
     write(tmp_path / "MetaMathQA-395K.json", asked)
     module = loaded("gsm8k", tokenizer, task="metamath", root=tmp_path)
-    at = [prompt for prompt, _ in module.train.rows].index(base.metamath("1 + 1?"))
+    at = [prompt for prompt, _ in module.train.rows].index(prompts.metamath("1 + 1?"))
     assert module.info["shared_train_test"] == 1 and module.info["first_shared"] == (at, 0)
     assert f"1 rows of train are in test too, the first is row {at} of train and 0 of test" in capsys.readouterr().err
     assert loaded("choices", tokenizer, task="wiki_description").info["shared_train_test"] == 0
@@ -521,10 +522,12 @@ def test_a_splits_loss_is_the_mean_over_its_tokens(model, packages, tokenizer):
     assert found["test/loss"] == pytest.approx(exact, rel=1e-6)
     (found,) = trainer.validate(lit, module.test_dataloader(), verbose=False)
     assert found["val/loss"] == pytest.approx(exact, rel=1e-6)
-    assert lit.task.report({"loss": exact})["ppl"] == pytest.approx(harness.perplexity(model, module.test), rel=1e-5)
+    assert lit.objective.report({"loss": exact})["ppl"] == pytest.approx(
+        harness.perplexity(model, module.test), rel=1e-5
+    )
     nothing = {k: v[:, :2] for k, v in module.test.__getitems__([0]).items()}  # a batch without a token that counts
-    loss, _ = lit.task.loss(model, nothing)
-    assert loss == 0 and lit.task.weight(nothing) == 0
+    loss, _ = lit.objective.loss(model, nothing)
+    assert loss == 0 and lit.objective.weight(nothing) == 0
 
 
 def test_likelihoods_are_the_models(model, packages, tokenizer, offline):
@@ -534,7 +537,7 @@ def test_likelihoods_are_the_models(model, packages, tokenizer, offline):
         right = {"acc": 0, "acc_norm": 0}
         questions = choices.items(task, "test")
         for item in questions:
-            prompt = choices.PROMPTS[task].format(item["question"])
+            prompt = prompts.CHOICES[task].format(item["question"])
             sums = []
             for option in item["options"]:
                 ids = torch.tensor(tokenizer(f"{prompt} {option}")["input_ids"])
@@ -588,7 +591,7 @@ def test_answers_are_generated_and_read(model, packages, tokenizer, tmp_path, of
 def execute(folder: Path, *overrides: str) -> dict:
     said = ["model=tiny_llama", "trainer=cpu", "trainer.progress=false", "trainer.epochs=1", "harness.limit=2"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        stages.main(compose("config", [*said, *overrides]), folder)
+        ranks.main(compose("config", [*said, *overrides]), folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -676,8 +679,8 @@ def test_smollm2_and_its_data():
     scores = harness.evaluate(model, tokenizer, choices.TASKS, limit=50)
     for task in choices.TASKS:
         assert scores[f"{task}/acc_norm"] > 0.35, task
-    assert [len(choices.items("wiki_description", split)) for split in base.SPLITS] == [5011, 343, 1309]
-    assert [len(choices.items("wordnet_definition", split)) for split in base.SPLITS] == [8000, 500, 2000]
-    assert len(choices.items("capital_of", "test")) == 109 and len(base.gsm8k()) == 1319
+    assert [len(choices.items("wiki_description", split)) for split in SPLITS] == [5011, 343, 1309]
+    assert [len(choices.items("wordnet_definition", split)) for split in SPLITS] == [8000, 500, 2000]
+    assert len(choices.items("capital_of", "test")) == 109 and len(instructions.gsm8k()) == 1319
     ids = torch.tensor(tokenizer(choices.articles()["test"][0]["extract"])["input_ids"])[None]
     assert F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]).item() < 4

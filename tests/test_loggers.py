@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 
 from recombine import UsageError
 from recombine.report import wandb_dashboard
-from recombine.runner import grid, pipeline
+from recombine.runner import grid, ranks
 from recombine.runtime import progress
 from recombine.training import loggers
 
@@ -42,7 +42,7 @@ def alone(monkeypatch, tmp_path):
 
 def execute(folder: Path, *overrides: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        pipeline.main(compose("config", [*TINY, *overrides]), folder)
+        ranks.main(compose("config", [*TINY, *overrides]), folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -130,7 +130,9 @@ def test_a_failed_run_is_marked_and_the_next_starts_its_own(tmp_path):
     execute(tmp_path / "b", "logger=wandb", "method=linear_probe")
     first, second = Record(tmp_path / "a"), Record(tmp_path / "b")
     assert first.exit == 1 and second.exit == 0 and first.run.run_id != second.run.run_id
-    assert set(second.run.tags) == {"linearprobe", "tiny_vit", "dsprites_loc"} and len(second.series("train/loss")) == 4
+    assert (
+        set(second.run.tags) == {"linear_probe", "tiny_vit", "dsprites_loc"} and len(second.series("train/loss")) == 4
+    )
 
 
 def start(folder: Path, *overrides: str, **environment: str) -> subprocess.Popen:
@@ -264,8 +266,9 @@ def test_bad_loggers_are_one_line(tmp_path):
 
 PROGRAM = """
 import sys, time
-from recombine import progress
-progress.EVERY, progress.shown = 0.4, sys.argv[1] == "true"
+from recombine.runtime import progress
+progress.EVERY = 0.4
+progress.display(sys.argv[1] == "true").__enter__()
 for _ in progress.of(range(30), "factors", "layers"):
     time.sleep(0.05)
 for _ in progress.of(range(3), "short"):
@@ -302,7 +305,7 @@ def test_progress_is_a_bar_on_a_terminal_and_few_lines_in_a_file():
 def test_a_fit_in_a_file_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "EVERY", 0.0)
     execute(tmp_path, "trainer.progress=true", *SVD)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("best: epoch ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: epoch ")]
     assert len(lines) == 2 and "epoch 2 of 2" in lines[1] and "val/acc" in lines[1]
 
 

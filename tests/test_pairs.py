@@ -24,8 +24,8 @@ from recombine import (
     Svft,
     WeCoLora,
 )
-from recombine.methods import finish
-from recombine.runner import pipeline as builder
+from recombine.core.rewrite import finish
+from recombine.runner import pipeline
 
 CONF = Path(__file__).parents[1] / "conf"
 SPLIT = ("q", "k", "v", "o", "up", "down", "gate?")
@@ -63,7 +63,7 @@ PAIRS = {
 def test_pairs(arch, first, second, tmp_path):
     pretrained = build(arch)
     model, x = copy.deepcopy(pretrained), batch(pretrained)
-    recombine.models.roles.find(model, second.targets, torch.nn.Module)  # as the stages do: q, k, v before a fused qkv
+    recombine.models.roles.split_fused(model, second.targets)  # as the stages do: q, k, v before a fused qkv
     recombine.apply(model, first, losses=losses(model))
     finish(model, first, alone=False)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_what_needs_a_distillation_says_so(tmp_path):
         words = ["model=tiny_vit", "data.limit=32", "trainer=cpu", "method=pc_lora", "stage=adapt"]
         cfg = compose("config", words)
     with pytest.raises(recombine.UsageError, match="stage=joint"):
-        builder.one(cfg, tmp_path)
+        pipeline.run_task(cfg, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_on_the_command_line(words, steps, tmp_path):
     distil = [] if "stage=adapt" in words else ["stage.distil.epochs=1"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [*base, *words, *distil, "calibration.samples=32"])
-    result = builder.one(cfg, tmp_path)
+    result = pipeline.run_task(cfg, tmp_path)
     assert result["method"]["name"] == steps[-1]
     assert result["compressor"] is None if len(steps) == 1 else result["compressor"]["name"] == steps[0]
     assert result["test"]["acc"] >= 0 and "head" not in result["account"]

@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 
 import recombine
 from recombine import Cersa, Crisp, Full, Peft, Svfit, Svft, UsageError, models, results
-from recombine.core import budget, method
-from recombine.runner import pipeline
+from recombine.core.account import Account, predict
+from recombine.core.rewrite import find_sites
+from recombine.runner import ranks
 from recombine.stages.profile import turns
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ FEW = ["model=tiny_vit", "trainer=cpu", "trainer.progress=false", "data.limit=8"
 
 def run(out, *overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        pipeline.main(compose("config", [*FEW, *overrides]), out)
+        ranks.main(compose("config", [*FEW, *overrides]), out)
     return results.read(out / "result.json")
 
 
@@ -96,8 +97,8 @@ def vit(arch: str, classes: int):
     return models.build(arch, arch=arch, pretrained=False, num_classes=classes)
 
 
-def closed(model, method) -> budget.Account:
-    return budget.predict(method, model, method.find_sites(model, method))
+def closed(model, method) -> Account:
+    return predict(method, model, find_sites(model, method))
 
 
 @cache
@@ -157,7 +158,7 @@ def test_cersa_figure_7_is_its_formula(arch, width, targets):
     model = vit(arch, 100)
 
     def rate(method) -> float:
-        sites = method.find_sites(model, method)
+        sites = find_sites(model, method)
         stored, trained = method.sizes(sites)
         return (stored + 3 * trained) / (len(sites) * width**2)
 
@@ -189,4 +190,4 @@ def test_crisp_figure_5_has_a_basis_larger_than_exact():
     assert (linear * 64 / 16 / 2 + mixers + rest) / 1e6 == pytest.approx(43.36, abs=0.01)
     assert printed("crisp/fig05_params_text.csv")["r=16,s=64", "total params"] == 43.4
     with pytest.raises(UsageError, match="where the model is exact"):
-        method.find_sites(vit("vit_small_patch16_224", 1000), Crisp(basis_rank=64, chunk=16))
+        find_sites(vit("vit_small_patch16_224", 1000), Crisp(basis_rank=64, chunk=16))

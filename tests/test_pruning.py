@@ -14,10 +14,9 @@ from zoo import ARCHS, batch, build, losses, outputs, train
 
 import recombine
 from recombine import Dgmr, Isomorphic, PcLora, Peft, PruneNet, Ssf, Svft, WeCoLora
-from recombine.core.budget import layer_report
-from recombine.core.method import find_sites
+from recombine.core.account import layer_report
+from recombine.core.rewrite import find_sites, finish, train_only
 from recombine.layers import DeltaLinear, FactoredLinear
-from recombine.methods import finish, train_only
 from recombine.methods.pruning.dgmr import gram_schmidt
 from recombine.methods.pruning.isomorphic_graph import best, gradients
 from recombine.methods.pruning.mlp import rows
@@ -412,9 +411,9 @@ def test_distillation_trains(method):
     model = pruned("tiny_vit", method)
     head = {"head.weight", "head.bias"}
     if isinstance(method, WeCoLora):
-        assert {name.rpartition(".")[2] for name in method.distils(model)} == {"left", "right"}
+        assert {name.rpartition(".")[2] for name in method.distillation_parameters(model)} == {"left", "right"}
     else:
-        assert method.distils(model) == {name for name, _ in model.named_parameters()} - head
+        assert method.distillation_parameters(model) == {name for name, _ in model.named_parameters()} - head
 
 
 @pytest.mark.parametrize("method", CUTTERS[2:], ids=ids(CUTTERS[2:]))
@@ -450,7 +449,7 @@ def test_wecolora_is_distilled_and_folded(alone, arch, tmp_path):
     method = WeCoLora(rank=4)
     model, teacher = recombine.apply(build(arch), method), build(arch)
     x = batch(model)
-    train_only(model, method.distils(model))
+    train_only(model, method.distillation_parameters(model))
     history = distil(model, teacher, method, 12)
     assert history[-1] < history[0]
     with torch.no_grad():
@@ -459,7 +458,7 @@ def test_wecolora_is_distilled_and_folded(alone, arch, tmp_path):
         assert torch.allclose(outputs(model, x), distilled, atol=2e-5)
         deltas = [name for name in model.recombined.targets if isinstance(model.get_submodule(name), DeltaLinear)]
         assert len(deltas) == (len(model.recombined.targets) if alone else 0)
-        assert any(name.endswith("left") for name in model.recombined.trains) == alone
+        assert any(name.endswith("left") for name in model.recombined.trainable) == alone
         assert torch.allclose(outputs(reload(model, arch, tmp_path), x), outputs(model, x), atol=1e-6)
     assert (recombine.count(model).retained > 0.5) == alone and recombine.count(model).retained >= 0.5
 
@@ -489,7 +488,7 @@ def distil(model, teacher, method, steps):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01, weight_decay=0)
     history = []
     for step in range(steps):
-        method.advance(model, step / (steps - 1))
+        method.on_distillation_step(model, step / (steps - 1))
         loss = (outputs(model.train(), x) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -507,18 +506,20 @@ def test_the_pretrained_weights_fade_out(schedule, half):
     model, teacher = recombine.apply(build("tiny_vit"), method), build("tiny_vit")
     x = batch(model)
     with torch.no_grad():
-        assert not method.advance(model, 0.0) and torch.allclose(model(x), teacher(x), atol=2e-5)
-        assert not method.advance(model, 0.3)
+        assert not method.on_distillation_step(model, 0.0) and torch.allclose(model(x), teacher(x), atol=2e-5)
+        assert not method.on_distillation_step(model, 0.3)
         for module, theirs in ((model.get_submodule(n), teacher.get_submodule(n)) for n in model.recombined.targets):
             module.left.normal_()
             want = half * theirs.weight + module.left @ module.right
             assert torch.allclose(module.dense_weight(), want, atol=1e-5)
         middle = model(x)
-        assert method.advance(model, 0.6) and not torch.allclose(model(x), middle)  # what eval kept is built again
+        assert method.on_distillation_step(model, 0.6) and not torch.allclose(
+            model(x), middle
+        )  # what eval kept is built again
         for name in model.recombined.targets:
             module = model.get_submodule(name)
             assert torch.equal(module.dense_weight(), module.left @ module.right)
-        assert method.advance(model, 1.0)
+        assert method.on_distillation_step(model, 1.0)
 
 
 def test_a_fading_bias_is_the_papers_two():
@@ -536,7 +537,7 @@ def test_a_fading_bias_is_the_papers_two():
     theirs = torch.optim.SGD([t.requires_grad_() for trio in parts.values() for t in trio], 0.1)
     x = batch(model).double()
     for step in range(6):
-        method.advance(model, step / 5)
+        method.on_distillation_step(model, step / 5)
         f = max(0.0, 1 - step / 5 / 0.7)
         values = {}
         for name, (left, right, bias) in parts.items():
@@ -558,7 +559,7 @@ def test_pc_lora_leaves_the_low_rank_pair_alone(arch, tmp_path):
     recombine.apply(model, method, "retained_40")
     method = PcLora(**model.recombined.steps[0].fields)
     assert recombine.count(model).retained > 1  # the pretrained weights are still there
-    names = method.distils(model)
+    names = method.distillation_parameters(model)
     kinds = {name.rpartition(".")[2] for name in names}
     assert "base" not in kinds and kinds >= {"left", "right", "weight"}
     assert ("bias" in kinds) == (arch != "tiny_llama")
@@ -576,8 +577,8 @@ def test_pc_lora_leaves_the_low_rank_pair_alone(arch, tmp_path):
             layer = model.get_submodule(name)
             assert type(layer) is FactoredLinear and torch.equal(layer.dense_weight(), product)
         assert 0.35 < recombine.count(model).retained <= 0.4
-        assert model.recombined.trains >= {f"{name}.left" for name in products}
-        train_only(model, model.recombined.trains)
+        assert model.recombined.trainable >= {f"{name}.left" for name in products}
+        train_only(model, model.recombined.trainable)
         loaded = reload(model, arch, tmp_path)
         assert torch.equal(outputs(loaded, x), outputs(model, x)) and recombine.count(loaded) == recombine.count(model)
         assert torch.allclose(outputs(recombine.merge(model), x), outputs(loaded, x), atol=2e-5)
@@ -587,20 +588,20 @@ def test_pc_lora_leaves_the_low_rank_pair_alone(arch, tmp_path):
 def test_pc_lora_resumes_while_it_fades(fade_bias, tmp_path):
     method = PcLora(rank=4, fade_bias=fade_bias)
     model = recombine.apply(build("tiny_vit"), method)
-    train_only(model, method.distils(model))
+    train_only(model, method.distillation_parameters(model))
     distil(model, build("tiny_vit"), method, 3)
-    method.advance(model, 0.4)
+    method.on_distillation_step(model, 0.4)
     loaded = reload(model, "tiny_vit", tmp_path)
     x = batch(model)
-    assert torch.equal(loaded.eval()(x), model.eval()(x)) and not method.advance(loaded, 0.5)
-    method.advance(model, 0.5)
+    assert torch.equal(loaded.eval()(x), model.eval()(x)) and not method.on_distillation_step(loaded, 0.5)
+    method.on_distillation_step(model, 0.5)
     assert torch.equal(loaded(x), model(x))
 
 
 def test_pc_lora_without_distillation_is_refused():
     method = PcLora(rank=4)
     model = recombine.apply(build("tiny_vit"), method)
-    method.advance(model, 1.0)
+    method.on_distillation_step(model, 1.0)
     with pytest.raises(recombine.UsageError, match="distil"):
         finish(model, method, alone=True)
 
@@ -609,7 +610,7 @@ def test_pc_lora_without_distillation_is_refused():
 def test_pc_lora_is_adapted(second, tmp_path):
     method = PcLora(targets=("up", "down"), rank=4)
     model = recombine.apply(build("tiny_vit"), method)
-    train_only(model, method.distils(model))
+    train_only(model, method.distillation_parameters(model))
     distil(model, build("tiny_vit"), method, 4)
     finish(model, method, alone=False)
     recombine.apply(model.eval(), second)

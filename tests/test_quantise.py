@@ -9,7 +9,7 @@ from torch import nn
 from zoo import build
 
 from recombine import Crisp, apply, count
-from recombine.layers.quantize import quantise
+from recombine.layers.quantize import quantize
 
 
 @pytest.mark.parametrize("bits", [2, 8, 16])
@@ -19,7 +19,7 @@ def test_rounding_is_that_of_integers(bits):
     with torch.no_grad():
         layer.weight[2] = 0  # a row without a scale
     before, bias = layer.weight.detach().double().numpy(), layer.bias.clone()
-    quantise([layer], bits)
+    quantize([layer], bits)
     top = 2 ** (bits - 1) - 1
     scale = np.abs(before).max(1, keepdims=True) / top
     scale[2] = 1
@@ -28,7 +28,7 @@ def test_rounding_is_that_of_integers(bits):
     assert np.abs(wanted - before).max() <= scale.max() / 2 + 1e-7
     assert layer.weight.stored_bytes == -(-35 * bits // 8) + 4 * 5
     again = copy.deepcopy(layer)
-    quantise([again], bits)
+    quantize([again], bits)
     assert torch.allclose(again.weight, layer.weight, atol=1e-7)
 
 
@@ -37,7 +37,7 @@ def test_a_shared_basis_is_rounded_and_counted_once():
     layers = [model.get_submodule(name) for name in model.recombined.targets]
     before, matrices = count(model), {id(p): p for x in layers for p in x.parameters() if p.ndim > 1}.values()
     assert len(matrices) < 2 * len(layers)  # two layers, one basis
-    quantise(layers, 8)
+    quantize(layers, 8)
     after = count(model)
     assert after.bytes_weights == before.bytes_weights - sum(3 * p.numel() - 4 * len(p) for p in matrices)
     assert after.stored == before.stored

@@ -20,7 +20,7 @@ from recombine.report import __main__ as command
 from recombine.report import plots, records, render, table, table_data
 from recombine.report.paper import Paper
 from recombine.report.records import Record, Runs
-from recombine.runner import pipeline
+from recombine.runner import ranks
 from recombine.runner.grid import Experiment
 
 ROOT = Path(__file__).parents[1]
@@ -322,7 +322,7 @@ def test_from_runs_to_evidence_and_back(here):
     for cell in [c for c in experiment.cells if c.labels["seed"] == "0"]:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("config", [*tiny, *cell.overrides])
-        pipeline.main(cfg, experiment.folder / cell.folder)
+        ranks.main(cfg, experiment.folder / cell.folder)
         results[cell.labels["method"]] = json.loads((experiment.folder / cell.folder / "result.json").read_text())
     failed = next(c for c in experiment.cells if c.labels["seed"] == "1")
     (experiment.folder / failed.folder).mkdir()

@@ -14,8 +14,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.data import BatchSampler, RandomSampler
 
-from recombine.data.batch_sampler import Batches
-from recombine.runner import pipeline
+from recombine.data.batch_sampler import ShardedBatchSampler
+from recombine.runner import ranks
 from recombine.training import resume
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ TINY = [
 ]
 PROCESSES = multiprocessing.get_context("forkserver")  # imports once, then every run is a process of its own
 PROCESSES.set_forkserver_preload(
-    ["tests.conftest", "recombine.runner.pipeline", "recombine.data.vision.offline", "recombine.training.loggers"]
+    ["tests.conftest", "recombine.runner.ranks", "recombine.data.vision.offline", "recombine.training.loggers"]
 )
 
 
@@ -45,7 +45,7 @@ def work(folder: Path, overrides: list[str], kill: tuple[str, int, int] | None) 
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        pipeline.main(compose("config", [*TINY, *overrides]), folder)
+        ranks.main(compose("config", [*TINY, *overrides]), folder)
     (folder.parent / f"{folder.name}.placed").write_text("\n".join(placed))
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_state_is_named_and_the_one_before_used(whole, tmp_path):
 
 def test_another_configuration_begins_anew(tmp_path):
     first, other, same = (
-        resume.folder(tmp_path, configured(*words))
+        resume.state_folder(tmp_path, configured(*words))
         for words in (["seed=1"], ["seed=2"], ["seed=1", "trainer.devices=2", "trainer.progress=true"])
     )
     assert first == same != other
@@ -172,9 +172,9 @@ def test_a_state_is_not_unpickled(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def sampled(length: int, batch_size: int, **kwargs) -> Batches:
+def sampled(length: int, batch_size: int, **kwargs) -> ShardedBatchSampler:
     rows = RandomSampler(range(length), generator=torch.Generator())
-    return Batches(BatchSampler(rows, batch_size, drop_last=False), 3, **kwargs)
+    return ShardedBatchSampler(BatchSampler(rows, batch_size, drop_last=False), 3, **kwargs)
 
 
 def test_batches_follow_seed_and_epoch_and_are_divided_without_a_rest():

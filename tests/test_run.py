@@ -19,8 +19,10 @@ import recombine
 import run
 from recombine import models, results
 from recombine.data.vision.offline import Offline
-from recombine.runner import pipeline
-from recombine.stages import Run, fit
+from recombine.runner import ranks
+from recombine.runner.config import resolve
+from recombine.stages.adapt import fit
+from recombine.stages.context import RunContext
 from recombine.training.objectives import Classification
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +36,7 @@ def config(*overrides):
 
 
 def execute(folder, *overrides) -> dict:
-    pipeline.main(config(*overrides), folder)
+    ranks.main(config(*overrides), folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -99,12 +101,14 @@ def test_retrofit_compares_with_the_original(tmp_path):
 
 def test_suite_prints_group_means(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Offline, "suite", dict.fromkeys(["dsprites_loc", "dsprites_ori"], "structured"))
-    mean = pipeline.main(config("data.task=all", "method=linear_probe"), tmp_path)
+    mean = ranks.main(config("data.task=all", "method=linear_probe"), tmp_path)
     summary = json.loads((tmp_path / "suite.json").read_text())
     assert summary["complete"] and list(summary["tasks"]["structured"]) == ["dsprites_loc", "dsprites_ori"]
     assert summary["mean"] == pytest.approx(sum(summary["tasks"]["structured"].values()) / 2) and 0 <= mean <= 1
     assert summary["mean_of_tasks"] == summary["mean"]
-    assert "mean of structured" in capsys.readouterr().out and (tmp_path / "dsprites_ori" / "result.json").exists()
+    out = capsys.readouterr().out
+    assert "\nlinear_probe on tiny_vit, data offline, 2 tasks\n" in out and "mean of structured" in out
+    assert (tmp_path / "dsprites_ori" / "result.json").exists()
 
 
 def test_linear_probe_is_the_optimum_that_scipy_finds():
@@ -200,14 +204,15 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, capsys
             return float("nan") if self.steps > 3 else 0.0  # two steps an epoch: in the second
 
     cfg = config("method=linear_probe", "data.limit=64")
-    cfg.trainer.epochs = 5
+    spec = resolve(cfg)
     data = recombine.data.build("offline", task="dsprites_loc", image_size=32, limit=64, mean=[0.5] * 3, std=[0.5] * 3)
     data.prepare_data()
     data.setup()
     model = models.build("tiny_vit", arch="vit_tiny_patch16_224", pretrained=False, image_size=32, num_classes=16)
-    work = Run(cfg, tmp_path, recombine.apply(model, Explodes()), Explodes(), recombine.Budget(), data)
+    rewritten = recombine.apply(model, Explodes())
+    work = RunContext(spec.settings, tmp_path, tmp_path / ".state", rewritten, Explodes(), recombine.Budget(), data)
     with pytest.raises(recombine.UsageError, match=r"step 3 \(epoch 1\).*last good checkpoint is .*best.safetensors"):
-        fit(work, Classification(16), cfg.optim, 5, "best", work.method)
+        fit(work, Classification(16), spec.settings.optim, 5, "best", work.method)
     assert (tmp_path / "best.safetensors").exists()
 
 
@@ -301,7 +306,10 @@ def test_full_disk_leaves_nothing_half_written(tmp_path):
 def test_output_folder_that_cannot_be_made(tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("a file where the folder should be")
     assert str(tmp_path / "out") in line(capsys, monkeypatch, tmp_path, "method=linear_probe")
-    with pytest.raises(recombine.UsageError, match="cannot be written"), results.reserved(tmp_path / "out" / "deeper"):
+    with (
+        pytest.raises(recombine.UsageError, match="cannot be written"),
+        results.lock_folder(tmp_path / "out" / "deeper"),
+    ):
         pass
 
 
@@ -312,7 +320,7 @@ def test_a_finished_run_is_not_run_again_and_no_two_processes_share_a_folder(tmp
     assert "finished before" in capsys.readouterr().out
     with pytest.raises(recombine.UsageError, match=r"another configuration \(optim.lr=None there, 0.1 here\)"):
         execute(tmp_path, "method=linear_probe", "optim.lr=0.1")
-    with results.reserved(tmp_path / "new"), pytest.raises(recombine.UsageError, match="another process runs here"):
+    with results.lock_folder(tmp_path / "new"), pytest.raises(recombine.UsageError, match="another process runs here"):
         execute(tmp_path / "new", "method=linear_probe")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from recombine.runner import pipeline
+from recombine.runner import ranks
 
 ROOT = Path(__file__).parents[1]
 TOOL = str(ROOT / "scripts" / "local_slurm.sh")
@@ -72,7 +72,7 @@ def result(folder: Path) -> dict:
 def alone(folder: Path, *overrides: str) -> dict:
     """The same run in this process."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        pipeline.main(compose("config", [*TINY, *overrides]), folder)
+        ranks.main(compose("config", [*TINY, *overrides]), folder)
     return result(folder)
 
 

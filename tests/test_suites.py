@@ -28,14 +28,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from recombine import data, models
-from recombine.data import hub
-from recombine.data.vision import augment, base
+from recombine.data.base import log_once
+from recombine.data.sampling import shuffled
+from recombine.data.vision import augment, cache, parquet
 from recombine.data.vision.base import VisionData
-from recombine.data.vision.source import Lazy, Source, shuffled
+from recombine.data.vision.source import Lazy, Source
 from recombine.data.vision.suites import Fgvc, Imagenet, Vision8
 from recombine.data.vision.vtab import ARCHIVE, REPOSITORY, TESTS, Vtab
 from recombine.errors import UsageError
-from recombine.runner import pipeline
+from recombine.runner import ranks
 
 SETS = {(cls, task): row for cls in (Fgvc, Vision8, Imagenet) for task, row in cls.rows.items()}
 UNIQUE = list({row.repository: key for key, row in reversed(SETS.items())}.values())
@@ -65,7 +66,7 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
-    base.announce.cache_clear()
+    log_once.cache_clear()
 
 
 def encoded(shade: int, kind: str, size: int = 4) -> bytes:
@@ -280,7 +281,7 @@ def imagenet(tmp_path: Path, classes: int = 1000) -> tuple[Path, Path]:
 def execute(folder: Path, root: Path, *overrides: str) -> dict:
     said = ["model=tiny_vit", "data=imagenet", f"data.root={root}", "data.batch_size=100", "trainer=cpu", "probe=false"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        pipeline.main(compose("config", [*said, "trainer.progress=false", "trainer.epochs=1", *overrides]), folder)
+        ranks.main(compose("config", [*said, "trainer.progress=false", "trainer.epochs=1", *overrides]), folder)
     return json.loads((folder / "result.json").read_text())
 
 
@@ -294,7 +295,7 @@ def test_the_original_model_is_scored_with_its_own_head(tmp_path):
 
     model = models.build(**first["model"]).eval()
     module = make(Imagenet, "imagenet", root=root, image_size=32)
-    module.mean, module.std = model.recombine_source["mean"], model.recombine_source["std"]
+    module.attach_model(**models.for_data(model.recombine_source))
     with torch.no_grad():
         logits = model(module.normalise(torch.from_numpy(np.array(module.test.images)))).double()
     labels = torch.from_numpy(module.test.labels)
@@ -618,7 +619,7 @@ def test_several_ask_and_one_builds(monkeypatch):
 
 def die_halfway(folder: str) -> None:
     os.environ["RECOMBINE_CACHE"] = folder
-    decode = base._decode
+    decode = cache._decoded
 
     def killed(images, count, size):
         for i, pair in enumerate(decode(images, count, size)):
@@ -626,7 +627,7 @@ def die_halfway(folder: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield pair
 
-    base._decode = killed
+    cache._decoded = killed
     counted().prepare_data()
 
 
@@ -640,14 +641,14 @@ def test_a_killed_builder_confuses_nobody(tmp_path, monkeypatch):
     start = time.time()
     counted().prepare_data()  # the lock went with its process
     assert time.time() - start < 5 and left.exists()  # perhaps somebody still writes to it
-    os.utime(left, (0, time.time() - base.STALE - 1))
+    os.utime(left, (0, time.time() - cache.STALE - 1))
     counted().path.unlink()
     counted().prepare_data()
     assert len(list((tmp_path / "cache" / "images").iterdir())) == 2
 
 
 def test_too_little_room_is_said_before_work(monkeypatch):
-    monkeypatch.setattr(base.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
     assert "0.0 GB are needed and 0.0 GB are free" in line(counted().prepare_data)
 
 
@@ -707,7 +708,7 @@ def test_hub_reads_rows_by_block(tmp_path):
     part.save_to_disk(tmp_path / "train", num_shards=4)
     cells = part.cast_column("img", datasets.Image(decode=False))["img"]
     for suffix in ("parquet", "arrow"):
-        rows = hub.Rows(sorted(tmp_path.rglob(f"*.{suffix}")), "img", "here")
+        rows = parquet.Rows(sorted(tmp_path.rglob(f"*.{suffix}")), "img", "here")
         assert len(rows) == 100 and [rows[i] for i in (99, 0, 34, 35)] == [
             (f"row {i} here", cells[i]["bytes"]) for i in (99, 0, 34, 35)
         ]

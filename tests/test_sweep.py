@@ -154,7 +154,7 @@ def test_a_sweep_that_is_told_to_stop_leaves_no_worker_and_goes_on(tmp_path):
 
 def test_a_run_that_another_process_works_on_has_not_failed(tmp_path):
     folder = tmp_path / run_folder([*TINY[:-1], "seed=0"])
-    with results.reserved(folder):
+    with results.lock_folder(folder):
         code, out = sweep(tmp_path, "seed=0")
     assert code == 2 and "another process runs here" in out and not (folder / "failed.txt").exists()
     assert out.splitlines()[-1] == "run.py: 1 of 1 runs failed"
@@ -164,13 +164,13 @@ def test_a_run_that_another_process_works_on_has_not_failed(tmp_path):
 
 def test_other_configurations_are_told_apart():
     one = {"method": {"rank": 4}, "calibration": {"data": {"name": None}}, "trainer": {"devices": 1}}
-    assert results.difference(one, one | {"trainer": {"devices": 2}, "new": 1}) is None
-    assert results.difference(one, one | {"method": {"rank": 8}}) == "method.rank=4 there, 8 here"
+    assert results.config_difference(one, one | {"trainer": {"devices": 2}, "new": 1}) is None
+    assert results.config_difference(one, one | {"method": {"rank": 8}}) == "method.rank=4 there, 8 here"
     pair = one | {"compressor": {"rank": 2}}
-    assert results.difference(one, pair) == "compressor=None there, compressor.rank=2 here"
-    assert results.difference(pair, one) == "compressor.rank=2 there, compressor=None here"
+    assert results.config_difference(one, pair) == "compressor=None there, compressor.rank=2 here"
+    assert results.config_difference(pair, one) == "compressor.rank=2 there, compressor=None here"
     text = one | {"calibration": {"data": "text"}}
-    assert results.difference(text, one) == "calibration.data=text there, calibration.data.name=None here"
+    assert results.config_difference(text, one) == "calibration.data=text there, calibration.data.name=None here"
 
 
 def test_a_score_that_is_no_number_does_not_lose_the_result(tmp_path):

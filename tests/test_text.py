@@ -27,12 +27,12 @@ from torch import nn
 
 from recombine import data, models
 from recombine.core.calibration import KINDS, collect
-from recombine.core.method import find_sites
-from recombine.data.text import base, glue, sentences
+from recombine.core.rewrite import find_sites
+from recombine.data.text import base, glue, sentences, tokenised
 from recombine.errors import UsageError
 from recombine.models import packaged, roles
 from recombine.models.hf_folder import model_files
-from recombine.runner import pipeline
+from recombine.runner import ranks
 from recombine.runtime import assets
 from recombine.training import objectives
 
@@ -255,7 +255,7 @@ def test_deberta_has_the_papers_size():
         weights = sum(p.numel() for p in model.parameters())
         assert 16 * weights / 2**20 == pytest.approx(2814.0, abs=0.1)
         lora = sum(
-            32 * sum(site.linear.weight.shape)
+            32 * sum(site.module.weight.shape)
             for site in find_sites(model, recombine.Peft(targets=("q", "k", "v"), rank=32))
         )
         head = sum(p.numel() for p in roles.head(model).parameters())
@@ -315,7 +315,7 @@ from recombine import data, models
 for _ in range(2):  # the second time out of the cache
     model = models.build(**json.loads(sys.argv[3]))
     module = data.build("glue", task="mrpc", select="test")
-    module.tokenizer = models.tokenizer(model.recombine_source)
+    module.attach_model(**models.for_data(model.recombine_source))
     module.prepare_data()
     module.setup()
     server.shutdown()
@@ -421,7 +421,7 @@ def test_tokenised_once(cache, tokenizer, packages):
     assert module.made == 1 and ready(Toy(seed=5, select="test"), tokenizer).made == 0
     module.path.write_bytes(module.path.read_bytes()[:-8])  # cut short
     assert ready(module, tokenizer).made == 2
-    assert len({module.path, Toy(max_length=64).path if setattr(Toy, "tokenizer", tokenizer) else None}) == 2
+    assert ready(Toy(max_length=64), tokenizer).path != module.path
 
 
 def test_select(cache, tokenizer):
@@ -582,7 +582,7 @@ def test_mnli_is_scored_on_both_sets(cache, tokenizer, tmp_path):
         ready(data.build("glue", task=task, root=tmp_path, batch_size=7), tokenizer)
         for task in ("mnli", "mnli_matched", "mnli_mismatched")
     )
-    joined = base.join(one.test, two.test)
+    joined = tokenised.join(one.test, two.test)
     assert np.array_equal(joined.ids, both.test.ids) and np.array_equal(joined.labels, both.test.labels)
     batch, bare = both.test.__getitems__([0, 19, 20, 39]), joined.__getitems__([0, 19, 20, 39])
     assert batch.pop("part").tolist() == [0, 0, 1, 1] and all(torch.equal(batch[key], bare[key]) for key in bare)
@@ -743,7 +743,7 @@ def test_one_code_path_for_all(cache, packages, tmp_path, name, task, metric):
         said = ["model=tiny_bert", f"data={name}", f"data.task={task}", *where, "trainer=cpu", *more]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("config", [*said, "trainer.epochs=2", "trainer.progress=false", "calibration.samples=8"])
-        pipeline.main(cfg, tmp_path / out)
+        ranks.main(cfg, tmp_path / out)
         return json.loads((tmp_path / out / "result.json").read_text())
 
     result = one("method=lora", out="lora")

@@ -1,4 +1,4 @@
-"""Budgets and counts: the only place that counts parameters, bytes and FLOPs, and that solves for ranks.
+"""Budgets: what a word such as retained_50 means, and the solver that sets a method's size by it.
 
 One word means the same for every method:
     retained_50      the target layers hold at most 50% of their dense weights
@@ -11,24 +11,16 @@ method adds comes on top, and every account says how much.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import nn
 
+from recombine.core.account import ADAM, MIB, head_size, held
+from recombine.core.method import Method, Site
 from recombine.errors import UsageError
-from recombine.models import roles
-
-if TYPE_CHECKING:
-    from recombine.core.method import Method, Site
 
 KINDS = ("none", "retained", "trainable", "energy", "memory")
-ADAM = 8  # bytes of AdamW state for each trained weight: two float32 moments
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -74,165 +66,58 @@ class Budget:
         return f"memory_{self.value:.5g}mb" if self.kind == "memory" else f"{self.kind}_{100 * self.value:.5g}"
 
 
-def solve(method: "Method", model: nn.Module, sites: list["Site"], budget: Budget) -> "Method":
-    """The method with its knob at the largest value that meets the budget.
+def solve(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -> Method:
+    """The method with its size field at the largest value that meets the budget.
 
     Raises:
-        UsageError: the method has no knob for it, or its smallest value is already too large.
+        UsageError: the method has no field for that kind of budget, or its smallest value is already too large.
     """
-    name, knob = type(method).__name__.lower(), method.knobs.get(budget.kind)
-    if knob is None:
-        can = ", ".join(method.knobs) or "none"
+    name, field = type(method).__name__.lower(), method.budget_fields.get(budget.kind)
+    if field is None:
+        can = ", ".join(method.budget_fields) or "none"
         raise UsageError(f"budget={budget}: {name} cannot be held to a {budget.kind} budget; it knows: {can}")
-    for rival in method.rivals:
-        if rival != knob and (value := getattr(method, rival)) is not None:
-            raise UsageError(f"budget={budget} and method.{rival}={value} both set the size: drop one of them")
+    for other in method.conflicting_fields:
+        if other != field and (value := getattr(method, other)) is not None:
+            raise UsageError(f"budget={budget} and method.{other}={value} both set the size: drop one of them")
     if budget.kind == "energy":
-        setattr(method, knob, budget.value)
-        method.check(sites)
-        return method
-    choices, size = method.choices(knob, sites), sites[0].linear.weight.element_size()
-    dense = sum(site.linear.weight.numel() for site in sites)
-    rest = sum(p.numel() for p in model.parameters()) - held(site.linear for site in sites)
-    head = sum(p.numel() for p in h.parameters()) if (h := roles.head(model)) is not None else 0
-
-    def measure(value) -> float:
-        setattr(method, knob, value)
-        if budget.kind == "retained":
-            return method.kept(sites) / dense
-        stored, trained = method.sizes(sites)
-        if budget.kind == "trainable":
-            return trained
-        return (size * (rest + stored) + (size + ADAM) * (trained + head)) / MIB
-
-    if (least := measure(choices[0])) > budget.value:
-        near = Budget(budget.kind, least * 1.0001)  # a word that can be typed, rounded up
-        raise UsageError(f"budget={budget}: cannot be met, the nearest that {name} can is {near} ({knob}={choices[0]})")
-    low, high = 0, len(choices)  # choices[low] fits; from high on nothing does
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if measure(choices[middle]) <= budget.value else (low, middle)
-    setattr(method, knob, choices[low])
+        setattr(method, field, budget.value)
+    else:
+        setattr(method, field, largest(method, field, model, sites, budget))
     method.check(sites)
     return method
 
 
-@dataclass(frozen=True)
-class Account:
-    """What a model costs. Parameters are counted once however many layers share them.
+def largest(method: Method, field: str, model: nn.Module, sites: list[Site], budget: Budget):
+    """The largest of the field's values that meets the budget, by bisection. The field is left at any of them."""
+    values = method.budget_values(field, sites)
+    measure = measures(method, model, sites, budget)
 
-    stored, trained: the whole model's; *_without_head the same less the classification head.
-    retained: weights that the target layers hold, as a share of the dense ones. retained_total: the whole model's.
-    bytes_*: of the weights (as integers, where they were quantised), of the gradients, of AdamW's two float32 moments.
-    flops: floating-point operations (2 per multiplication) of one forward of one sample; None if not measured.
-    """
+    def at(value) -> float:
+        setattr(method, field, value)
+        return measure()
 
-    stored: int
-    trained: int
-    stored_without_head: int
-    trained_without_head: int
-    retained: float
-    retained_total: float
-    bytes_weights: int
-    bytes_gradients: int
-    bytes_optimizer: int
-    flops: int | None = None
-
-    @property
-    def memory_mib(self) -> float:
-        """Weights + gradients + optimizer in MiB, as CERSA Table 14 counts (float32, AdamW)."""
-        return (self.bytes_weights + self.bytes_gradients + self.bytes_optimizer) / MIB
-
-    def as_dict(self) -> dict:
-        return asdict(self) | {"memory_mib": self.memory_mib}
+    if (least := at(values[0])) > budget.value:
+        name, near = type(method).__name__.lower(), Budget(budget.kind, least * 1.0001)  # rounded up: it can be typed
+        raise UsageError(f"budget={budget}: cannot be met, the nearest that {name} can is {near} ({field}={values[0]})")
+    low, high = 0, len(values)  # values[low] fits; from high on nothing does
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(values[middle]) <= budget.value else (low, middle)
+    return values[low]
 
 
-def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Account:
-    """The account of a model as it stands; with `sample`, its input or keyword arguments (1, ...), its FLOPs too."""
-    parameters = dict(model.named_parameters())
-    trained = [p for p in parameters.values() if p.requires_grad]
-    head = list(h.parameters()) if (h := roles.head(model)) is not None else []
-    stored = sum(p.numel() for p in parameters.values())
-    record = getattr(model, "recombined", None)
-    kept = stored_in_targets(model) if record else 0
-    return Account(
-        stored=stored,
-        trained=sum(p.numel() for p in trained),
-        stored_without_head=stored - sum(p.numel() for p in head),
-        trained_without_head=sum(p.numel() for p in trained) - sum(p.numel() for p in head if p.requires_grad),
-        retained=kept / record.dense if record and record.dense else 1.0,
-        retained_total=stored / record.total if record else 1.0,
-        bytes_weights=sum(getattr(p, "stored_bytes", p.numel() * p.element_size()) for p in parameters.values()),
-        bytes_gradients=sum(p.numel() * p.element_size() for p in trained),
-        bytes_optimizer=sum(p.numel() * ADAM for p in trained),
-        flops=None if sample is None else flops(model, sample),
-    )
+def measures(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -> Callable[[], float]:
+    """What the budget limits, as a function of the method as it stands: a share, weights or MiB."""
+    size, dense = sites[0].module.weight.element_size(), sum(site.module.weight.numel() for site in sites)
+    rest = sum(p.numel() for p in model.parameters()) - held(site.module for site in sites)
+    head = head_size(model)
 
+    def memory() -> float:
+        stored, trained = method.sizes(sites)
+        return (size * (rest + stored) + (size + ADAM) * (trained + head)) / MIB
 
-def predict(method: "Method", model: nn.Module, sites: list["Site"]) -> Account:
-    """The account that `count` would give of the rewritten model, by the method's closed form; no FLOPs."""
-    (stored, trained), size = method.sizes(sites), sites[0].linear.weight.element_size()
-    dense, total = sum(site.linear.weight.numel() for site in sites), sum(p.numel() for p in model.parameters())
-    head = sum(p.numel() for p in h.parameters()) if (h := roles.head(model)) is not None else 0
-    rest = total - held(site.linear for site in sites)
-    return Account(
-        stored=rest + stored,
-        trained=trained + head,
-        stored_without_head=rest + stored - head,
-        trained_without_head=trained,
-        retained=stored / dense,
-        retained_total=(rest + stored) / total,
-        bytes_weights=size * (rest + stored),
-        bytes_gradients=size * (trained + head),
-        bytes_optimizer=ADAM * (trained + head),
-    )
-
-
-def stored_in_targets(model: nn.Module) -> int:
-    """Weights inside the rewritten layers, as `held` counts them."""
-    return held(model.get_submodule(target) for target in model.recombined.targets)
-
-
-def held(layers: Iterable[nn.Module]) -> int:
-    """Weights inside these layers, biases left out, a shared basis counted once."""
-    weights = {
-        id(p): p.numel() for layer in layers for name, p in layer.named_parameters() if not name.endswith("bias")
-    }
-    return sum(weights.values())
-
-
-def flops(model: nn.Module, sample: torch.Tensor | dict) -> int:
-    """Of one forward in eval mode, counted by torch on what really runs."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    training = model.training
-    model.eval()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the counter knows no fused attention on a CPU
-        run = partial(model, **sample) if isinstance(sample, dict) else partial(model, sample)
-        run()  # builds what eval keeps
-        with FlopCounterMode(display=False) as counter:
-            run()
-    model.train(training)
-    return counter.get_total_flops()
-
-
-def layer_report(model: nn.Module) -> list[dict]:
-    """One row a rewritten layer: name, role, shape, kind, ranks, and the share `held` of its dense weights.
-
-    A shared basis is divided among its layers.
-    """
-    layers = {name: model.get_submodule(name) for name in model.recombined.targets}
-    users = Counter(id(p) for layer in layers.values() for p in layer.parameters())
-    rows = []
-    for name, layer in layers.items():
-        spec = layer.spec() if hasattr(layer, "spec") else {}
-        m, n = layer.out_features, layer.in_features
-        weights = [p for key, p in layer.named_parameters() if not key.endswith("bias")]
-        held = sum(p.numel() / users[id(p)] for p in weights) / (m * n)
-        ranks = {
-            k: v for k, v in spec.items() if k in ("rank", "core", "tail", "basis_rank", "chunk") and v is not None
-        }
-        row = {"name": name, "role": model.recombined.targets[name], "shape": [m, n], "kind": type(layer).__name__}
-        rows.append(row | ranks | {"held": held})
-    return rows
+    return {
+        "retained": lambda: method.retained_weights(sites) / dense,
+        "trainable": lambda: method.sizes(sites)[1],
+        "memory": memory,
+    }[budget.kind]

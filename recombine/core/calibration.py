@@ -68,8 +68,8 @@ def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[s
     backward = bool(wanted & BACKWARD)
     # what this batch's inputs, by identity, turned earlier sums into; the inputs are held, so that no id is used twice
     seen: dict[tuple[int, int], tuple[Tensor, Inputs]] = {}
-    with watching(model) as mask, quiet(model), torch.set_grad_enabled(backward):
-        hooks = [site.linear.register_forward_hook(watcher(stats[site.name], wanted, mask, seen)) for site in sites]
+    with watching(model) as mask, eval_frozen(model), torch.set_grad_enabled(backward):
+        hooks = [site.module.register_forward_hook(watcher(stats[site.name], wanted, mask, seen)) for site in sites]
         try:
             for loss in losses():
                 if backward:
@@ -180,7 +180,7 @@ def watching(model: nn.Module):
 
 
 @contextmanager
-def quiet(model: nn.Module):
+def eval_frozen(model: nn.Module):
     """Eval mode and no parameter that takes a gradient, for as long as the block runs."""
     modes = {module: module.training for module in model.modules()}
     trains = [p for p in model.parameters() if p.requires_grad]

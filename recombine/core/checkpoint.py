@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from recombine import methods, models
-from recombine.core.method import Record, Step
+from recombine import models
+from recombine.core.method import Method, method_classes
+from recombine.core.rewrite import Record, Step
 from recombine.errors import UsageError
 from recombine.models import roles
-from recombine.models.fused_qkv import fuse_qkv
+from recombine.models.fused_qkv import fuse
 from recombine.runtime.atomic import replacing
 
 FORMAT = 2
@@ -28,7 +29,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise UsageError(f"this {type(model).__name__} is not recombined: there is nothing to merge")
     for name in record.targets:
         model.set_submodule(name, merged(model.get_submodule(name)))
-    fuse_qkv(model)
+    fuse(model)
     del model.recombined
     return model.requires_grad_(True)
 
@@ -46,8 +47,8 @@ def save(model: nn.Module, path: str | Path) -> Path:
     """Writes the checkpoint of a recombined model, atomically; returns its path."""
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
-    record.own -= {name for name, p in model.named_parameters() if p.requires_grad}  # unfrozen by the user since
-    tensors = {name: p for name, p in model.named_parameters() if name not in record.own}
+    record.untouched -= {name for name, p in model.named_parameters() if p.requires_grad}  # unfrozen by the user since
+    tensors = {name: p for name, p in model.named_parameters() if name not in record.untouched}
     tensors |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
     canonical = {id(p): name for name, p in model.named_parameters()}
     meta = {
@@ -59,14 +60,14 @@ def save(model: nn.Module, path: str | Path) -> Path:
         "targets": record.targets,
         "dense": record.dense,
         "total": record.total,
-        "trains": sorted(record.trains),
+        "trains": sorted(record.trainable),
         "blocks": record.blocks,
         "shared": {
             name: canonical[id(p)]
             for name, p in model.named_parameters(remove_duplicate=False)
             if canonical[id(p)] != name
         },
-        "own": {name: probe(p) for name, p in model.named_parameters() if name in record.own},
+        "own": {name: fingerprint(p) for name, p in model.named_parameters() if name in record.untouched},
     }
     path = Path(path)
     with replacing(path) as temporary:
@@ -95,10 +96,12 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if meta["classes"] is not None and (head is None or head.out_features != meta["classes"]):
         models.reset_head(model, meta["classes"])
     try:
-        roles.find(model, tuple(meta["targets"].values()), nn.Module)  # splits a fused qkv as the checkpoint has it
+        rewritten = tuple(meta["targets"].values())
+        roles.find(model, rewritten, nn.Module)  # refuses a model without these roles
+        roles.split_fused(model, rewritten)  # as the checkpoint has it
         model.requires_grad_(False)
         for name, config, layers in meta["steps"]:
-            method_class(path, name)(**config).restore(model, layers)
+            method_class(path, name)(**config).from_spec(model, layers)
     except (AttributeError, StopIteration, TypeError, UsageError) as error:
         raise UsageError(f"{path}: does not fit this {type(model).__name__}: {error}") from error
     for name, source in meta["shared"].items():
@@ -109,8 +112,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         targets=meta["targets"],
         dense=meta["dense"],
         total=meta["total"],
-        own=set(meta["own"]),
-        trains=set(meta["trains"]),
+        untouched=set(meta["own"]),
+        trainable=set(meta["trains"]),
         blocks=meta["blocks"],
     )
     for name, p in model.named_parameters():
@@ -129,7 +132,7 @@ def fill(path: Path, model: nn.Module, tensors: dict, meta: dict) -> None:
             raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} in the file and {found} in this model")
     for name, expected in meta["own"].items():
         if name not in here or not torch.allclose(
-            torch.tensor(probe(here[name])),
+            torch.tensor(fingerprint(here[name])),
             torch.tensor(expected),
             rtol=1e-5 if here[name].dtype == torch.float32 else 1e-2,
         ):
@@ -157,23 +160,19 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     return meta, tensors
 
 
-def probe(tensor: torch.Tensor) -> list[float]:
+def fingerprint(tensor: torch.Tensor) -> list[float]:
     """Four entries by which a backbone's tensor is known again."""
     flat = tensor.detach().flatten()
     return flat[torch.linspace(0, len(flat) - 1, 4, dtype=torch.float64).long()].float().tolist()
 
 
-def method_class(path: Path, name: str) -> type[methods.Method]:
+def method_class(path: Path, name: str) -> type[Method]:
     """The method of that name, a user's own included."""
-    known, new = {}, [methods.Method]
-    while new:
-        new = [sub for cls in new for sub in cls.__subclasses__()]
-        known |= {cls.__name__: cls for cls in new}
-    if name not in known:
+    if (cls := method_classes().get(name)) is None:
         raise UsageError(
             f"{path}: was made with the method {name}, which is not here; import the module that defines it"
         )
-    return known[name]
+    return cls
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

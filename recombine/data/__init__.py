@@ -1,45 +1,116 @@
-"""Data modules. ``build("offline", task="emoji")`` and ``build("folder", root=...)`` return a LightningDataModule."""
+"""Data sets by name: ``build("offline", task="emoji")`` -> a data module (`recombine.data.base.DataModule`).
+
+A name is one of the package's own (``fgvc``), or the dotted path of a class that is not in it: ``my_module.MyData``.
+Everything is imported on demand, since Lightning takes seconds to load.
+"""
 
 from __future__ import annotations
 
-from difflib import get_close_matches
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
+from inspect import Parameter, signature
+from pkgutil import walk_packages
 from typing import TYPE_CHECKING
 
 from recombine.errors import UsageError
 
 if TYPE_CHECKING:
-    from recombine.data.vision.base import VisionData
-
-MODULES = {  # name: file and class, imported on demand because Lightning and Pillow are slow to load
-    "offline": "vision.offline.Offline",
-    "folder": "vision.folder.Folder",
-    "vtab": "vision.vtab.Vtab",
-    "fgvc": "vision.suites.Fgvc",
-    "vision8": "vision.suites.Vision8",
-    "imagenet": "vision.suites.Imagenet",
-    "glue": "text.glue.Glue",
-    "sentences": "text.sentences.Sentences",
-    "text": "language.base.Text",
-    "choices": "language.base.Choices",
-    "commonsense": "language.base.Commonsense",
-    "gsm8k": "language.base.Gsm8k",
-}
+    from recombine.data.base import DataModule
 
 
-def build(name: str, **kwargs) -> VisionData:
-    return _find(name)(**kwargs)
+def build(name: str, **settings) -> DataModule:
+    """The data module of that name; ``settings`` are the other keys of its YAML.
+
+    Raises:
+        UsageError: there is no such data set, or it takes no such setting, or refuses its value.
+    """
+    cls = find(name)
+    known = parameters(cls)
+    if unknown := [key for key in settings if key not in known]:
+        raise UsageError(f"data.{unknown[0]}={settings[unknown[0]]}: data={name} takes {', '.join(known)}; remove it")
+    return cls(**settings)
 
 
 def suite(name: str) -> dict[str, str]:
     """What ``data.task=all`` runs: task -> group, in order; empty where there is no suite."""
-    return getattr(_find(name), "suite", {})
+    return find(name).suite
 
 
-def _find(name: str) -> type[VisionData]:
-    if name not in MODULES:
-        close = get_close_matches(str(name), MODULES, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UsageError(f"unknown data {name!r}: {hint}choose from {', '.join(MODULES)}")
-    file, _, cls = MODULES[name].rpartition(".")
-    return getattr(import_module(f"recombine.data.{file}"), cls)
+def say_default_task(name: str, task: str | None, overrides: Sequence[str]) -> None:
+    """Says which task of a paper's suite a run takes, where the user has not chosen one.
+
+    ``overrides`` are those of the command line.
+    """
+    cls = find(name)
+    if cls.experiment and not any(o.lstrip("+").startswith(("data.task=", "experiment=")) for o in overrides):
+        log_once = import_module(f"{__name__}.base").log_once
+        log_once(
+            f"data={name}: one of its {len(cls.suite)} tasks runs, {task} ({cls.task_labels.get(task, task)}); "
+            f"data.task=all runs them all, experiment={cls.experiment} the paper's table"
+        )
+
+
+def find(name: str) -> type[DataModule]:
+    """The class of a data set, by its name or by its dotted path.
+
+    Raises:
+        UsageError: there is no such class, or it is not a `DataModule`.
+    """
+    if "." in str(name):
+        return _of_the_user(str(name))
+    from recombine.data.base import require_known
+
+    require_known("data", name, classes := known_classes(), ", or give the path of a class: module.Class")
+    return classes[name]
+
+
+@cache
+def known_classes() -> dict[str, type[DataModule]]:
+    """name -> class of every data set in this package: the `DataModule` classes that set ``name``."""
+    from recombine.data.base import DataModule
+
+    classes: dict[str, type[DataModule]] = {}
+    for module in walk_packages(__path__, f"{__name__}."):
+        for cls in vars(import_module(module.name)).values():
+            mine = isinstance(cls, type) and issubclass(cls, DataModule) and cls.__module__ == module.name
+            if mine and vars(cls).get("name"):
+                assert cls.name not in classes, f"{cls} and {classes[cls.name]} have one name: {cls.name}"
+                classes[cls.name] = cls
+    return dict(sorted(classes.items()))
+
+
+def _of_the_user(path: str) -> type[DataModule]:
+    """A class of a module that lies in the working directory, or is installed."""
+    from recombine.data.base import DataModule
+
+    file, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: it hides nothing
+    try:
+        cls = getattr(import_module(file), name, None)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        reason = (str(error).splitlines() or [""])[0]
+        why = f"importing {file} in {os.getcwd()} fails ({type(error).__name__}: {reason})"
+        raise UsageError(f"data.name={path}: {why}: correct it") from error
+    if not (isinstance(cls, type) and issubclass(cls, DataModule)):
+        what = "has no" if cls is None else "has another kind of"
+        raise UsageError(f"data.name={path}: {file} {what} {name}: name a subclass of recombine.data.base.DataModule")
+    if not cls.name:
+        raise UsageError(f"data.name={path}: the class has no name of its own: write name = ... in it")
+    return cls
+
+
+def parameters(cls: type) -> list[str]:
+    """The settings that a class takes: its own and, as long as it passes **kwargs on, those of its bases."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = list(signature(base.__init__).parameters.values())[1:]
+        names += [p.name for p in own if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
+        if not any(p.kind is Parameter.VAR_KEYWORD for p in own):
+            break
+    return list(dict.fromkeys(names))

@@ -1,20 +1,23 @@
-"""What all data modules share: whole-number settings, plain loaders, a cache that one process builds at a time."""
+"""The contract of a data module, and what all of them share: loaders, a cache that one process builds, settings."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import lightning
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torchmetrics import MetricCollection
 
-from recombine.data.batch_sampler import Batches
+from recombine.data.batch_sampler import ShardedBatchSampler
 from recombine.errors import UsageError
 from recombine.runtime.assets import cache_dir, writing
 
@@ -22,13 +25,106 @@ SPLITS = ("train", "val", "test")
 
 
 class DataModule(lightning.LightningDataModule):
-    """A subclass sets `train`, `val` (None: nothing chooses, the last epoch counts) and `test`, and `batch_size`,
-    `num_workers` and `seed`. Its datasets make whole batches: `__getitems__`."""
+    """One task of a data set: three splits, and everything that the rest of the program may ask of them.
 
-    start = (0, 0)  # (epoch, batch) of the training data where an interrupted run goes on
+    Order of calls: ``__init__`` with the keys of the YAML, `attach_model`, `prepare_data` (of several processes on a
+    machine, one), `setup`, `resume_at` where an interrupted run goes on; then the loaders, `sample` and `info`.
 
-    def _loader(self, split: Dataset, batches: BatchSampler | None = None, start=(0, 0)) -> DataLoader:
-        batches = batches or BatchSampler(SequentialSampler(split), self.batch_size, drop_last=False)
+    `setup` sets ``train``, ``val`` and ``test``. A split is a torch ``Dataset`` with ``__getitems__(indices)``, which
+    returns a whole batch: (images uint8 (B, 3, H, W), labels (B,)), or a dict of tensors with ``labels`` in it. ``val``
+    is None where nothing chooses the epoch and the last one counts.
+    """
+
+    # What a subclass sets, on the class or in __init__
+
+    name: str  # what `data=` says
+    label: ClassVar[str] = ""  # the data set in human words; empty: its name
+    task_labels: ClassVar[dict[str, str]] = {}  # tasks in human words, where their names are not
+    task: str | None
+    group: str = ""  # tasks of one group share a mean in the table of a suite
+    suite: ClassVar[dict[str, str]] = {}  # task -> group, in order: what data.task=all runs
+    experiment: ClassVar[str] = ""  # the paper's table of this suite, e.g. "crisp/tab01"
+
+    objective: str = "classification"  # or "regression", "lm": which loss
+    metric: str = "acc"  # what validation likes best, of `metrics` or of the objective's own
+    num_classes: int | None = None  # outputs of the classifier; None: the model has none
+    uses_pretrained_classes = False  # the very classes of pretrained weights' own classifiers, in their order
+    harness: tuple[str, ...] = ()  # tasks of recombine.evaluation.harness that show what was learnt
+    root: str | Path | None = None  # the user's folder with the data; None: packages or the hub
+
+    batch_size: int
+    num_workers: int
+    seed: int
+    train: Dataset
+    val: Dataset | None
+    test: Dataset
+    _start = (0, 0)
+
+    # What a subclass writes
+
+    def attach_model(self, source: Mapping, objective: str, tokenizer: Callable[[], Any] | None) -> None:
+        """Takes from the model what the data need of it: the size and statistics of pictures, or the tokenizer.
+
+        Call it before `prepare_data`: ``module.attach_model(**models.for_data(model.recombine_source))``.
+
+        Args:
+            source: ``model.recombine_source``.
+            objective: "lm" for a causal language model, "classification" for a model with a classifier.
+            tokenizer: returns the model's tokenizer; None for a model that sees pictures.
+
+        Raises:
+            UsageError: the model cannot read these data.
+        """
+        raise NotImplementedError
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What a result records about its data, in types that JSON knows. Read it after `setup`."""
+        raise NotImplementedError
+
+    # What a subclass may replace
+
+    @property
+    def title(self) -> str:
+        """Data set and task in human words, e.g. "VTAB-1K CIFAR-100"."""
+        return " ".join(filter(None, (self.label or self.name, self.task_labels.get(self.task, self.task))))
+
+    def metrics(self) -> MetricCollection | None:
+        """New metrics of logits and labels, among them `metric`. None: those of the objective."""
+        return None
+
+    def sample(self):
+        """A typical batch of one training sample, as the loaders give it."""
+        return self.train.__getitems__([0])
+
+    def shuffled_batches(self, split: Dataset) -> BatchSampler:
+        """Row numbers of a split's batches in random order; its generator is seeded anew for every epoch."""
+        sampler = RandomSampler(split, generator=torch.Generator())
+        return BatchSampler(sampler, self.batch_size, drop_last=False)
+
+    def ordered_batches(self, split: Dataset) -> BatchSampler:
+        """Row numbers of a split's batches, for scoring."""
+        return BatchSampler(SequentialSampler(split), self.batch_size, drop_last=False)
+
+    # What all share
+
+    def resume_at(self, epoch: int, batch: int) -> None:
+        """The next training loader begins with this batch of this epoch, as if those before it had been read."""
+        self._start = (epoch, batch)
+
+    def train_dataloader(self) -> DataLoader:
+        """Another order every epoch, the same ones for the same seed."""
+        return self._loader(self.train, self.shuffled_batches(self.train), self._start)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Every row once; without a validation set, nothing."""
+        return [] if self.val is None else self._loader(self.val, self.ordered_batches(self.val))
+
+    def test_dataloader(self) -> DataLoader:
+        """Every row once."""
+        return self._loader(self.test, self.ordered_batches(self.test))
+
+    def _loader(self, split: Dataset, batches: BatchSampler, start: tuple[int, int] = (0, 0)) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return DataLoader(
             split,
@@ -36,58 +132,94 @@ class DataModule(lightning.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_batch,
-            batch_sampler=Batches(batches, self.seed, rank, world, start),
+            batch_sampler=ShardedBatchSampler(batches, self.seed, rank, world, start),
         )
-
-    def train_dataloader(self) -> DataLoader:
-        """Another order every epoch, the same ones for the same seed."""
-        sampler = RandomSampler(self.train, generator=torch.Generator())
-        return self._loader(self.train, BatchSampler(sampler, self.batch_size, drop_last=False), self.start)
-
-    def val_dataloader(self) -> DataLoader | list:
-        return [] if self.val is None else self._loader(self.val)
-
-    def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test)
 
 
 class CachedModule(DataModule):
-    """Data that is made once into a file."""
+    """Data that is made once into a file, which every later run maps or reads.
+
+    A subclass says where the samples come from (`source`) and what identifies them (`identity`).
+    """
 
     def source(self):
-        """Where the samples come from."""
+        """The samples and labels of every split. It may be slow: it is called when there is no cached file."""
         raise NotImplementedError
 
     def identity(self) -> str:
-        """Changes when the samples, their labels or their split change; must be cheap."""
+        """Changes when the samples, their labels or their split change. It must be cheap: every run asks."""
         raise NotImplementedError
 
     def check(self, digests: dict[str, str]) -> None:
-        """Sees the sha256 of every whole split before anything is cached."""
+        """Sees the sha256 of every whole split (split -> digest) before anything is cached, and may refuse."""
+
+    @property
+    def path(self) -> Path:
+        """The cached file. Its name has `identity` and all settings in it that change what is in the file."""
+        raise NotImplementedError
+
+    def cached(self) -> dict | None:
+        """The description in a whole cached file, or None when it is missing, cut short or damaged."""
+        raise NotImplementedError
+
+    def build_cache(self) -> None:
+        """Writes the file, whole or not at all."""
+        raise NotImplementedError
 
     def prepare_data(self) -> None:
-        if self._meta() is None:
-            with building(self.path.stem):
-                if self._meta() is None:  # still, and not built by another while this one waited
-                    self._build()
+        """Makes the cached file where there is none; of several processes, one does and the others wait."""
+        if self.cached() is None:
+            with exclusive_build(self.path.stem):
+                if self.cached() is None:  # still, and not built by another while this one waited
+                    self.build_cache()
 
 
-def whole(least: int, **settings: Any) -> None:
+class TokenModule(DataModule):
+    """Data that a model reads through its tokenizer."""
+
+    tokenizer = None
+
+    def attach_model(self, source: Mapping, objective: str, tokenizer: Callable[[], Any] | None) -> None:
+        if tokenizer is None:
+            raise UsageError(f"model {source['name']} sees pictures, not text: take model=minilm, or data=offline")
+        if (self.objective == "lm") != (objective == "lm"):
+            fix = "model=smollm2_135m" if self.objective == "lm" else "model=minilm"
+            raise UsageError(f"data={self.name} is no task for model {source['name']}: take {fix}, or other data")
+        self.tokenizer = tokenizer()
+
+    def require_tokenizer(self) -> None:
+        """Raises UsageError before `attach_model`."""
+        if self.tokenizer is None:
+            raise UsageError(
+                f"data {self.name!r} has no tokenizer: call "
+                "module.attach_model(**models.for_data(model.recombine_source)) first"
+            )
+
+
+def require_int(least: int, **settings: Any) -> None:
     """Raises UsageError for a setting that is neither None nor a whole number from `least`."""
     for key, value in settings.items():
         if value is not None and (not isinstance(value, int) or value < least):
             raise UsageError(f"data.{key}={value!r} is no whole number from {least}: give one")
 
 
+def require_known(what: str, name: Any, known: Collection[str], more: str = "") -> None:
+    """Raises UsageError for a name that is not among the known ones, with the one that is closest."""
+    if name not in known:
+        close = get_close_matches(str(name), known, 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UsageError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}{more}")
+
+
 @contextmanager
-def building(what: str) -> Iterator[None]:
+def exclusive_build(what: str) -> Iterator[None]:
     """Lets one process at a time through. The lock dies with its process."""
     with writing(folder := cache_dir() / "locks"):
         lock = FileLock(folder / f"{what}.lock")
         try:
             lock.acquire(timeout=1)
         except Timeout:
-            announce(f"{what}: another process builds it, waiting")
+            log_once(f"{what}: another process builds it, waiting")
             lock.acquire()
     try:
         yield
@@ -96,8 +228,8 @@ def building(what: str) -> Iterator[None]:
 
 
 @cache
-def announce(line: str) -> None:
-    """Once a process, and of several ranks only the first."""
+def log_once(line: str) -> None:
+    """A line on stderr, once a process, and of several ranks only by the first."""
     if rank_zero_only.rank == 0:
         print(line, file=sys.stderr)
 

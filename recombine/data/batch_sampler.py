@@ -11,7 +11,7 @@ def seed_of(*what) -> int:
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:8], "little", signed=True)
 
 
-class Batches(Sampler[list[int]]):
+class ShardedBatchSampler(Sampler[list[int]]):
     """What a batch sampler yields, cut to the rows of this rank.
 
     Every epoch is drawn from (seed, epoch); without `set_epoch` the epochs follow each other. Each batch is divided:
@@ -19,6 +19,9 @@ class Batches(Sampler[list[int]]):
     batch has fewer rows than there are ranks, those left empty-handed get its first row, and `void` says so.
 
     Args:
+        inner: yields the row numbers of the whole run's batches.
+        seed: of the run.
+        rank, world: this process and how many share a batch.
         start: (epoch, batch) where an interrupted run goes on; `len` still counts whole epochs.
     """
 
@@ -28,6 +31,7 @@ class Batches(Sampler[list[int]]):
         self.epoch, self.sizes = start[0], []
 
     def set_epoch(self, epoch: int) -> None:
+        """The next iteration is of this epoch. Lightning calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:

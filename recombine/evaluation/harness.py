@@ -19,26 +19,17 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from recombine.data.language import base, choices
+from recombine.data.language import choices, instructions, prompts
+from recombine.data.language.prompts import COMMONSENSE
+from recombine.data.readers import table
 from recombine.errors import UsageError
 from recombine.models.weights import first_line
 from recombine.runtime import progress
 from recombine.training import objectives
 
 TASKS = Path(__file__).parents[1] / "data" / "tasks"
-COMMONSENSE = ("boolq", "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 LOCAL = (*choices.TASKS, "gsm8k_metamath")
-ANSWERS = {  # LLM-Adapters' test sets -> what an answer may be
-    "boolq": "true|false",
-    "piqa": "solution1|solution2",
-    "social_i_qa": "answer[1-5]",
-    "hellaswag": "ending[1-4]",
-    "winogrande": "option1|option2",
-    "ARC-Easy": "answer[1-5]",
-    "ARC-Challenge": "answer[1-5]",
-    "openbookqa": "answer[1-5]",
-}
-FILES = {f"commonsense_{name}": name for name in ANSWERS}
+FILES = {f"commonsense_{name}": name for name in prompts.ANSWERS}
 
 
 def evaluate(
@@ -64,7 +55,7 @@ def evaluate(
     from lm_eval.models.huggingface import HFLM
 
     mode = model.training
-    with quiet():
+    with silence_lm_eval():
         loaded = load(tasks, root)
         try:
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -144,7 +135,7 @@ def local(name: str, root: str | Path | None) -> dict:
     """The YAML with its documents."""
     if name in FILES:
         config = yaml.safe_load((TASKS / "commonsense.yaml").read_text()) | {"task": name}
-        config["filter_list"][0]["filter"][0]["regex_pattern"] = ANSWERS[FILES[name]]
+        config["filter_list"][0]["filter"][0]["regex_pattern"] = prompts.ANSWERS[FILES[name]]
     else:
         config = yaml.safe_load((TASKS / f"{name}.yaml").read_text())
     return config | {"custom_dataset": documents(name, root)}
@@ -153,7 +144,7 @@ def local(name: str, root: str | Path | None) -> dict:
 def documents(name: str, root: str | Path | None) -> Callable:
     """What a task asks: prompt, and options and answer, or the answer."""
     if name in choices.TASKS:
-        ask = choices.PROMPTS[name].format
+        ask = prompts.CHOICES[name].format
         rows = [{"prompt": ask(item["question"]), **item} for item in choices.items(name, "test")]
     elif name in FILES:
         path = None if root is None else Path(root).expanduser() / FILES[name] / "test.json"
@@ -161,12 +152,12 @@ def documents(name: str, root: str | Path | None) -> Callable:
             raise UsageError(
                 f"task {name}: no {path or 'root'}: give the folder of LLM-Adapters' dataset/, or take {COMMONSENSE[0]}"
             )
-        found = base.table([path], ("instruction", "answer"), str(path))
-        rows = [{"prompt": base.alpaca(row["instruction"]), "answer": row["answer"]} for row in found]
+        tests = table([path], ("instruction", "answer"), str(path))
+        rows = [{"prompt": prompts.alpaca(row["instruction"]), "answer": row["answer"]} for row in tests]
     else:
         rows = [
-            {"prompt": base.metamath(row["question"]), "answer": row["answer"].split("#### ")[1].replace(",", "")}
-            for row in base.gsm8k()
+            {"prompt": prompts.metamath(row["question"]), "answer": row["answer"].split("#### ")[1].replace(",", "")}
+            for row in instructions.gsm8k()
         ]
 
     def dataset(**_):
@@ -178,14 +169,15 @@ def documents(name: str, root: str | Path | None) -> Callable:
 
 
 @contextmanager
-def quiet():
-    """lm-eval warns that a model in memory is a model in memory."""
+def silence_lm_eval():
+    """lm-eval warns that a model in memory is a model in memory; its bars show where others do."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with progress.bars_as_wanted():
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -27,21 +27,21 @@ class Probe:
     test: float
 
     @torch.no_grad()
-    def into(self, head: nn.Linear) -> None:
+    def init_head(self, head: nn.Linear) -> None:
         """Starts a head from the probe."""
         head.weight.copy_(self.weight)
         head.bias.copy_(self.bias)
 
 
-def kept(path: Path, model: nn.Module, data) -> Probe:
+def load_or_fit(path: Path, model: nn.Module, data) -> Probe:
     """`fit`, or what an earlier process, or the first rank, has left of it in a file."""
-    if distributed.rank() == 0 and resume.sealed(path) is None:
+    if distributed.rank() == 0 and resume.verified_manifest(path) is None:
         found = fit(model, data)
         with replacing(path) as temporary:
             save_file({"weight": found.weight.contiguous(), "bias": found.bias.contiguous()}, temporary)
-        resume.seal(path, decay=found.decay, val=found.val, test=found.test)
+        resume.write_manifest(path, decay=found.decay, val=found.val, test=found.test)
     distributed.wait()
-    facts = resume.sealed(path)
+    facts = resume.verified_manifest(path)
     return Probe(**load_file(path), **{key: facts[key] for key in ("decay", "val", "test")})
 
 
@@ -77,7 +77,7 @@ def fit(model: nn.Module, data) -> Probe:
         xv, yv = features(model, data, "val")
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     best = None
-    numbers = getattr(data, "objective", "classification") == "regression"
+    numbers = data.objective == "regression"
     score_of = pearson if numbers else accuracy
     for decay in DECAYS:
         z = (x - mean) / std

@@ -32,7 +32,7 @@ class RecombinedLinear(nn.Module, ABC):
         return self.dense_weight()
 
     @abstractmethod
-    def structured(self, x: Tensor) -> Tensor:
+    def factored_forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), without bias and without building the weight."""
 
     @abstractmethod
@@ -50,19 +50,19 @@ class RecombinedLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         structured, dense, build = self.flops(x.numel() // self.in_features, torch.is_grad_enabled())
-        if dense + (0 if self.frozen_now else build) < structured:
-            return F.linear(x, self.keep(self.dense_weight), self.bias)
-        y = self.structured(x)
+        if dense + (0 if self.is_frozen else build) < structured:
+            return F.linear(x, self.cached(self.dense_weight), self.bias)
+        y = self.factored_forward(x)
         return y if self.bias is None else y + self.bias
 
     @property
-    def frozen_now(self) -> bool:
+    def is_frozen(self) -> bool:
         """Nothing can change before the next forward, so what is built may be kept."""
         return not (self.training or torch.is_grad_enabled())
 
-    def keep(self, build: Callable[[], Tensor]) -> Tensor:
+    def cached(self, build: Callable[[], Tensor]) -> Tensor:
         """build(), once for as long as the layer is in eval mode without gradients and no parameter changes."""
-        if not self.frozen_now:
+        if not self.is_frozen:
             self._kept = None
             return build()
         tensors = (*self.parameters(recurse=False), *self.buffers(recurse=False))
@@ -72,7 +72,7 @@ class RecombinedLinear(nn.Module, ABC):
                 self._kept = (key, build())
         return self._kept[1]
 
-    def adopt(self, linear: nn.Module) -> "RecombinedLinear":
+    def share_bias_with(self, linear: nn.Module) -> "RecombinedLinear":
         """Takes over the parameters that it shares with the layer it replaces, the bias; returns itself."""
         if linear.bias is not None:
             self.bias = linear.bias

@@ -48,8 +48,8 @@ class DeltaLinear(RecombinedLinear):
         left = self.left if self.core is None else self.left @ self.core
         return weight + self.scale * (left @ self.right)
 
-    def structured(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.keep(self._pretrained))
+    def factored_forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.cached(self._pretrained))
         if self.left is None:
             return y
         z = x @ self.right.T  # (..., r)
@@ -64,9 +64,9 @@ class DeltaLinear(RecombinedLinear):
         low = (3 if r and (self.left if self.core is None else self.core).requires_grad else 2) * r
         return tokens * (pretrained + low * (m + n)), tokens * 3 * m * n, low * m * n
 
-    def adopt(self, linear) -> "DeltaLinear":
+    def share_bias_with(self, linear) -> "DeltaLinear":
         self.base = linear.weight
-        return super().adopt(linear)
+        return super().share_bias_with(linear)
 
     def spec(self) -> dict:
         return {

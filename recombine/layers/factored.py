@@ -57,10 +57,10 @@ class FactoredLinear(RecombinedLinear):
             parts.append(self.left[:, c:] * diagonal)
         return torch.cat(parts, 1) if parts else self.left
 
-    def structured(self, x: Tensor) -> Tensor:
+    def factored_forward(self, x: Tensor) -> Tensor:
         z = x @ self.right.T  # (..., k)
-        if self.frozen_now:
-            return z @ self.keep(self._folded).T
+        if self.is_frozen:
+            return z @ self.cached(self._folded).T
         block, diagonal = self._inner()
         if block is not None:
             c = len(block)

@@ -8,7 +8,7 @@ from torch import nn
 
 
 @torch.no_grad()
-def quantise(layers: Iterable[nn.Module], bits: int) -> None:
+def quantize(layers: Iterable[nn.Module], bits: int) -> None:
     """Rounds the matrices of these layers, in place, to integers of that many bits times a float32 scale a row.
 
     A basis that layers share is rounded once. Vectors (biases) stay. The values are computed with in float; what they

@@ -40,12 +40,12 @@ class SharedBasisLinear(RecombinedLinear):
         weight = PLACEMENTS[self.placement](self.basis, self.mixer, GATES[self.gate])
         return weight.view(self.out_features, self.in_features)
 
-    def structured(self, x: Tensor) -> Tensor:
+    def factored_forward(self, x: Tensor) -> Tensor:
         if self.placement == "post":  # no product to put in order
             return F.linear(x, self.dense_weight())
         mixer = self.gated_mixer()  # (r, s)
         mixed = x.reshape(*x.shape[:-1], -1, self.chunk) @ mixer.T  # (..., n / s, r)
-        basis = self.keep(self._gated_basis) if self.placement == "temp" else self.basis
+        basis = self.cached(self._gated_basis) if self.placement == "temp" else self.basis
         return mixed.flatten(-2) @ basis.view(self.out_features, -1).T  # (..., m)
 
     def gated_mixer(self) -> Tensor:

@@ -43,8 +43,13 @@ class Cersa(Spectral):
     part: str = "top"
     core: str = "matrix"
 
-    knobs: ClassVar[dict[str, str]] = {"energy": "alpha", "retained": "alpha", "memory": "alpha", "trainable": "beta"}
-    rivals: ClassVar[tuple[str, ...]] = ("rank",)
+    budget_fields: ClassVar[dict[str, str]] = {
+        "energy": "alpha",
+        "retained": "alpha",
+        "memory": "alpha",
+        "trainable": "beta",
+    }
+    conflicting_fields: ClassVar[tuple[str, ...]] = ("rank",)
 
     def check(self, sites: list[Site]) -> None:
         for name in ("alpha", "beta", "trained_share"):
@@ -54,14 +59,14 @@ class Cersa(Spectral):
             need(self.beta <= self.alpha, self, "beta", f"only kept directions can train, so at most {self.alpha=}")
             need(self.trained_share is None, self, "trained_share", "sets what trains, and so does beta: drop one")
         if self.rank is not None:
-            most = min(min(site.linear.weight.shape) for site in sites)
+            most = min(min(site.module.weight.shape) for site in sites)
             need(1 <= self.rank <= most, self, "rank", f"must be from 1 to {most}, the narrowest target layer")
         need(self.part in ("top", "bottom"), self, "part", "must be top or bottom")
         need(self.core in ("matrix", "array"), self, "core", "must be matrix or array")
 
-    def choices(self, knob: str, sites: list[Site]) -> list[float]:
-        top = round(1000 * (self.alpha if knob == "beta" else 1))
-        bottom = 1 if knob == "beta" or self.beta is None else round(1000 * self.beta)
+    def budget_values(self, field: str, sites: list[Site]) -> list[float]:
+        top = round(1000 * (self.alpha if field == "beta" else 1))
+        bottom = 1 if field == "beta" or self.beta is None else round(1000 * self.beta)
         return [i / 1000 for i in range(bottom, top + 1)]
 
     def ranks(self, site: Site) -> tuple[int, int]:
@@ -75,12 +80,12 @@ class Cersa(Spectral):
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         ranks = [self.ranks(site) for site in progress.of(sites, "factors", "layers")]
         trained = sum(kb * kb if self.core == "matrix" else kb for _, kb in ranks)
-        outer = sum(ka * sum(site.linear.weight.shape) + ka - kb for (ka, kb), site in zip(ranks, sites, strict=True))
+        outer = sum(ka * sum(site.module.weight.shape) + ka - kb for (ka, kb), site in zip(ranks, sites, strict=True))
         return outer + trained, trained
 
     def recombine(self, site: Site) -> FactoredLinear:
         u, s, vh = self.factors(site)
-        (ka, kb), weight = self.ranks(site), site.linear.weight
+        (ka, kb), weight = self.ranks(site), site.module.weight
         order = torch.arange(ka, device=s.device)
         if self.part == "bottom":
             order = order.roll(kb)  # the trained directions come first
@@ -88,6 +93,6 @@ class Cersa(Spectral):
         core, tail = s[:kb], s[kb:] if ka > kb else None
         if self.core == "matrix":
             core = torch.diag(core)
-        layer = FactoredLinear(left=u, right=vh, core=core, tail=tail, bias=site.linear.bias)
+        layer = FactoredLinear(left=u, right=vh, core=core, tail=tail, bias=site.module.bias)
         layer.core.requires_grad_(True)
         return layer

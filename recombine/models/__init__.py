@@ -10,6 +10,7 @@ where ``num_classes`` is that number (``has_own_head``); data of other classes g
 
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -21,14 +22,22 @@ from torch import nn
 from recombine.errors import UsageError
 from recombine.models import packaged, roles
 from recombine.models.weights import hub_file, load
+from recombine.runtime import clone
 
-__all__ = ["build", "has_own_head", "list_models", "reset_head", "tags", "tokenizer"]
+__all__ = [
+    "build", "for_data", "has_own_head", "list_models", "modality", "objective", "reset_head", "tags", "tokenizer",
+]  # fmt: skip
 
-CONF = Path(__file__).parents[2] / "conf" / "model"
+CONF = clone.CONF / "model"
 
 
 def list_models() -> list[str]:
-    """What ``model=`` takes."""
+    """What ``model=`` takes.
+
+    Raises:
+        UsageError: the package is not in a clone.
+    """
+    clone.need_clone("list_models")
     return sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
@@ -42,6 +51,22 @@ def build(name: str, *, arch: str, library: str = "timm", **config) -> nn.Module
 def tokenizer(source: Mapping):
     """The tokenizer that belongs to a text model, by its ``recombine_source``."""
     return _of_transformers(source["name"], source.get("library", "timm"), source["arch"]).tokenizer(source)
+
+
+def modality(source: Mapping) -> str:
+    """What a model reads, by its ``recombine_source``: "vision" or "text"."""
+    return "vision" if source.get("library", "timm") == "timm" else "text"
+
+
+def objective(source: Mapping) -> str:
+    """What a model is for, by its ``recombine_source``: "lm", or "classification" where it has a classifier."""
+    return "lm" if source["arch"] == "llama" else "classification"
+
+
+def for_data(source: Mapping) -> dict:
+    """The arguments of a data module's `attach_model`, of the model with this ``recombine_source``."""
+    reads = partial(tokenizer, source) if modality(source) == "text" else None
+    return {"source": source, "objective": objective(source), "tokenizer": reads}
 
 
 def reset_head(model: nn.Module, num_classes: int) -> None:
@@ -71,7 +96,7 @@ def _of_transformers(name: str, library: str, arch: str):
         raise UsageError(f"model {name} sees pictures, not text: take model=minilm, or data=offline")
     if library != "transformers":
         raise UsageError(f"model.library={library}: must be timm or transformers")
-    return import_module(f"recombine.models.{'causal_lm' if arch == 'llama' else 'encoders'}")
+    return import_module(f"recombine.models.{'causal_lm' if objective({'arch': arch}) == 'lm' else 'encoders'}")
 
 
 def timm_model(
@@ -97,16 +122,10 @@ def timm_model(
         path = Path(checkpoint)
     elif pretrained:
         path = packaged.WEIGHTS[name]() if tag == "packaged" else hub_file(name, source)
-
-    size = {} if image_size is None else {"img_size": image_size}
     kwargs = {key: tuple(x) if isinstance(x, list | ListConfig) else x for key, x in timm_kwargs.items()}
+    size = {} if image_size is None else {"img_size": image_size}
     drops = {"drop_path_rate": drop_path, "attn_drop_rate": attn_drop}
-    try:
-        model = timm.create_model(source, num_classes=num_classes, **drops, **size, **kwargs)
-    except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        given = " ".join(f"{key}={value}" for key, value in {**size, **drops, **kwargs}.items())
-        reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
-        raise UsageError(f"model {name}: {arch} cannot be built with {given} ({reason}): correct it") from error
+    model = _create(name, arch, source, num_classes, {**size, **drops, **kwargs})
     config = model.pretrained_cfg
     image_size = image_size or config["input_size"][-1]
     _check_patches(name, model, image_size)
@@ -127,6 +146,16 @@ def timm_model(
         **{key: list(x) if isinstance(x, tuple) else x for key, x in kwargs.items()},
     }
     return model
+
+
+def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapping) -> nn.Module:
+    """timm's model, without weights; what timm refuses becomes one line."""
+    try:
+        return timm.create_model(source, num_classes=num_classes, **arguments)
+    except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        given = " ".join(f"{key}={value}" for key, value in arguments.items())
+        reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
+        raise UsageError(f"model {name}: {arch} cannot be built with {given} ({reason}): correct it") from error
 
 
 def _resolve_tag(name: str, arch: str, tag: str | None) -> str | None:

@@ -96,12 +96,9 @@ def build(
         raise UsageError(f"model {name}: arch={arch} pooling={pooling} is not known: choose from {known}")
     cls = MODELS[arch, pooling]
     config = {key: list(value) if isinstance(value, ListConfig) else value for key, value in config.items()}
-    where = {"id": id, "revision": revision, "tag": tag, "pretrained": pretrained, "checkpoint": checkpoint}
+    where = dict(id=id, revision=revision, tag=tag, pretrained=pretrained, checkpoint=checkpoint)
     path = folder(name, WAYS, **where)
-    known = cls.config_class()
-    for key, value in config.items():
-        if not hasattr(known, key) and key not in UNDECLARED:
-            raise UsageError(f"model.{key}={value}: {cls.config_class.__name__} has no such key; drop it")
+    refuse_unknown(cls, config)
     try:
         wanted = cls.config_class(**config)
         wanted.num_labels = num_classes or 1
@@ -125,6 +122,14 @@ def build(
         **config,
     }
     return model.train()  # as a new module is; transformers loads into eval mode
+
+
+def refuse_unknown(cls: type, config: Mapping) -> None:
+    """One line for a key that the model's configuration does not have."""
+    known = cls.config_class()
+    for key, value in config.items():
+        if not hasattr(known, key) and key not in UNDECLARED:
+            raise UsageError(f"model.{key}={value}: {cls.config_class.__name__} has no such key; drop it")
 
 
 def load(name: str, cls: type, path: Path, wanted, config: dict) -> tuple[nn.Module, int]:

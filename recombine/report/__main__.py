@@ -12,6 +12,7 @@ from pathlib import Path
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.report import load, save
 from recombine.report.render import FORMATS, text
+from recombine.runtime.clone import need_clone
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     try:
         if given.page:
+            need_clone("--page")
             return write_page(given)
         if not given.experiment:
             raise UsageError(

@@ -23,7 +23,6 @@ from recombine.report import words
 from recombine.runner import grid
 from recombine.runtime.atomic import replacing
 
-LANGUAGE = ("text", "choices", "commonsense", "gsm8k")
 X = "trainer/global_step"
 
 
@@ -94,7 +93,7 @@ def family(config: DictConfig) -> str:
     """adaptation, compression, language or speed."""
     if config.stage.name == "profile":
         return "speed"
-    if config.data.name in LANGUAGE:
+    if data.find(config.data.name).objective == "lm":
         return "language"
     return "adaptation" if config.stage.name in ("adapt", "evaluate") else "compression"
 

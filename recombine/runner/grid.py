@@ -25,9 +25,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from recombine.errors import UsageError
+from recombine.runtime.clone import CONF, need_clone
 from recombine.runtime.naming import aside, run_folder, sweep_folder
 
-CONF = Path(__file__).parents[2] / "conf"
 PLAIN = re.compile(r"[A-Za-z_][\w./-]*|-?\d+(\.\d+)?(e-?\d+)?")
 
 
@@ -74,6 +74,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         UsageError: there is no such experiment.
     """
+    need_clone(f"experiment={name}")
     if not (CONF / "experiment" / f"{name}.yaml").is_file():
         known = sorted(str(p.relative_to(CONF / "experiment"))[:-5] for p in CONF.glob("experiment/**/*.yaml"))
         raise UsageError(f"experiment={name}: there is none in conf/experiment; choose from {', '.join(known)}")

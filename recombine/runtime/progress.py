@@ -4,28 +4,46 @@ Nothing shows in the first seconds, so short work stays silent, as do other rank
 `trainer.progress=false` silences it all.
 """
 
+import os
+import shutil
 import sys
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from threading import Event, Thread
 
-shown = True  # what trainer.progress says
 EVERY = 30.0  # seconds between lines in a file
+_shown = ContextVar("progress is shown", default=True)
+
+
+def is_shown() -> bool:
+    """Whether anything is to be shown here: what `display` says, and of several ranks the first alone."""
+    dist = sys.modules.get("torch.distributed")  # who has not imported it has one process
+    return _shown.get() and (dist is None or not dist.is_initialized() or dist.get_rank() == 0)
+
+
+@contextmanager
+def display(shown: bool) -> Iterator[None]:
+    """Shows the progress of what runs in the block, or does not."""
+    token = _shown.set(shown)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
 
 
 def bar(what: str, total: int | None = None, unit: str = "it"):
     """A tqdm bar: `update(n)` it, and close it or use it as a context."""
     from tqdm import tqdm
 
-    dist = sys.modules.get("torch.distributed")  # who has not imported it has one process
-    first = dist is None or not dist.is_initialized() or dist.get_rank() == 0
-    knobs = {"desc": what, "total": total, "unit": unit, "leave": False, "disable": not (shown and first)}
+    options = {"desc": what, "total": total, "unit": unit, "leave": False, "disable": not is_shown()}
     if sys.stderr.isatty():
-        return tqdm(**knobs, delay=1)
+        return tqdm(**options, delay=1)
     line = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} passed, {remaining} left"
     if total is None:
         line = "{desc}: {n_fmt} {unit}, {elapsed} passed"
-    return tqdm(**knobs, delay=EVERY, mininterval=EVERY, maxinterval=EVERY, file=Lines(), bar_format=line)
+    return tqdm(**options, delay=EVERY, mininterval=EVERY, maxinterval=EVERY, file=Lines(), bar_format=line)
 
 
 def of(items: Iterable, what: str, unit: str = "it") -> Iterator:
@@ -46,13 +64,64 @@ def waiting(what: str) -> Iterator[None]:
             while not done.wait(1):
                 shows.update()
 
-    thread = Thread(target=tick, daemon=True)
+    thread = Thread(target=copy_context().run, args=(tick,), daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def bars_as_wanted() -> Iterator[None]:
+    """Silences bars that a library draws with tqdm, where `trainer.progress=false`."""
+    from tqdm import tqdm
+
+    start = tqdm.__init__
+    if not _shown.get():
+        tqdm.__init__ = lambda self, *args, **kwargs: start(self, *args, **kwargs | {"disable": True})
+    try:
+        yield
+    finally:
+        tqdm.__init__ = start
+
+
+def say_what_loads(cfg: Mapping, choices: Mapping[str, str | None]) -> None:
+    """The first line of a run, on stderr, while torch is still to be imported.
+
+    Args:
+        cfg: the composed configuration.
+        choices: configuration group -> what was chosen of it, as the user typed it.
+    """
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if not cfg["trainer"]["progress"] or rank != "0":
+        return
+    method = " after ".join(part for part in (choices["method"], choices.get("method@compressor")) if part)
+    data, task = choices["data"], cfg["data"].get("task")
+    line = (
+        f"{method} on {choices['model']}, data {data}{f' ({task})' if task else ''}, "
+        f"stage {cfg['stage']['name']}: loading torch ..."
+    )
+    print(f"recombine: {wrapped(line, 11, sys.stderr)}", file=sys.stderr, flush=True)
+
+
+def wrapped(text: str, indent: int, stream) -> str:
+    """The text as lines of a terminal's width, those after the first indented; for a file it stays one line.
+
+    A command line ends its lines with a backslash, so that it can be copied into a shell as it stands.
+    """
+    if not stream.isatty():
+        return text
+    width, command = shutil.get_terminal_size().columns, text.startswith("python ")
+    lines = textwrap.wrap(
+        " " * indent + text,
+        width - 2 * command,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return (" \\\n" if command else "\n").join(lines).lstrip()
 
 
 class Lines:

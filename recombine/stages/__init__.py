@@ -1,4 +1,4 @@
-"""What `run.py` runs. A stage takes a `Run` and returns what it adds to result.json.
+"""What `run.py` runs. A stage takes a `RunContext` and returns its part of result.json.
 
 retrofit: rewrite the model, count, compare with the original; no training.
 compress: rewrite under a budget, distil from the original, then train the classifier alone.
@@ -8,13 +8,12 @@ evaluate: score a checkpoint, or the original model, on the test set.
 profile:  rewrite, count and time, beside a reference; no training.
 """
 
-from recombine.stages.adapt import adapt, fit, test
+from recombine.stages.adapt import adapt
 from recombine.stages.compress import compress, joint
-from recombine.stages.context import Run
 from recombine.stages.evaluate import evaluate
 from recombine.stages.profile import profile
 from recombine.stages.retrofit import retrofit
 
-STAGES = {f.__name__: f for f in (retrofit, compress, adapt, joint, evaluate, profile)}
+STAGES = {stage.__name__: stage for stage in (retrofit, compress, adapt, joint, evaluate, profile)}
 
-__all__ = ["STAGES", "Run", "fit", "test"]
+__all__ = ["STAGES"]

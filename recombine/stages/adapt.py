@@ -1,78 +1,71 @@
 """Train what the method trains. Validation chooses the weights; the test set is read once, with those."""
 
 import copy
+import sys
 
 import lightning as L
-import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
 
 from recombine.core import checkpoint
+from recombine.core.method import Method
 from recombine.errors import UsageError
-from recombine.methods import Method
-from recombine.stages.context import Run
-from recombine.stages.retrofit import rewrite_all
+from recombine.result_schema import StagePart
+from recombine.stages.context import RunContext
 from recombine.training import distributed
-from recombine.training.curves import Curves
-from recombine.training.epochs import Epochs
-from recombine.training.lit import KeepBest, LitRecombine
-from recombine.training.objectives import Task
-from recombine.training.resume import TrainingState, where
+from recombine.training.callbacks import Bars, Curves, Epochs, KeepBest
+from recombine.training.lit import LitRecombine
+from recombine.training.objectives import Objective
+from recombine.training.resume import TrainingState, loop_position
+from recombine.training.settings import OptimizerSettings
+from recombine.training.trainer import build_trainer
+
+LABELS = {"distilled": "distillation", "best": "training"}  # what `fit` makes -> what a user sees at work
 
 
-def adapt(run: Run) -> dict:
-    run.phase("rewritten", lambda: rewrite_all(run))
-    if not run.method.advance(run.model, 0.0):
-        name = type(run.method).__name__.lower()
+def adapt(run: RunContext) -> StagePart:
+    """Rewrite, then train what the method trains and the classifier."""
+    run.checkpointed_step("rewritten", run.rewrite_all)
+    if not run.method.on_distillation_step(run.model, 0.0):
+        name = run.labels["method"]
         raise UsageError(f"stage=adapt: {name} takes its form in a distillation; set stage=joint or stage=compress")
     return train_and_test(run)
 
 
-def train_and_test(run: Run) -> dict:
+def train_and_test(run: RunContext) -> StagePart:
     """The data's task with the run's optimizer, on the model as it stands."""
-    optim, task = run.cfg.optim, run.task(run.cfg.optim.label_smoothing)
+    optim = run.settings.optim
+    objective = run.objective(optim.label_smoothing)
     if not any(p.requires_grad for p in run.model.parameters()):  # compressed, without a head: there is nothing to fit
-        lit = LitRecombine(run.model, run.method, task)
         path = run.out / "best.safetensors"
         if distributed.rank() == 0:
             checkpoint.save(run.model, path)
-        return {"test": test(run, lit), "checkpoint": str(path)}
-    lit, best = fit(run, task, optim, run.cfg.trainer.epochs, "best", run.method)
-    val = {} if run.data.val is None else {task.metric: best.value}
+        return {"test": test(run, LitRecombine(run.model, run.method, objective)), "checkpoint": str(path)}
+    lit, best = fit(run, objective, optim, run.settings.trainer.epochs, "best", run.method)
+    val = {} if run.data.val is None else {objective.metric: best.value}
     return {"best_epoch": best.epoch, "val": val, "test": test(run, lit), "checkpoint": str(best.path)}
 
 
 def fit(
-    run: Run, task: Task, optim: DictConfig, epochs: int, name: str, method: Method
+    run: RunContext, objective: Objective, optim: OptimizerSettings, epochs: int, name: str, method: Method
 ) -> tuple[LitRecombine, KeepBest]:
     """Trains the parameters that require a gradient and leaves the model with the best weights by validation."""
-    knobs = {key: optim[key] for key in ("lr_head", "weight_decay", "warmup", "schedule")}
-    lr = method.lr if optim.lr is None else optim.lr
-    lit = LitRecombine(run.model, method, task, lr=lr, seed=run.cfg.seed, **knobs)
-    monitor = f"val/{task.metric}"
-    callbacks = [best := KeepBest(monitor, task.mode, run.out / f"{name}.safetensors"), history := Curves()]
-    callbacks.append(Epochs(name))
-    if run.cfg.trainer.patience and run.data.val is None:
-        raise UsageError(
-            f"trainer.patience={run.cfg.trainer.patience}: without validation data nothing says when to stop; "
-            "set trainer.patience=null, or data.select=val"
-        )
-    if run.cfg.trainer.patience:
-        patience = run.cfg.trainer.patience
-        callbacks.append(EarlyStopping(monitor, mode=task.mode, patience=patience, check_finite=False))
-    callbacks.append(state := TrainingState(run.state, name, run.cfg.trainer.checkpoint_minutes))
-    trainer = make_trainer(run, epochs, callbacks, optim.clip, run.logger and run.logger.fit(name))
+    settings = run.settings.trainer
+    lit = LitRecombine(run.model, method, objective, optim, run.settings.seed)
+    monitor = f"val/{objective.metric}"
+    best, history = KeepBest(monitor, objective.mode, run.out / f"{name}.safetensors"), Curves()
+    state = TrainingState(run.state, name, settings.checkpoint_minutes)
+    callbacks = [best, history, Epochs(LABELS[name]), *early_stopping(run, monitor, objective.mode), state]
+    logger = run.logger and run.logger.fit(name)
+    trainer = run_trainer(run, LABELS[name], epochs, callbacks, optim.clip, logger)
     found = state.find()
-    run.data.start = where(found) if found else (0, 0)
+    run.data.resume_at(*(loop_position(found) if found else (0, 0)))
     whole = copy.deepcopy(run.model) if isinstance(trainer.strategy, FSDPStrategy) else None  # it wraps in place
     with run.timed(f"train_{name}"):
         trainer.fit(lit, run.data, ckpt_path=found, weights_only=True)
     if whole is not None:
         best.weights = trainer.strategy.broadcast(best.weights)
-        best.put(whole)
+        best.restore(whole)
         run.model = lit.model = whole
         if distributed.rank() == 0:
             checkpoint.save(whole, best.path)
@@ -81,69 +74,58 @@ def fit(
     return lit, best
 
 
-def test(run: Run, lit: LitRecombine) -> dict[str, float]:
+def early_stopping(run: RunContext, monitor: str, mode: str) -> list[EarlyStopping]:
+    """The callback that `trainer.patience` asks for, if it does."""
+    patience = run.settings.trainer.patience
+    if patience and run.data.val is None:
+        raise UsageError(
+            f"trainer.patience={patience}: without validation data nothing says when to stop; "
+            "set trainer.patience=null, or data.select=val"
+        )
+    return [EarlyStopping(monitor, mode=mode, patience=patience, check_finite=False)] if patience else []
+
+
+def test(run: RunContext, lit: LitRecombine) -> dict[str, float]:
     """Scores the model on the test set, and a language model on the harness's tasks that go with the data."""
     with run.timed("test"):
-        (scores,) = make_trainer(run, 1, [], None).test(lit, run.data, verbose=False)
-    scores = lit.task.report({name.removeprefix("test/"): value for name, value in scores.items()})
-    if names := run.cfg.harness.tasks or getattr(run.data, "harness", ()):
-        from recombine.evaluation import harness  # lm-eval takes seconds to load
+        (scores,) = run_trainer(run, "test", 1, [], None).test(lit, run.data, verbose=False)
+    scores = lit.objective.report({name.removeprefix("test/"): value for name, value in scores.items()})
+    names = run.settings.harness.tasks or run.data.harness
+    return scores | harness_scores(run, names) if names else scores
 
-        knobs = {
-            "limit": run.cfg.harness.limit,
-            "batch_size": run.data.batch_size,
-            "root": getattr(run.data, "root", None),
-        }
-        with run.timed("harness"):
-            if distributed.rank() == 0:
-                scores |= harness.evaluate(run.model, run.data.tokenizer, names, **knobs)
-            distributed.wait()
-        if found := [value for key, value in scores.items() if key.endswith(("/acc", "/exact_match"))]:
-            scores["tasks_mean"] = sum(found) / len(found)
+
+def harness_scores(run: RunContext, names: tuple[str, ...]) -> dict[str, float]:
+    """lm-evaluation-harness on these tasks, and the mean over them; of several ranks the first one scores."""
+    from recombine.evaluation import harness  # lm-eval takes seconds to load
+
+    scores = {}
+    with run.timed("harness"):
+        if distributed.rank() == 0:
+            scores = harness.evaluate(
+                run.model,
+                run.data.tokenizer,
+                names,
+                limit=run.settings.harness.limit,
+                batch_size=run.data.batch_size,
+                root=run.data.root,
+            )
+        distributed.wait()
+    if found := [value for key, value in scores.items() if key.endswith(("/acc", "/exact_match"))]:
+        scores["tasks_mean"] = sum(found) / len(found)
     return scores
 
 
-def make_trainer(run: Run, epochs: int, callbacks: list, clip: float | None, logger=None) -> L.Trainer:
-    return trainer_on(
-        run.cfg.trainer,
+def run_trainer(run: RunContext, what: str, epochs: int, callbacks: list, clip: float | None, logger=None) -> L.Trainer:
+    """A Trainer for this run's model and data. what: the name of the work on its bar."""
+    shown = run.settings.trainer.progress and sys.stderr.isatty()
+    return build_trainer(
+        run.settings.trainer,
         max_epochs=epochs,
         gradient_clip_val=clip,
-        callbacks=callbacks,
+        callbacks=[*callbacks, Bars(what)] if shown else callbacks,
         logger=logger or False,
         enable_checkpointing=any(isinstance(callback, TrainingState) for callback in callbacks),
-        enable_progress_bar=run.cfg.trainer.progress,
+        enable_progress_bar=shown,
         limit_val_batches=0 if run.data.val is None else 1.0,
         default_root_dir=run.out,
     )
-
-
-def trainer_on(trainer: DictConfig, **knobs) -> L.Trainer:
-    """A Trainer on the devices that the configuration names."""
-    try:
-        return L.Trainer(
-            accelerator=trainer.accelerator,
-            devices=trainer.devices,
-            num_nodes=trainer.num_nodes,
-            strategy=trainer.strategy if isinstance(trainer.strategy, str) else instantiate(trainer.strategy),
-            precision=precision(trainer.precision, trainer.accelerator),
-            plugins=distributed.cluster(),
-            use_distributed_sampler=False,  # recombine/data/batch_sampler.py divides, and pads nothing
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            **knobs,
-        )
-    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"trainer: {' '.join(str(error).split())}; correct that key of trainer") from error
-
-
-def precision(wanted: str, accelerator: str) -> str:
-    """auto: bf16 where the GPU has it, fp16 on older ones, float32 on a CPU."""
-    known = ("auto", "32-true", "bf16-mixed", "16-mixed")
-    if wanted not in known:
-        raise UsageError(f"trainer.precision={wanted}: must be one of {', '.join(known)}")
-    if wanted != "auto":
-        return wanted
-    if accelerator == "cpu" or not torch.cuda.is_available():
-        return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"

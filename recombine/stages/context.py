@@ -7,99 +7,126 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from recombine.core import checkpoint
+from recombine.core import checkpoint, rewrite
 from recombine.core.budget import Budget
+from recombine.core.method import Method
+from recombine.data.base import DataModule
 from recombine.data.batch_sampler import seed_of
 from recombine.evaluation.linear_probe import Probe
-from recombine.methods import Method
+from recombine.models import roles
 from recombine.runtime import progress
+from recombine.stages.settings import RunSettings
 from recombine.training import distributed, objectives, resume
 
 
 @dataclass
-class Run:
-    """cfg is the whole composed configuration; `seconds` fills up as parts of the run finish."""
+class RunContext:
+    """One run while it works.
 
-    cfg: DictConfig
+    out: the run's folder. state: the folder of what an interrupted run goes on from.
+    compressor: compresses first, then `method` adapts; None: there is only the method.
+    calibration_data: what calibrates, if not the data itself. transfer_data: other tasks, which `analyse` probes.
+    labels: what the user called the compressor and the method, by "compressor" and "method".
+    seconds, curves: fill up as parts of the run finish. logger: `loggers.RunLogger` while the run is watched.
+    """
+
+    settings: RunSettings
     out: Path
+    state: Path
     model: nn.Module
     method: Method
     budget: Budget
-    data: L.LightningDataModule
-    compressor: Method | None = None  # compresses first, then the method adapts
-    calibration: L.LightningDataModule | None = None  # what calibrates, if not the data itself
-    others: dict[str, L.LightningDataModule] = field(default_factory=dict)  # tasks that `analyse` probes
+    data: DataModule
+    compressor: Method | None = None
+    calibration_data: DataModule | None = None
+    transfer_data: dict[str, DataModule] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
     probe: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    curves: dict[str, dict[str, list]] = field(default_factory=dict)  # of each training, by epoch
-    logger: Any = None  # loggers.Watch while the run is watched
+    curves: dict[str, dict[str, list]] = field(default_factory=dict)
+    logger: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def first_method(self) -> Method:
+        """The method that compresses: the compressor, or else the method."""
+        return self.compressor or self.method
 
     @contextmanager
     def timed(self, part: str):
+        """Adds the seconds of the block to that part's."""
         start = time.perf_counter()
         yield
         self.seconds[part] = round(self.seconds.get(part, 0.0) + time.perf_counter() - start, 3)
 
-    @property
-    def state(self) -> Path:
-        """Where it keeps what an interrupted run goes on from."""
-        return resume.folder(self.out, self.cfg)
-
-    def phase(self, name: str, work: Callable[[], None], base: nn.Module | None = None) -> None:
+    def checkpointed_step(self, name: str, work: Callable[[], None], base: nn.Module | None = None) -> None:
         """Rewrites `model` by `work`, or takes what an earlier process, or the first rank, left of that.
 
         base: the model before any rewriting; None: `model` is that.
         """
         path, before = self.state / f"{name}.safetensors", dict(self.seconds)
-        torch.manual_seed(seed_of(self.cfg.seed, name))
-        done = resume.sealed(path) if distributed.rank() == 0 else None
+        torch.manual_seed(seed_of(self.settings.seed, name))
+        done = resume.verified_manifest(path) if distributed.rank() == 0 else None
         if done is None and distributed.rank() == 0:
             work()
             for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
-                if name not in self.model.recombined.own:  # laid out as when it is loaded: sums come out the same
+                if name not in self.model.recombined.untouched:  # laid out as when it is loaded: equal sums
                     tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
             checkpoint.save(self.model, path)
-            resume.seal(path, seconds={k: v - before.get(k, 0.0) for k, v in self.seconds.items()})
+            resume.write_manifest(path, seconds={k: v - before.get(k, 0.0) for k, v in self.seconds.items()})
         distributed.wait()
         if done is not None or distributed.rank() > 0:
             self.model = checkpoint.load(path, base or self.model)
             for part, seconds in (done or {}).get("seconds", {}).items():
                 self.seconds[part] = round(self.seconds.get(part, 0.0) + seconds, 3)
 
-    def task(self, label_smoothing: float = 0.0) -> objectives.Task:
+    def rewrite(self, method: Method) -> None:
+        """Applies the method, timed; under the run's budget where it is this method's to keep."""
+        pair = self.compressor is not None
+        mine = not pair or (method is self.method) == (self.budget.kind == "trainable")
+        if pair and not hasattr(self.model, "recombined"):
+            roles.split_fused(self.model, self.method.targets)  # before the compressor sees a fused qkv
+        with self.timed("retrofit"):
+            rewrite.apply(self.model, method, self.budget if mine else Budget(), self.losses)
+
+    def rewrite_all(self) -> None:
+        """The compressor, where there is one, then the method on what it left."""
+        if self.compressor is not None:
+            self.rewrite(self.compressor)
+            rewrite.finish(self.model, self.compressor, alone=False)
+        self.rewrite(self.method)
+
+    def objective(self, label_smoothing: float = 0.0) -> objectives.Objective:
+        """What the data's task is trained and scored by."""
         return objectives.build(self.data, label_smoothing)
 
-    def fetch(self, dataset, indices: list[int]):
+    def batch(self, dataset, indices: list[int]):
         """A batch of those samples as a model takes it, on its device."""
-        return objectives.fetch(self.data, dataset, indices, next(self.model.parameters()).device)
+        return objectives.fetch(self.data, dataset, indices, self.device)
 
-    def sample(self):
+    def typical_input(self):
         """The model's input for one sample: images (1, 3, H, W), or a dict of its keyword arguments."""
-        if hasattr(self.data, "sample"):  # texts differ in length: the module says which one is typical
-            batch = move_data_to_device(self.data.sample(), next(self.model.parameters()).device)
-        else:
-            batch = self.fetch(self.data.train, [0])
-        return (
-            {k: v for k, v in batch.items() if k not in objectives.NOT_INPUTS} if isinstance(batch, dict) else batch[0]
-        )
+        return objectives.inputs_of(objectives.on_device(self.data, self.data.sample(), self.device))
 
     def losses(self) -> Iterator[Tensor]:
-        """The task loss of each calibration batch: the same seeded draw at every call, from the training data or those
-        of `calibration`.
+        """The task loss of each calibration batch, the same seeded draw at every call.
 
-        All batches are of one size, as a mean over fewer samples gives each of them larger gradients.
+        They are of the training data, or of `calibration_data`. All batches are of one size, as a mean over fewer
+        samples gives each of them larger gradients.
         """
-        wanted, size = self.cfg.calibration.samples, self.cfg.calibration.batch_size
-        data, device = self.calibration or self.data, next(self.model.parameters()).device
-        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(self.cfg.seed))
+        wanted, size = self.settings.calibration.samples, self.settings.calibration.batch_size
+        data = self.calibration_data or self.data
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(self.settings.seed))
         wanted = min(wanted, len(order))
-        order, task = order[: wanted - wanted % size if wanted > size else wanted].tolist(), objectives.build(data)
+        order = order[: wanted - wanted % size if wanted > size else wanted].tolist()
+        objective = objectives.build(data)
         for start in progress.of(range(0, len(order), size), "calibration", "batches"):
-            loss, _ = task.loss(self.model, objectives.fetch(data, data.train, order[start : start + size], device))
+            batch = objectives.fetch(data, data.train, order[start : start + size], self.device)
+            loss, _ = objective.loss(self.model, batch)
             yield loss

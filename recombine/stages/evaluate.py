@@ -1,20 +1,22 @@
 """Score a checkpoint on the test set; without one, the original model, as far as it can do the task untrained."""
 
-import lightning as L
 from torch import nn
 
 from recombine import models
 from recombine.core import checkpoint
+from recombine.data.base import DataModule
 from recombine.errors import UsageError
-from recombine.layers.quantize import quantise
+from recombine.layers.quantize import quantize
 from recombine.models import roles
+from recombine.result_schema import StagePart
 from recombine.stages.adapt import test
-from recombine.stages.context import Run
+from recombine.stages.context import RunContext
 from recombine.training.lit import LitRecombine
 
 
-def evaluate(run: Run) -> dict:
-    path = run.cfg.stage.checkpoint
+def evaluate(run: RunContext) -> StagePart:
+    """The scores on the test set, and the checkpoint's path."""
+    path, bits = run.settings.stage.checkpoint, run.settings.stage.bits
     if path is None:
         run.model.requires_grad_(False)
     else:
@@ -23,14 +25,15 @@ def evaluate(run: Run) -> dict:
         if head is not None and (classes := head.out_features) != run.data.num_classes:
             why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
             raise UsageError(f"{path}: {why}; set data.task to the one it was trained on")
-    if run.cfg.stage.bits is not None:
-        rewritten = getattr(run.model, "recombined", None)
-        names = rewritten.targets if rewritten else roles.find(run.model, run.method.targets)
-        quantise(map(run.model.get_submodule, names), run.cfg.stage.bits)
-    return {"test": test(run, LitRecombine(run.model, run.method, run.task())), "checkpoint": path}
+    if bits is not None:
+        if (record := getattr(run.model, "recombined", None)) is None:
+            roles.split_fused(run.model, run.method.targets)
+        names = roles.find(run.model, run.method.targets) if record is None else record.targets
+        quantize(map(run.model.get_submodule, names), bits)
+    return {"test": test(run, LitRecombine(run.model, run.method, run.objective())), "checkpoint": path}
 
 
-def needs_head(model: nn.Module, data: L.LightningDataModule) -> None:
+def require_head(model: nn.Module, data: DataModule) -> None:
     """Refuses to score a model whose weights brought no classifier for the data; a language model needs none."""
     if data.num_classes is None or models.has_own_head(model):
         return
@@ -40,6 +43,6 @@ def needs_head(model: nn.Module, data: L.LightningDataModule) -> None:
     fix = "train one with stage=adapt and give stage.checkpoint=FILE"
     if own == data.num_classes:  # of other classes, for all that is known
         why, fix = f"the one in its weights is of {own} classes too", f"+model.num_classes={own} takes it"
-    elif getattr(data, "native", False) and (tags := models.tags(source["arch"], data.num_classes)):
+    elif data.uses_pretrained_classes and (tags := models.tags(source["arch"], data.num_classes)):
         fix = f"take model.tag={' or '.join(tags[:3])}"
     raise UsageError(f"{what} ({why}): {fix}")

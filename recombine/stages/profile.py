@@ -12,33 +12,36 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from recombine import models
-from recombine.core import budget
-from recombine.core.budget import MIB, Budget
+from recombine import results
+from recombine.core import account
+from recombine.core.account import MIB
+from recombine.core.budget import Budget
+from recombine.core.rewrite import prepare
 from recombine.errors import UsageError
-from recombine.methods import Full, Method
-from recombine.stages.context import Run
-from recombine.stages.retrofit import rewrite_all
+from recombine.methods import Full
+from recombine.result_schema import StagePart
+from recombine.stages.context import RunContext
 from recombine.training import objectives
+from recombine.training.settings import TrainerSettings
+from recombine.training.trainer import precision
 
 
-def profile(run: Run) -> dict:
+def profile(run: RunContext) -> StagePart:
     """`account` is always there; `profile` only where there are rounds."""
-    stage = run.cfg.stage
+    stage = run.settings.stage
     if not stage.rewrite:
         return predict(run)
     rival = None
     if stage.rounds:
         rival = replace(run, model=copy.deepcopy(run.model).cpu(), compressor=None, budget=Budget(), seconds={})
-        rival.method = named(stage.reference)
-    rewrite_all(run)
+        rival.method = stage.reference
+    run.rewrite_all()
     if rival is None:
         return {}
-    rewrite_all(rival)
-    batch = run.fetch(run.data.train, [i % len(run.data.train) for i in range(run.data.batch_size)])
+    rival.rewrite_all()
+    batch = run.batch(run.data.train, [i % len(run.data.train) for i in range(run.data.batch_size)])
     samples = len(objectives.labels_of(batch))
     device, peaks = next(run.model.parameters()).device, {}
     subjects = {"method": Subject(run, batch, device), "reference": Subject(rival, batch, device)}
@@ -63,14 +66,14 @@ def profile(run: Run) -> dict:
 class Subject:
     """A rewritten model and what one step of training and one batch of inference take of it."""
 
-    def __init__(self, run: Run, batch, device: torch.device):
-        self.model, self.batch, self.device, self.keep = run.model, batch, device, run.cfg.stage.keep
-        self.task, self.penalty = run.task(), run.method.penalty
+    def __init__(self, run: RunContext, batch, device: torch.device):
+        self.model, self.batch, self.device, self.keep = run.model, batch, device, run.settings.stage.keep
+        self.objective, self.penalty = run.objective(), run.method.penalty
         trains = [p for p in run.model.parameters() if p.requires_grad]
         # a rate of 0 costs what another does, and leaves the weights as they are
         self.optimizer = torch.optim.AdamW(trains or [nn.Parameter(torch.zeros(()))], lr=0.0)
         self.trains = bool(trains)
-        self.cast = autocast(run.cfg.trainer, device)
+        self.cast = autocast(run.settings.trainer, device)
 
     def train(self) -> float:
         """Seconds of a whole step: forward, loss, backward, AdamW; nan where nothing trains."""
@@ -79,7 +82,7 @@ class Subject:
 
     def step(self) -> None:
         with self.cast():
-            loss, _ = self.task.loss(self.model, self.batch)
+            loss, _ = self.objective.loss(self.model, self.batch)
             loss = loss + self.penalty(self.model)
         loss.backward()
         self.optimizer.step()
@@ -98,10 +101,8 @@ class Subject:
             return objectives.call(self.model, self.batch)
 
 
-def autocast(trainer: DictConfig, device: torch.device) -> Callable:
+def autocast(trainer: TrainerSettings, device: torch.device) -> Callable:
     """The run's precision, as Lightning would give it to a step."""
-    from recombine.stages.adapt import precision  # which needs this package
-
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision(trainer.precision, device.type))
     return lambda: torch.autocast(device.type, dtype=half, enabled=half is not None)
 
@@ -155,30 +156,13 @@ def ratio(reference: list[float], method: list[float]) -> float | None:
     return value if value == value else None
 
 
-def named(reference: DictConfig) -> Method:
-    """The method of conf/method/<name>.yaml with the fields that are given beside the name."""
-    from recombine.runner import pipeline  # which needs this package
-
-    fields = OmegaConf.to_container(reference, resolve=True)
-    file = models.CONF.parent / "method" / f"{fields.pop('name')}.yaml"
-    if not file.is_file():
-        raise UsageError(f"stage.reference.name={file.stem}: there is no such method; take lora or full")
-    return pipeline.method(OmegaConf.create(OmegaConf.to_container(OmegaConf.load(file)) | fields))
-
-
-def predict(run: Run) -> dict:
+def predict(run: RunContext) -> StagePart:
     """The account by the method's closed form: nothing is rewritten, so large models cost no factorisation."""
     if run.compressor is not None:
         raise UsageError("stage.rewrite=false: a pair's second needs what the first leaves; set stage.rewrite=true")
     if isinstance(run.method, Full):
         raise UsageError("stage.rewrite=false: counts the target layers, and full trains more; set stage.rewrite=true")
-    method = replace(run.method)
-    sites = method.find_sites(run.model, method)
-    if wanted := method.wants():
-        method.calibrate(run.model, method, sites, run.losses, wanted)
-    method.prepare(run.model, sites, run.losses)
-    if run.budget.kind != "none":
-        budget.solve(method, run.model, sites, run.budget)
-    method.learn(run.model, sites, run.losses)
-    named = {"name": type(method).__name__, **asdict(method)}
-    return {"method": named, "account": budget.predict(method, run.model, sites).as_dict()}
+    method, sites = prepare(run.model, run.method, run.budget, run.losses)
+    cls = type(method)
+    part = results.method_part(cls.__name__, asdict(method), run.labels["method"], cls.compresses)
+    return {"method": part, "account": account.predict(method, run.model, sites).as_dict()}

@@ -12,49 +12,79 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from io import BytesIO
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers.logger import Logger
 from omegaconf import OmegaConf
-from PIL import Image
 
 from recombine import results
 from recombine.errors import UsageError
-from recombine.stages.context import Run
 from recombine.training import distributed
+from recombine.training.logged_values import layer_table, numbers, rank_plot
 
 PATIENCE = 120  # seconds that the end of a run waits for its upload; `wandb sync` brings what is left
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoggerSettings:
+    """The keys of `logger`; all but the name are of wandb alone.
+
+    timeout: seconds that the server may take to answer. mode: online, offline, or None for what there is a key for.
+    """
+
+    name: str = "none"
+    project: str = "recombine"
+    entity: str | None = None
+    group: str | None = None
+    mode: str | None = None
+    tags: tuple[str, ...] = ()
+    timeout: float = 10.0
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a logger is told of its run.
+
+    out: its folder. name, group: what it is called, and what it is one of. stage: the name of the stage.
+    config: the configuration as plain values. labels: what runs are told apart by (method, model, task ...).
+    """
+
+    out: Path
+    name: str
+    group: str | None
+    stage: str
+    config: dict
+    labels: dict[str, str]
+
+
 @contextmanager
-def watching(run: Run) -> Iterator[None]:
-    """Opens the logger that the configuration names, as `run.logger`, and closes it whatever happens."""
+def open_logger(settings: LoggerSettings, run: Watched) -> Iterator["RunLogger | None"]:
+    """Opens the logger of that name and closes it whatever happens; None of name none."""
     kinds = {"none": None, "wandb": WandB, "tensorboard": TensorBoard}
-    if (name := run.cfg.logger.name) not in kinds:
-        raise UsageError(f"logger.name={name}: must be one of {', '.join(kinds)}")
-    if kinds[name] is None:
-        yield
+    if settings.name not in kinds:
+        raise UsageError(f"logger.name={settings.name}: must be one of {', '.join(kinds)}")
+    if kinds[settings.name] is None:
+        yield None
         return
-    run.logger = (kinds[name] if distributed.rank() == 0 else Watch)(run)
+    logger = (kinds[settings.name] if distributed.rank() == 0 else RunLogger)(settings, run)
     failed = True
     try:
-        yield
+        yield logger
         failed = False
     finally:
-        run.logger.close(failed)
+        logger.close(failed)
 
 
-class Watch(Logger):
+class RunLogger(Logger):
     """The Lightning logger that all fits of a run share; as it stands here, for the other ranks, it writes nothing."""
 
-    def __init__(self, run: Run):
+    def __init__(self, settings: LoggerSettings, run: Watched):
         super().__init__()
         self.out, self.prefix = run.out, ""
 
-    def fit(self, name: str) -> "Watch":
+    def fit(self, name: str) -> "RunLogger":
         """Itself, for the fit of that name: best (what the result is about) or distilled."""
         self.prefix = "" if name == "best" else f"{name}/"
         return self
@@ -84,35 +114,20 @@ class Watch(Logger):
         return str(self.out)
 
 
-class WandB(Watch):
+class WandB(RunLogger):
     """Offline unless there is a key; offline as well where the server is out of reach."""
 
-    def __init__(self, run: Run):
-        super().__init__(run)
+    def __init__(self, settings: LoggerSettings, run: Watched):
+        super().__init__(settings, run)
         import wandb
 
-        knobs, tags = run.cfg.logger, labels(run)
-        if not isinstance(knobs.timeout, int | float) or knobs.timeout <= 0:
-            raise UsageError(f"logger.timeout={knobs.timeout}: must be a number of seconds, more than 0")
-        settings = {"silent": True, "x_transaction_log_flush_interval": 1, "finish_timeout": PATIENCE}
-        settings |= {"init_timeout": knobs.timeout, "disable_git": True}  # a remote's URL may hold a token
+        if not isinstance(settings.timeout, int | float) or settings.timeout <= 0:
+            raise UsageError(f"logger.timeout={settings.timeout}: must be a number of seconds, more than 0")
         wandb.setup(wandb.Settings(silent=True))
-        how = {
-            "project": knobs.project,
-            "entity": knobs.entity,
-            "dir": str(run.out),
-            "id": run_id(run.out),
-            "resume": "allow",
-            "name": run_label(run.out),
-            "group": knobs.group or sweep(run.out),
-            "job_type": run.cfg.stage.name,
-            "tags": [tag[:64] for tag in dict.fromkeys([*tags.values(), *knobs.tags])],
-            "config": results.settings(run.cfg) | {"labels": tags, "environment": results.environment()},
-            "settings": wandb.Settings(**settings),
-        }
-        why = "no key, so offline" if knobs.mode is None else "offline"
+        how = self.arguments(settings, run)
+        why = "no key, so offline" if settings.mode is None else "offline"
         try:
-            if (mode := chosen_mode(knobs.mode, wandb)) == "online":
+            if (mode := chosen_mode(settings.mode, wandb)) == "online":
                 self.experiment = wandb.init(mode="online", **how)
                 print(f"W&B: {self.experiment.url}", file=sys.stderr)
         except wandb.errors.Error as error:
@@ -125,6 +140,26 @@ class WandB(Watch):
             print(f"W&B: {why}; upload: wandb sync '{self.experiment.settings.sync_dir}'", file=sys.stderr)
         self.experiment.define_metric("trainer/global_step")
         self.experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+
+    def arguments(self, settings: LoggerSettings, run: Watched) -> dict:
+        """Of wandb.init, but for its mode."""
+        import wandb
+
+        quiet = {"silent": True, "x_transaction_log_flush_interval": 1, "finish_timeout": PATIENCE}
+        quiet |= {"init_timeout": settings.timeout, "disable_git": True}  # a remote's URL may hold a token
+        return {
+            "project": settings.project,
+            "entity": settings.entity,
+            "dir": str(run.out),
+            "id": run_id(run.out),
+            "resume": "allow",
+            "name": run.name,
+            "group": settings.group or run.group,
+            "job_type": run.stage,
+            "tags": [tag[:64] for tag in dict.fromkeys([*run.labels.values(), *settings.tags])],
+            "config": run.config | {"labels": run.labels, "environment": results.environment()},
+            "settings": wandb.Settings(**quiet),
+        }
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         at = {} if step is None else {"trainer/global_step": step}
@@ -146,21 +181,21 @@ class WandB(Watch):
         wandb.teardown()  # finish() comes back before the record is whole; this waits
 
 
-class TensorBoard(Watch):
+class TensorBoard(RunLogger):
     """Event files in the run's folder, so that the page names runs as their folders are named."""
 
-    def __init__(self, run: Run):
-        super().__init__(run)
+    def __init__(self, settings: LoggerSettings, run: Watched):
+        super().__init__(settings, run)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UsageError(f"logger=tensorboard: cannot be imported ({error}); pip install -e '.[watch]'") from error
         self.settings = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in results.flat(results.settings(run.cfg)).items()
+            for key, value in results.flat(run.config).items()
         }
         self.experiment = SummaryWriter(str(run.out), flush_secs=1)
-        text = OmegaConf.to_yaml(OmegaConf.create(results.settings(run.cfg)))
+        text = OmegaConf.to_yaml(OmegaConf.create(run.config))
         self.experiment.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
         self.experiment.flush()
 
@@ -202,68 +237,3 @@ def chosen_mode(wanted: str | None, wandb) -> str:
 def run_id(out: Path) -> str:
     """The same for the same folder, so that a run that is taken up again is the same run."""
     return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-
-
-def run_label(out: Path) -> str:
-    """The run's folder; of a suite's task the suite's too."""
-    return (f"{out.parent.name}/{out.name}" if of_suite(out) else out.name)[-128:]
-
-
-def of_suite(out: Path) -> bool:
-    return HydraConfig.initialized() and out != Path(HydraConfig.get().runtime.output_dir)
-
-
-def sweep(out: Path) -> str | None:
-    """What a run is one of: its experiment, the folder of its sweep, or its suite; None of a single run."""
-    if not HydraConfig.initialized():
-        return None
-    hydra = HydraConfig.get()
-    if not OmegaConf.is_missing(hydra.job, "num"):  # numbered: one of several
-        return hydra.runtime.choices.get("experiment") or "/".join(Path(hydra.runtime.output_dir).parts[-3:-1])
-    return out.parent.name if of_suite(out) else None
-
-
-def labels(run: Run) -> dict[str, str]:
-    """What runs are told apart by."""
-    parts = {"compressor": run.compressor, "method": run.method}
-    found = {key: type(part).__name__.lower() for key, part in parts.items() if part is not None}
-    found |= {"model": run.cfg.model.name, "task": run.data.task or run.data.name}
-    return found | ({} if run.budget.kind == "none" else {"budget": str(run.budget)})
-
-
-def numbers(result: dict) -> dict[str, float]:
-    """The numbers of a result under one flat name each: score, test/acc, account/retained, linear_probe/test ..."""
-    parts = ("test", "account", "linear_probe", "distil", "weight_error", "logit_error", "best_epoch", "seconds")
-    parts += ("profile", "elsewhere", "subspaces")
-    found = {key: result[key] for key in parts if result.get(key) is not None}
-    found |= {"best": result["val"], "score": result["test"].get(result["metric"])}
-    if errors := found.pop("weight_error", None):
-        found["weight_error"] = sum(errors.values()) / len(errors)
-    return {k.replace(".", "/"): v for k, v in results.flat(found).items() if isinstance(v, int | float)}
-
-
-def layer_table(layers: list[dict]) -> tuple[list[str], list[list]]:
-    """The column names and the rows of `budget.layer_report`."""
-    columns = list(dict.fromkeys(key for row in layers for key in row))
-    cell = lambda value: "x".join(map(str, value)) if isinstance(value, list) else value  # noqa: E731
-    return columns, [[cell(row.get(column)) for column in columns] for row in layers]
-
-
-def rank_plot(layers: list[dict]) -> Image.Image:
-    """Rank by depth, a line a role (CERSA Fig. 3, JACTUS Fig. 3); without ranks the share of its weights a layer
-    holds."""
-    from matplotlib.figure import Figure  # only runs that are watched need it
-
-    ranks = [row.get("rank", row.get("basis_rank")) for row in layers]
-    label = "held share of the dense weights" if None in ranks else "rank"
-    values = [row["held"] for row in layers] if None in ranks else ranks
-    figure = Figure(figsize=(6, 3.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for role in dict.fromkeys(row["role"] for row in layers):
-        here = [value for row, value in zip(layers, values, strict=True) if row["role"] == role]
-        axes.plot(range(len(here)), here, marker="o", markersize=3, label=role)
-    axes.set(xlabel="depth", ylabel=label)
-    axes.legend(ncols=2, fontsize="small")
-    pixels = BytesIO()
-    figure.savefig(pixels, format="png")
-    return Image.open(pixels).convert("RGB")

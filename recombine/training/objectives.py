@@ -5,6 +5,7 @@ test set's parts a row is of, for metrics that tell them apart.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,13 @@ NOT_INPUTS = ("labels", "part")
 def call(model: nn.Module, batch) -> Tensor:
     """The model's logits for a batch."""
     if isinstance(batch, dict):
-        return model(**{key: value for key, value in batch.items() if key not in NOT_INPUTS}).logits
-    return model(batch[0])
+        return model(**inputs_of(batch)).logits
+    return model(inputs_of(batch))
+
+
+def inputs_of(batch):
+    """A batch without its labels: images, or a dict of the model's keyword arguments."""
+    return {k: v for k, v in batch.items() if k not in NOT_INPUTS} if isinstance(batch, dict) else batch[0]
 
 
 def labels_of(batch) -> Tensor:
@@ -37,42 +43,61 @@ def parts_of(batch) -> dict[str, Tensor]:
 
 def fetch(data, dataset, indices: list[int], device: torch.device):
     """A batch of those samples of a data module's split as a model takes it."""
-    return data.on_after_batch_transfer(move_data_to_device(dataset.__getitems__(indices), device), 0)
+    return on_device(data, dataset.__getitems__(indices), device)
 
 
-class Task(nn.Module):
-    """loss(model, batch) -> (scalar loss, logits or None); metrics() -> what logits and labels are scored with."""
+def on_device(data, batch, device: torch.device):
+    """A batch of a data module's loaders as a model takes it."""
+    return data.on_after_batch_transfer(move_data_to_device(batch, device), 0)
+
+
+class Shard(NamedTuple):
+    """What this rank has of a batch.
+
+    ranks: how many share the batch. empty: this rank's part is not its own and counts for nothing.
+    """
+
+    ranks: int = 1
+    empty: bool = False
+
+    def factors(self, counts: list) -> list:
+        """For means over `counts` terms each: factors that make the average over the ranks of this rank's means the
+        mean over all terms of the batch."""
+        if self.ranks == 1:
+            return [1.0] * len(counts)
+        device = next((c.device for c in counts if isinstance(c, Tensor)), None)
+        mine = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts]) * (not self.empty)
+        dist.all_reduce(total := mine.clone())
+        return (mine * self.ranks / total.clamp(min=1e-12)).unbind()
+
+
+WHOLE = Shard()
+
+
+class Objective(nn.Module):
+    """What a training minimises, and what it is scored by."""
 
     metric, mode = "loss", "min"  # what validation chooses the weights by
-    moves = False  # lets the method move its schedule
-    ranks, void = 1, False  # how many share a batch, and whether this one's part counts for nothing
+    schedules_method = False  # lets the method move its schedule before each step
 
-    def loss(self, model: nn.Module, batch) -> tuple[Tensor, Tensor | None]:
+    def loss(self, model: nn.Module, batch, shard: Shard = WHOLE) -> tuple[Tensor, Tensor | None]:
+        """The loss (scalar), of which the mean over the ranks is that of the whole batch; and logits or None."""
         raise NotImplementedError
 
     def metrics(self) -> MetricCollection:
+        """What logits and labels are scored with."""
         return MetricCollection({})
 
     def weight(self, batch) -> int:
         """How much a batch's loss counts in the loss of its split."""
         return len(labels_of(batch))
 
-    def shares(self, counts: list) -> list:
-        """For means over `counts` terms each: factors that make the average over the ranks of this rank's means the
-        mean over all terms of the batch."""
-        if self.ranks == 1:
-            return [1.0] * len(counts)
-        device = next((c.device for c in counts if isinstance(c, Tensor)), None)
-        mine = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts]) * (not self.void)
-        dist.all_reduce(total := mine.clone())
-        return (mine * self.ranks / total.clamp(min=1e-12)).unbind()
-
     def report(self, scores: dict[str, float]) -> dict[str, float]:
         """What a result says of a split, from its loss and metrics."""
         return scores
 
 
-class Classification(Task):
+class Classification(Objective):
     """Cross-entropy; accuracy over samples and, where classes are uneven, the mean over classes."""
 
     metric, mode = "acc", "max"
@@ -81,10 +106,10 @@ class Classification(Task):
         super().__init__()
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
 
-    def loss(self, model: nn.Module, batch) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, batch, shard: Shard = WHOLE) -> tuple[Tensor, Tensor]:
         logits = call(model, batch)  # (B, classes)
         smoothing = self.label_smoothing if model.training else 0.0
-        (share,) = self.shares([logits.new_tensor(len(logits))])
+        (share,) = shard.factors([logits.new_tensor(len(logits))])
         return share * F.cross_entropy(logits.float(), labels_of(batch), label_smoothing=smoothing), logits
 
     def metrics(self) -> MetricCollection:
@@ -96,25 +121,25 @@ class Classification(Task):
         )
 
 
-class Regression(Task):
+class Regression(Objective):
     """Mean squared error of the one output, as transformers trains STS-B."""
 
-    def loss(self, model: nn.Module, batch) -> tuple[Tensor, Tensor]:
+    def loss(self, model: nn.Module, batch, shard: Shard = WHOLE) -> tuple[Tensor, Tensor]:
         values = call(model, batch).squeeze(-1).float()  # (B,)
-        (share,) = self.shares([values.new_tensor(len(values))])
+        (share,) = shard.factors([values.new_tensor(len(values))])
         return share * F.mse_loss(values, labels_of(batch).float()), values
 
 
-class LanguageModel(Task):
+class LanguageModel(Objective):
     """Cross-entropy of the next token; labels (B, T) as the inputs, -100 where none is wanted. Its exp: perplexity.
 
     A split's loss is the mean over its tokens, however they fall into batches.
     """
 
-    def loss(self, model: nn.Module, batch) -> tuple[Tensor, None]:
+    def loss(self, model: nn.Module, batch, shard: Shard = WHOLE) -> tuple[Tensor, None]:
         logits, labels = call(model, batch)[:, :-1], labels_of(batch)[:, 1:]
         total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-        (share,) = self.shares([total.new_tensor(self.weight(batch))])
+        (share,) = shard.factors([total.new_tensor(self.weight(batch))])
         return share * total / max(self.weight(batch), 1), None
 
     def weight(self, batch) -> int:
@@ -124,21 +149,20 @@ class LanguageModel(Task):
         return scores | {"ppl": math.exp(min(scores["loss"], 700.0))}
 
 
-def build(data, label_smoothing: float = 0.0) -> Task:
-    """The task of a data module, scored by the module's own metrics where it has some."""
-    objective = getattr(data, "objective", "classification")
-    task = {
+def build(data, label_smoothing: float = 0.0) -> Objective:
+    """The objective of a data module, scored by the module's own metrics where it has some."""
+    objective = {
         "classification": lambda: Classification(data.num_classes, label_smoothing),
         "regression": Regression,
         "lm": LanguageModel,
-    }[objective]()
-    if hasattr(data, "metrics"):
-        task.metrics = data.metrics
-        task.metric, task.mode = data.metric, "max"
-    return task
+    }[data.objective]()
+    if data.metrics() is not None:
+        objective.metrics = data.metrics
+        objective.metric, objective.mode = data.metric, "max"
+    return objective
 
 
-class Distillation(Task):
+class Distillation(Objective):
     """The student follows the original model (CRISP Alg. 4): KL and MSE of the logits, MSE of every block's output.
 
     loss = kl KL(teacher || student) + mse |logits|^2 + features mean_l |block_l|^2, each MSE relative to the teacher's
@@ -147,14 +171,14 @@ class Distillation(Task):
     Paper: prints KL(student || teacher) and gives no weights. Here: the usual direction, T = 1, all weights 1.
     """
 
-    moves = True
+    schedules_method = True
 
     def __init__(self, teacher: nn.Module, kl: float = 1.0, mse: float = 1.0, features: float = 1.0):
         super().__init__()
         self.teacher = teacher.eval().requires_grad_(False)
         self.kl, self.mse, self.features = kl, mse, features
 
-    def loss(self, model: nn.Module, batch) -> tuple[Tensor, None]:
+    def loss(self, model: nn.Module, batch, shard: Shard = WHOLE) -> tuple[Tensor, None]:
         with torch.no_grad():
             target, target_blocks = outputs(self.teacher, batch)
         logits, blocks = outputs(model, batch)
@@ -162,8 +186,8 @@ class Distillation(Task):
         if kept is not None:
             target_blocks = [target_blocks[i] for i in kept]
         classes, rows = logits.shape[-1], logits[..., 0].numel()
-        energies = [1 if self.ranks == 1 else x.float().square().sum() for x in (target, *target_blocks)]
-        share, of_logits, *of_blocks = self.shares([rows, *energies])
+        energies = [1 if shard.ranks == 1 else x.float().square().sum() for x in (target, *target_blocks)]
+        share, of_logits, *of_blocks = shard.factors([rows, *energies])
         divergence = F.kl_div(
             logits.reshape(-1, classes).log_softmax(-1),
             target.reshape(-1, classes).log_softmax(-1),

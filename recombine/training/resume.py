@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from omegaconf import DictConfig
 
 from recombine import results
 from recombine.runtime.atomic import replacing
@@ -33,9 +32,9 @@ SHARE = 20  # an epoch's end writes a state if that takes less than a 20th of th
 EVERY = 10  # batches between two agreements of several ranks
 
 
-def folder(out: Path, cfg: DictConfig) -> Path:
-    """Where the run of that configuration keeps its state."""
-    same = {k: v for k, v in results.flat(results.settings(cfg)).items() if k not in results.ELSEWHERE}
+def state_folder(out: Path, config: dict) -> Path:
+    """Where the run of that configuration, as plain values, keeps its state."""
+    same = {k: v for k, v in results.flat(config).items() if k not in results.ELSEWHERE}
     return out / FOLDER / hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -51,13 +50,13 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(path: Path, **facts) -> None:
+def write_manifest(path: Path, **facts) -> None:
     """Says that a phase's file is whole, and what else is known of the phase."""
     with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps({"sha256": digest(path), **facts}))
 
 
-def sealed(path: Path) -> dict | None:
+def verified_manifest(path: Path) -> dict | None:
     """The facts of a phase whose file is whole, or None."""
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
@@ -127,8 +126,8 @@ class TrainingState(Checkpoint):
 
     def act(self, trainer, due: bool) -> None:
         """Every rank does what one of them has to."""
-        told = distributed.highest(self.told or 0, trainer.strategy.root_device)
-        if told or distributed.highest(int(due), trainer.strategy.root_device):
+        told = distributed.all_reduce_max(self.told or 0, trainer.strategy.root_device)
+        if told or distributed.all_reduce_max(int(due), trainer.strategy.root_device):
             self.save(trainer)
         if told:
             self.told = told
@@ -174,7 +173,7 @@ class TrainingState(Checkpoint):
                 signal.signal(*self.handlers.popitem())
 
 
-def where(path: Path) -> tuple[int, int]:
+def loop_position(path: Path) -> tuple[int, int]:
     """(epoch, batch) that a training state goes on with."""
     loops = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
     epoch, batch = loops["fit_loop"]["epoch_progress"]["current"], loops["fit_loop"]["epoch_loop.batch_progress"]

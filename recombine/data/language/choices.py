@@ -21,16 +21,13 @@ from functools import cache
 
 import numpy as np
 
+from recombine.data.language.prompts import CHOICES
+from recombine.data.sampling import shuffled
 from recombine.data.text.sentences import senses
-from recombine.data.vision.source import shuffled
-from recombine.runtime.assets import fetch, read
+from recombine.runtime.archives import read
+from recombine.runtime.assets import fetch
 
-TASKS = ("wiki_description", "wordnet_definition", "capital_of")
-PROMPTS = {  # question -> what stands before an option
-    "wiki_description": "Title: {}\nDescription:",
-    "wordnet_definition": "The word {} means",
-    "capital_of": "The capital of {} is",
-}
+TASKS = tuple(CHOICES)
 ASSET = {"wiki_description": "wiki", "wordnet_definition": "wordnet", "capital_of": "wiki"}
 ARTICLES = {"test": 2000, "val": 500}  # the rest of 10,033 is train
 WORDS = {"test": 2000, "val": 500, "train": 8000}
@@ -53,10 +50,12 @@ def articles() -> dict[str, list[dict[str, str]]]:
 
 @cache
 def items(task: str, split: str) -> list[Item]:
+    """The questions of a task of TASKS."""
     return {"wiki_description": descriptions, "wordnet_definition": definitions, "capital_of": capitals}[task](split)
 
 
 def descriptions(split: str) -> list[Item]:
+    """Of the articles that have a description and a topic."""
     rows = [(a["title"], a["description"], a["topic"]) for a in articles()[split] if a["description"]]
     return choose([row for row in rows if row[2] != "Uncategorized"])
 
@@ -82,9 +81,9 @@ def capitals(split: str) -> list[Item]:
     countries = {a["title"] for a in known if re.match(r"(?:\w+ )?[Cc]ountry\b", a["description"] or "")}
     rows = []
     for a in known:
-        found = re.fullmatch(r"(?:Federal )?[Cc]apital\b.*? (?:of|in) (?:the )?([^,]+)", a["description"] or "")
-        if found and found[1] in countries:
-            rows.append((found[1], re.sub(r"(, .*| \(.*)", "", a["title"]), "capital"))
+        capital = re.fullmatch(r"(?:Federal )?[Cc]apital\b.*? (?:of|in) (?:the )?([^,]+)", a["description"] or "")
+        if capital and capital[1] in countries:
+            rows.append((capital[1], re.sub(r"(, .*| \(.*)", "", a["title"]), "capital"))
     return choose(rows) if split == "test" else []
 
 
@@ -93,7 +92,7 @@ def choose(rows: list[tuple[str, str, str]]) -> list[Item]:
     groups: dict[str, list[str]] = defaultdict(list)
     for _, answer, group in rows:
         groups[group].append(answer)
-    found = []
+    questions = []
     for i, (question, answer, group) in enumerate(rows):
         asked, pool = stems(question), groups[group]
         wrong = []
@@ -104,16 +103,17 @@ def choose(rows: list[tuple[str, str, str]]) -> list[Item]:
         if len(wrong) == 3 and not asked & stems(answer):
             order = shuffled(4, i).tolist()
             options = [[answer, *wrong][k] for k in order]
-            found.append({"question": question, "options": options, "answer": order.index(0)})
-    return found
+            questions.append({"question": question, "options": options, "answer": order.index(0)})
+    return questions
 
 
 def stems(text: str) -> set[str]:
+    """The first five letters of all words but the short and the common ones."""
     return {word[:5] for word in re.findall(r"\w+", text.lower()) if len(word) > 2 and word not in SMALL}
 
 
 @cache
 def nouns() -> list[tuple[str, str, str]]:
     """(file, first word, definition) of every noun synset, where the word is one word."""
-    found = [(file, words[0], definition) for file, words, definition, _ in senses() if 3 <= int(file) <= 28]
-    return [row for row in found if row[1].isalpha()]
+    synsets = [(file, words[0], definition) for file, words, definition, _ in senses() if 3 <= int(file) <= 28]
+    return [row for row in synsets if row[1].isalpha()]

@@ -17,14 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from recombine.data import hub
+from recombine.data.base import require_known
+from recombine.data.readers import arrow_table
 from recombine.data.text.base import TextData, TextSource
 from recombine.errors import UsageError
 
@@ -34,6 +34,8 @@ LICENCE = "each task its own, see the GLUE data sets' pages"
 
 @dataclass(frozen=True)
 class Task:
+    """What GLUE says of a task."""
+
     columns: tuple[str, ...]
     classes: tuple[str, ...]  # (): a number
     scores: tuple[str, ...]
@@ -68,16 +70,26 @@ for part, other in (("matched", "mismatched"), ("mismatched", "matched")):
 
 
 class Glue(TextData):
-    """Expects nyu-mll/glue at ``revision`` (null: REVISION), or the same files under ``root``."""
+    """A task of TASKS.
+
+    Args (besides those of `TextData`):
+        root: a folder of the user's; None: the hub.
+        revision: a commit of the hub's repository; None: REVISION.
+
+    Raises:
+        UsageError: an unknown task; and, once the rows are read, what is wrong with their files.
+    """
 
     name = group = "glue"
+    label, experiment = "GLUE", "cersa/tab08"
+    task_labels = {
+        "mnli": "MNLI", "mrpc": "MRPC", "stsb": "STS-B", "rte": "RTE", "sst2": "SST-2", "qnli": "QNLI", "qqp": "QQP",
+        "cola": "CoLA", "mnli_matched": "MNLI matched", "mnli_mismatched": "MNLI mismatched",
+    }  # fmt: skip
     suite = dict.fromkeys(SUITE, "glue")
 
     def __init__(self, *, task: str, root: str | Path | None = None, revision: str | None = None, **kwargs):
-        if task not in TASKS:
-            close = get_close_matches(str(task), TASKS, 1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UsageError(f"unknown GLUE task {task!r}: {hint}choose from {', '.join(TASKS)}")
+        require_known("GLUE task", task, TASKS)
         super().__init__(task=task, **kwargs)
         self.row = TASKS[task]
         self.classes, self.scores = list(self.row.classes) or None, self.row.scores
@@ -89,17 +101,15 @@ class Glue(TextData):
         inside = self.row.folder or self.task
         if self.root is not None:
             return self.root / inside if (self.root / inside).is_dir() else self.root
+        folder, why = None, "no connection, or no such files"
         try:
-            found, why = (
-                hub.download(REPOSITORY, self.revision, [f"{inside}/*.parquet"]) / inside,
-                "no connection, or no such files",
-            )
+            folder = hub.download(REPOSITORY, self.revision, [f"{inside}/*.parquet"]) / inside
         except UsageError as error:
-            found, why = None, str(error)
-        if found is None or not found.is_dir():
+            why = str(error)
+        if folder is None or not folder.is_dir():
             ways = f"connect once, or give data.root=FOLDER with {inside}/train-*.parquet, or take data=sentences"
             raise UsageError(f"glue {self.task}: {REPOSITORY} is not cached and the hub fails ({why}): {ways}")
-        return found
+        return folder
 
     def identity(self) -> str:
         if self.root is None:
@@ -113,14 +123,14 @@ class Glue(TextData):
 
     def source(self) -> TextSource:
         parts = {split: self._read(split) for split in self.row.sizes}
-        found = {split: len(labels) for split, (_, labels) in parts.items()}
+        sizes = {split: len(labels) for split, (_, labels) in parts.items()}
         differences = tuple(
-            f"{split} has {found[split]} rows, GLUE's has {count}: no number on it is GLUE's"
+            f"{split} has {sizes[split]} rows, GLUE's has {count}: no number on it is GLUE's"
             for split, count in self.row.sizes.items()
-            if found[split] != count
+            if sizes[split] != count
         )
         named = dict(zip(("train", "test", "test_more"), parts.values(), strict=False))
-        counted = ", ".join(f"{split} {count}" for split, count in found.items())
+        counted = ", ".join(f"{split} {count}" for split, count in sizes.items())
         note = f"{self.root or f'{REPOSITORY}@{self.revision[:8]}'}: {counted}; test is {' + '.join(list(parts)[1:])}"
         return TextSource(LICENCE, named, note, differences)
 
@@ -138,13 +148,8 @@ class Glue(TextData):
         return list(zip(*texts, strict=True)), labels.astype(np.int64 if self.classes else np.float32)
 
     def _table(self, path: Path) -> pa.Table:
-        try:
-            if path.suffix == ".parquet":
-                table = pq.read_table(path)
-            else:
-                table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        except (pa.ArrowException, OSError) as error:
-            raise UsageError(f"cannot read {path}: {str(error).splitlines()[0]}; fetch it again") from error
+        """A file with the task's columns, or what is wrong with it in one line."""
+        table = arrow_table(path)
         for column in (*self.row.columns, "label"):
             if column not in table.column_names:
                 has = ", ".join(table.column_names)
@@ -157,8 +162,8 @@ class Glue(TextData):
         number = pa.types.is_integer if self.classes else pa.types.is_floating
         if not number(kind := table["label"].type):
             raise UsageError(f"{path}: column 'label' is {kind}: must be {'class numbers' if self.classes else 'real'}")
-        told = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        names = (told.get("label") or {}).get("names")
+        schema = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        names = (schema.get("features", {}).get("label") or {}).get("names")
         if self.classes and names is not None and names != self.classes:
             raise UsageError(f"{path} numbers its classes {', '.join(names)}: GLUE's are {', '.join(self.classes)}")
         return table
@@ -166,6 +171,6 @@ class Glue(TextData):
 
 def files(folder: Path, split: str) -> list[Path]:
     """The files of a split in any of the three layouts."""
-    found = sorted(folder.glob(f"{split}-*.parquet")) or sorted((folder / split).glob("*.parquet"))
-    found = found or [p for p in (folder / f"{split}.parquet",) if p.is_file()]
-    return found or sorted((folder / split).glob("data-*.arrow"))  # save_to_disk
+    paths = sorted(folder.glob(f"{split}-*.parquet")) or sorted((folder / split).glob("*.parquet"))
+    paths = paths or [path for path in (folder / f"{split}.parquet",) if path.is_file()]
+    return paths or sorted((folder / split).glob("data-*.arrow"))  # save_to_disk

@@ -20,14 +20,16 @@ import io
 import re
 import tarfile
 from collections import Counter
-from difflib import get_close_matches
 
 import numpy as np
 
-from recombine.data.text.base import Row, TextData, TextSource
-from recombine.data.vision.source import shuffled
+from recombine.data.base import require_known
+from recombine.data.sampling import shuffled
+from recombine.data.text.base import TextData, TextSource
+from recombine.data.text.tokenised import Row
 from recombine.errors import UsageError
-from recombine.runtime.assets import ASSETS, cache_dir, fetch, read, read_many
+from recombine.runtime.archives import read, read_many
+from recombine.runtime.assets import ASSETS, cache_dir, fetch
 
 SIZES = {"train": 4000, "val": 1000, "test": 2000}  # rows; an epoch of minilm is a minute or two on two cores
 VADER = {  # source -> its files
@@ -52,16 +54,16 @@ PINS = {  # task -> the first 16 digits of sha256(train + val + test), each a sh
 
 
 class Sentences(TextData):
-    """Splits are the same for every seed."""
+    """A task of SUITE or SHIFTS. Splits are the same for every seed."""
 
     name = "sentences"
+    task_labels = {"gloss_match": "gloss match"} | {
+        f"sentiment_{source}": f"sentiment, tested on {source}" for source in ("tweets", "amazon", "nyt")
+    }
     suite = {"sentiment": "single", "rating": "single", "gloss_match": "pair"}
 
     def __init__(self, *, task: str, **kwargs):
-        if task not in (*SUITE, *SHIFTS):
-            close = get_close_matches(str(task), (*SUITE, *SHIFTS), 1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UsageError(f"unknown task {task!r}: {hint}choose from {', '.join((*SUITE, *SHIFTS))}")
+        require_known("sentences task", task, (*SUITE, *SHIFTS))
         super().__init__(task=task, **kwargs)
         self.group = "shift" if task in SHIFTS else self.suite[task]
         self.classes = {"rating": None, "gloss_match": ["other", "same"]}.get(task, ["negative", "positive"])
@@ -78,11 +80,11 @@ class Sentences(TextData):
         return sentiment(self.task.removeprefix("sentiment").removeprefix("_") or "movies")
 
     def check(self, digests: dict[str, str]) -> None:
-        found = hashlib.sha256("".join(digests[split] for split in SIZES).encode()).hexdigest()[:16]
-        if found != PINS[self.task]:
+        digest = hashlib.sha256("".join(digests[split] for split in SIZES).encode()).hexdigest()[:16]
+        if digest != PINS[self.task]:
             raise UsageError(
-                f"{self.task}: sha256 of the splits is {found}, expected {PINS[self.task]}; remove {cache_dir()}/texts "
-                f"and run again"
+                f"{self.task}: sha256 of the splits is {digest}, expected {PINS[self.task]}; remove "
+                f"{cache_dir()}/texts and run again"
             )
 
 
@@ -94,11 +96,11 @@ def vader(source: str) -> dict[str, float]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("latin-1")
-    found: dict[str, float] = {}
+    ratings: dict[str, float] = {}
     for line in text.splitlines():
         if len(cells := line.split("\t", 2)) == 3:
-            found.setdefault(cells[2].strip(), float(cells[1]))
-    return found
+            ratings.setdefault(cells[2].strip(), float(cells[1]))
+    return ratings
 
 
 def sentiment(source: str) -> TextSource:
@@ -111,11 +113,13 @@ def sentiment(source: str) -> TextSource:
 
 
 def rating() -> TextSource:
+    """All movie sentences with their mean ratings."""
     splits = cut([((text,), r) for text, r in vader("movies").items()], np.float32)
     return TextSource(ASSETS["vader"].licence, splits, note("mean rating of all sentences"))
 
 
 def note(what: str) -> str:
+    """The note of a result on VADER's sentences."""
     return f"VADER's movie sentences (vaderSentiment 2.5), {what}; kin of SST, not independent of it"
 
 
@@ -134,7 +138,7 @@ def cut(rows: list[tuple[Row, float]], kind: type) -> dict[str, tuple[list[Row],
 def senses() -> list[tuple[str, list[str], str, list[str]]]:
     """(lexicographer file, words, definition, examples) of every synset, in the order of the files."""
     members = {part: f"usr/share/wordnet/data.{part}" for part in PARTS}
-    texts, found = read_many(fetch("wordnet"), members.values()), []
+    texts, synsets = read_many(fetch("wordnet"), members.values()), []
     for part in PARTS:
         for line in texts[members[part]].decode("latin-1").splitlines():
             if line.startswith("  "):  # the licence
@@ -143,8 +147,8 @@ def senses() -> list[tuple[str, list[str], str, list[str]]]:
             fields = data.split(" ")  # offset, file, part of speech, words in hex, then word and sense number by turns
             words = [re.sub(r"\(\w+\)$", "", word).lower() for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
             definition = re.split(r';\s*"', gloss)[0].strip(" ;")
-            found.append((fields[1], words, definition, re.findall(r'"([^"]+)"', gloss)))
-    return found
+            synsets.append((fields[1], words, definition, re.findall(r'"([^"]+)"', gloss)))
+    return synsets
 
 
 def stems(text: str) -> set[str]:
@@ -170,8 +174,8 @@ def gloss_match() -> TextSource:
         split = where.pop() if where else min(SIZES, key=lambda s: len(splits[s]) / SIZES[s])
         splits[split].append((file, *pair))
         taken |= dict.fromkeys(words, split)
-    made = {split: pairs(mine, SIZES[split] // 2) for split, mine in splits.items()}
-    return TextSource(ASSETS["wordnet"].licence, made, "WordNet 3.0, made into pairs")
+    rows = {split: pairs(triples, SIZES[split] // 2) for split, triples in splits.items()}
+    return TextSource(ASSETS["wordnet"].licence, rows, "WordNet 3.0, made into pairs")
 
 
 def pairs(senses: list[tuple[str, str, str]], count: int) -> tuple[list[Row], np.ndarray]:

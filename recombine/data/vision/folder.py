@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from recombine.data.base import SPLITS
+from recombine.data.sampling import stratified
 from recombine.data.vision.base import VisionData
-from recombine.data.vision.source import Lazy, Part, Source, decode, stratified
+from recombine.data.vision.source import Lazy, Part, Source, decode
 from recombine.errors import UsageError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -38,6 +39,16 @@ Listing = tuple[list[str], dict[str, Part]]  # class names, and the pictures of 
 
 
 class Folder(VisionData):
+    """Pictures of the user's own.
+
+    Args:
+        root: the folder.
+        task: a folder in ``root``; None: ``root`` itself.
+
+    Raises:
+        UsageError: there is no such folder, or its layout is none of the three.
+    """
+
     name = "folder"
     group = "folder"
 
@@ -49,7 +60,12 @@ class Folder(VisionData):
         self._listing: Listing | None = None
         self.num_classes = len(self.listing()[0])
 
+    @property
+    def title(self) -> str:
+        return f"{self.root.resolve().name} (folder)"
+
     def listing(self) -> Listing:
+        """Class names, and the pictures of each split."""
         if self._listing is None:
             if any((self.root / file).is_file() for file in (WHOLE, *LISTS.values())):
                 self._listing = lists(self.root, NOAH_CLASSES.get(self.task or self.root.name))
@@ -82,9 +98,9 @@ class Folder(VisionData):
 
 def lists(root: Path, count: int | None) -> Listing:
     """NOAH's lists. Without train800.txt and val200.txt, the first 800 and the last 200 of train800val200.txt."""
-    whole = (root / WHOLE).is_file() and not any((root / LISTS[split]).is_file() for split in ("train", "val"))
+    undivided = (root / WHOLE).is_file() and not any((root / LISTS[split]).is_file() for split in ("train", "val"))
     parts: dict[str, Part] = {}
-    for split, name in ({"train": WHOLE, "test": LISTS["test"]} if whole else LISTS).items():
+    for split, name in ({"train": WHOLE, "test": LISTS["test"]} if undivided else LISTS).items():
         file = root / name
         if not file.is_file():
             raise UsageError(f"no list {file}: a VTAB-1k folder needs {', '.join(LISTS.values())}")
@@ -94,7 +110,7 @@ def lists(root: Path, count: int | None) -> Listing:
         for number, label in enumerate(parts[split].labels, 1):
             if not 0 <= label < count:
                 raise UsageError(f"{file}:{number}: label {label} is out of range: use 0 .. {count - 1}")
-    if whole:
+    if undivided:
         if len(parts["train"]) <= 800:
             listed = f"{root / WHOLE} lists {len(parts['train'])} pictures"
             raise UsageError(f"{listed}: the first 800 train and the rest is val, so it needs more; restore the list")
@@ -118,11 +134,11 @@ def _entries(root: Path, file: Path) -> tuple[list[Path], np.ndarray]:
 
 def splits(root: Path, names: Mapping[str, str] = OFFICIAL) -> Listing:
     """train/<class>/*, test/<class>/* and, where it exists, val/<class>/*; ``names``: ours -> the data set's."""
-    found = {ours: [root / n for n in ALIASES[theirs] if (root / n).is_dir()] for ours, theirs in names.items()}
-    if not found["test"]:
+    folders = {ours: [root / n for n in ALIASES[theirs] if (root / n).is_dir()] for ours, theirs in names.items()}
+    if not folders["test"]:
         raise UsageError(f"no folder {root / names['test']}: beside train there must be test (val may be missing)")
     classes = subfolders(root / "train")
-    return classes, {split: pictures(folders[0], classes) for split, folders in found.items() if folders}
+    return classes, {split: pictures(paths[0], classes) for split, paths in folders.items() if paths}
 
 
 def is_tree(root: Path) -> bool:
@@ -131,6 +147,7 @@ def is_tree(root: Path) -> bool:
 
 
 def subfolders(folder: Path) -> list[str]:
+    """The names of its class folders, sorted; there must be one."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise UsageError(f"no class folders in {folder}: put the pictures in {folder}/<class>/")

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import cache
 from itertools import permutations
 
-from recombine.data.base import announce
+from recombine.data.base import log_once
 from recombine.data.vision import packaged, synthetic
 from recombine.data.vision.base import VisionData
 from recombine.data.vision.source import Source
@@ -45,6 +45,8 @@ def pins() -> dict[str, dict[str, str]]:
 
 
 class Offline(VisionData):
+    """A task of TASKS; the other arguments are those of `VisionData`."""
+
     name = "offline"
     suite = {task: TASKS[task][0] for task in SUITE}
 
@@ -80,4 +82,4 @@ class Offline(VisionData):
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         if "non-commercial" in self.meta["licence"]:
-            announce(f"{self.task}: licence {self.meta['licence']}")
+            log_once(f"{self.task}: licence {self.meta['licence']}")

@@ -27,9 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
-from recombine.data.vision.source import SIZES, Lazy, Source, shuffled, stratified
+from recombine.data.sampling import shuffled, stratified
+from recombine.data.vision.source import SIZES, Lazy, Source
 from recombine.errors import UsageError
-from recombine.runtime.assets import ASSETS, fetch, read, read_many
+from recombine.runtime.archives import read, read_many
+from recombine.runtime.assets import ASSETS, fetch
 
 SPLITS = Path(__file__).parents[1] / "splits"
 VENDORS = ("noto", "twemoji", "openmoji", "fluent")
@@ -109,14 +111,14 @@ def _icons(vendor: str, emoji: np.ndarray, names: np.ndarray) -> list[str | None
         icon = points.get(key, _slug(name))
         while icon not in icons["icons"] and icon in aliases:
             icon = aliases[icon]["parent"]
-        if (found := icons["icons"].get(icon)) is None:
+        if (drawing := icons["icons"].get(icon)) is None:
             return None
         left, top, width, height = (
-            found.get(k, icons.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+            drawing.get(k, icons.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
         )
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{found["body"]}</svg>'
+            f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{drawing["body"]}</svg>'
         )
 
     return [svg(key, name) for key, name in zip(emoji, names, strict=True)]
@@ -127,6 +129,7 @@ def _emoji_picture(svg: str) -> np.ndarray:
 
 
 def emoji(task: str) -> Source:
+    """``emoji``, ``emoji_<vendor>`` or ``emoji_<a>_<b>``."""
     _, *vendors = task.split("_")
     table, classes = _table("emoji19.csv")
     split = _grouped(table, 0.2, 1960)
@@ -155,6 +158,7 @@ def _clipart_picture(svg: bytes) -> np.ndarray:
 
 
 def openclipart(task: str) -> Source:
+    """Drawings of Debian's openclipart-svg."""
     table, classes = _table("openclipart25.csv")
     split = _grouped(table, 0.3, 2004)  # more than 200 / 1000: some classes are one group, which train keeps
     root = "usr/share/openclipart/svg/"
@@ -205,6 +209,7 @@ def _fashion_hub(first: UsageError) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def fashion_mnist(task: str) -> Source:
+    """Fashion-MNIST (arXiv 1708.07747)."""
     arrays = _fashion_arrays()
     images, labels = arrays["train"]
     labels = labels.astype(np.int64)
@@ -223,6 +228,7 @@ def fashion_mnist(task: str) -> Source:
 
 
 def elpv(task: str) -> Source:
+    """Solar cells of the ELPV dataset."""
     from PIL import Image
 
     path = fetch("elpv")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from recombine.data.readers import first_line
 from recombine.errors import UsageError
 
 SIZES = {"train": 800, "val": 200, "test": 1000}  # VTAB-1K's form; test sets may be smaller
@@ -31,6 +32,8 @@ class Lazy:
 
 @dataclass(frozen=True)
 class Source:
+    """All pictures of a task, with what a result says of them."""
+
     classes: list[str]
     licence: str
     splits: dict[str, tuple[Sequence[np.ndarray], np.ndarray]]  # pictures and their int64 labels
@@ -49,13 +52,14 @@ class Part:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> Part:
+        """The pictures with these indices (k,), in this order."""
         items = self.items
-        kept = [items[i] for i in rows] if isinstance(items, list) else Lazy(items.__getitem__, rows)
-        return Part(kept, self.labels[rows])
+        taken = [items[i] for i in rows] if isinstance(items, list) else Lazy(items.__getitem__, rows)
+        return Part(taken, self.labels[rows])
 
 
 def join(parts: Sequence[Part]) -> Part:
-    """One after the other."""
+    """The pictures of all parts, one part after the other."""
     labels = np.concatenate([part.labels for part in parts])
     if all(isinstance(part.items, list) for part in parts):
         return Part([item for part in parts for item in part.items], labels)
@@ -64,7 +68,11 @@ def join(parts: Sequence[Part]) -> Part:
 
 
 def decode(item: Path | tuple[str, bytes]) -> np.ndarray:
-    """uint8 (H, W, 3); a picture that Pillow cannot read is refused in one line."""
+    """uint8 (H, W, 3).
+
+    Raises:
+        UsageError: Pillow cannot read it.
+    """
     from PIL import Image, UnidentifiedImageError
 
     where, file = (item, item) if isinstance(item, Path) else (item[0], io.BytesIO(item[1]))
@@ -72,25 +80,5 @@ def decode(item: Path | tuple[str, bytes]) -> np.ndarray:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on bad files
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not an image" if unknown else (str(error).splitlines() or [type(error).__name__])[0]
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise UsageError(f"cannot read the picture {where}: {reason}; replace or remove it") from error
-
-
-def shuffled(count: int, seed: int) -> np.ndarray:
-    """A permutation that no numpy version changes: the order of ``count`` draws of PCG64."""
-    return np.argsort(np.random.Generator(np.random.PCG64(seed)).random(count), kind="stable")
-
-
-def stratified(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """``count`` indices in random order, every class in its share (largest remainders, the lower class at a tie)."""
-    sizes = np.bincount(labels)
-    exact = sizes * count / len(labels)
-    quota = np.floor(exact).astype(int)
-    quota[np.argsort(quota - exact, kind="stable")[: count - quota.sum()]] += 1
-    order = shuffled(len(labels), seed)
-    rank = np.empty(len(labels), int)  # of each item among those of its class
-    for label in np.flatnonzero(sizes):
-        mine = order[labels[order] == label]
-        rank[mine] = np.arange(len(mine))
-    return order[rank[order] < quota[labels[order]]]

@@ -23,6 +23,7 @@ from functools import cache
 
 import numpy as np
 
+from recombine.data.vision.ray_caster import Solid, cast, dot, view
 from recombine.data.vision.source import SIZES, Lazy, Source
 
 LICENCE = "generated, free of rights"
@@ -61,6 +62,7 @@ _TURNS = [(_cos(360 * i / 39), _sin(360 * i / 39)) for i in range(40)]  # first 
 
 
 def dsprites_factors(seed: int) -> dict[str, np.ndarray]:
+    """split -> factors (N, 5); no two rows are alike."""
     return _split(_draw(DSPRITES, sum(SIZES.values()), seed))
 
 
@@ -91,165 +93,21 @@ def dsprite(factors: np.ndarray) -> np.ndarray:
     return image
 
 
-# The ray caster of the other two: spheres, boxes and upright cylinders over a floor at z = 0, one point light
-
-
-@dataclass(frozen=True)
-class Solid:
-    kind: str  # sphere, box, cylinder
-    centre: tuple[float, float, float]
-    half: tuple[float, float, float]  # half sizes; a sphere's radius is half[0], a cylinder's half[0]
-    colour: tuple[float, ...]
-    shine: float = 0.1
-    turn: tuple[float, float] = (1.0, 0.0)  # cosine and sine about the vertical
-
-    @property
-    def reach(self) -> float:
-        """Squared radius of a ball around the centre that holds the solid."""
-        a, b, c = self.half
-        return {"sphere": a * a, "box": a * a + b * b + c * c, "cylinder": a * a + c * c}[self.kind] * 1.0001
-
-
-def _dot(a, b):
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
-
-
-def _unit(a):
-    length = np.sqrt(_dot(a, a))
-    return [x / length for x in a]
-
-
-def _view(camera, target):
-    """Forward, right and up, as Python floats."""
-    f = [float(x) for x in _unit([t - c for t, c in zip(target, camera, strict=True)])]
-    r = [float(x) for x in _unit([f[1], -f[0], 0.0])]
-    u = [r[1] * f[2] - r[2] * f[1], r[2] * f[0] - r[0] * f[2], r[0] * f[1] - r[1] * f[0]]
-    return f, r, u
-
-
-def _hits(solid: Solid, origin, ray):
-    """Which rays hit: indices (k,), distances (k,), normals 3 x (k,). ``origin`` is a point or one point a ray."""
-    w = [o - c for o, c in zip(origin, solid.centre, strict=True)]
-    b = _dot(w, ray)
-    ids = np.flatnonzero(_dot(w, w) - b * b < solid.reach)  # rays whose line passes the ball
-    d = [x[ids] for x in ray]
-    w = [x[ids] if isinstance(x, np.ndarray) else np.full(len(ids), x, np.float32) for x in w]
-    c, s = solid.turn
-    d = [c * d[0] + s * d[1], c * d[1] - s * d[0], d[2]]
-    w = [c * w[0] + s * w[1], c * w[1] - s * w[0], w[2]]
-    far = np.float32(np.inf)
-    if solid.kind == "sphere":
-        r = solid.half[0]
-        b = _dot(w, d)
-        q = b * b - (_dot(w, w) - r * r)
-        t = np.where(q > 0, -b - np.sqrt(np.maximum(q, 0)), far)
-        normal = [(x + np.where(q > 0, t, 0) * y) / r for x, y in zip(w, d, strict=True)]
-    elif solid.kind == "box":
-        enter, leave = [], []
-        for x, y, h in zip(w, d, solid.half, strict=True):
-            t1, t2 = (-h - x) / y, (h - x) / y
-            enter.append(np.minimum(t1, t2))
-            leave.append(np.maximum(t1, t2))
-        t = np.maximum(np.maximum(enter[0], enter[1]), enter[2])
-        t, face = np.where(t < np.minimum(np.minimum(leave[0], leave[1]), leave[2]), t, far), t
-        normal, free = [], np.ones(len(ids), bool)
-        for e, y in zip(enter, d, strict=True):
-            mine = free & (e == face)  # the face entered last; one of them on an edge
-            free &= ~mine
-            normal.append(np.where(mine, -np.sign(y), np.float32(0)))
-    else:
-        r, h = solid.half[0], solid.half[2]
-        a = d[0] * d[0] + d[1] * d[1] + 1e-12
-        b = w[0] * d[0] + w[1] * d[1]
-        q = b * b - a * (w[0] * w[0] + w[1] * w[1] - r * r)
-        side = (-b - np.sqrt(np.maximum(q, 0))) / a
-        side = np.where((q > 0) & (side > 1e-3) & (np.abs(w[2] + side * d[2]) < h), side, far)
-        top = np.sign(w[2])
-        cap = (top * h - w[2]) / np.where(np.abs(d[2]) < 1e-9, np.float32(1e-9), d[2])
-        x, y = w[0] + cap * d[0], w[1] + cap * d[1]
-        cap = np.where((cap > 1e-3) & (x * x + y * y < r * r), cap, far)
-        t, flat = np.minimum(side, cap), cap < side
-        at = np.where(t < far, t, 0)
-        normal = [
-            np.where(flat, 0, (w[0] + at * d[0]) / r),
-            np.where(flat, 0, (w[1] + at * d[1]) / r),
-            np.where(flat, top, 0).astype(np.float32),
-        ]
-    hit = np.flatnonzero((t > 1e-3) & (t < far))
-    x, y, z = (n[hit] for n in normal)
-    return ids[hit], t[hit], [c * x - s * y, s * x + c * y, z]
-
-
-def cast(solids, camera, target, light, tangent, floor, sky, size=96):
-    """One picture, uint8 (size, size, channels): four rays a pixel, hard shadows, Phong highlights, all float32."""
-    forward, right, up = _view(camera, target)
-    n = 2 * size
-    grid = (tangent * ((np.arange(n) + 0.5) * 2 / n - 1)).astype(np.float32)
-    x, y = np.tile(grid, n), np.repeat(-grid, n)  # (n * n,)
-    ray = _unit([f + x * r + y * u for f, r, u in zip(forward, right, up, strict=True)])
-
-    down = ray[2] < -1e-6
-    t = np.where(down, -camera[2] / np.minimum(ray[2], np.float32(-1e-6)), np.float32(np.inf))
-    t = np.where(t < 60, t, np.float32(np.inf))
-    what = np.where(t < 60, 1, 0)  # row of the colour table: sky, floor, solids
-    normal = [np.zeros_like(t), np.zeros_like(t), np.ones_like(t)]
-    with np.errstate(all="ignore"):  # rays parallel to a face divide by zero: they miss, as they should
-        for row, solid in enumerate(solids, 2):
-            ids, near, facing = _hits(solid, camera, ray)
-            closer = near < t[ids]
-            ids = ids[closer]
-            t[ids], what[ids] = near[closer], row
-            for axis, value in zip(normal, facing, strict=True):
-                axis[ids] = value[closer]
-
-        seen = np.flatnonzero(what)
-        t, d, normal = t[seen], [a[seen] for a in ray], [a[seen] for a in normal]
-        point = [c + t * a for c, a in zip(camera, d, strict=True)]
-        to_light = _unit([a - b for a, b in zip(light, point, strict=True)])
-        start = [p + a * 2e-3 for p, a in zip(point, normal, strict=True)]  # off the surface: no shadow on itself
-        dark = np.zeros(len(seen), bool)
-        for solid in solids:
-            dark[_hits(solid, start, to_light)[0]] = True
-
-    lambert = np.maximum(_dot(normal, to_light), 0) * np.where(dark, np.float32(0.25), np.float32(1))
-    gloss = np.maximum(_dot(normal, _unit([a - b for a, b in zip(to_light, d, strict=True)])), 0)
-    for _ in range(3):
-        gloss = gloss * gloss  # to the 8th
-    gloss32 = gloss * gloss
-    gloss = gloss * (gloss32 * gloss32)  # to the 40th
-    shine = np.array([0, 0, *(s.shine for s in solids)], np.float32)[what[seen]]
-    gloss = np.where(dark, np.float32(0), gloss * shine)
-
-    image = np.empty((size, size, len(sky)), np.uint8)
-    table = np.array([sky, floor, *(s.colour for s in solids)], np.float32)
-    for channel, colours in enumerate(table.T):
-        value = colours[what]
-        value[seen] = value[seen] * (0.35 + 0.75 * lambert) + gloss
-        value = value.reshape(size, 2, size, 2)
-        value = ((value[:, 0, :, 0] + value[:, 0, :, 1]) + (value[:, 1, :, 0] + value[:, 1, :, 1])) * np.float32(0.25)
-        image[..., channel] = np.minimum(value, 1) * 255
-    return image
-
-
 # CLEVR-like
 
 
 _PAINT = (
-    (87, 87, 87),
-    (173, 35, 35),
-    (42, 75, 215),
-    (29, 105, 20),
-    (129, 74, 25),
-    (129, 38, 192),
-    (41, 208, 208),
+    (87, 87, 87), (173, 35, 35), (42, 75, 215), (29, 105, 20), (129, 74, 25), (129, 38, 192), (41, 208, 208),
     (255, 238, 51),
-)
+)  # fmt: skip
 _TANGENT = 0.4  # of half the field of view
 _CORNER = round(1 / math.sqrt(2), 6)  # a box as wide as a ball across its diagonal
 
 
 @dataclass(frozen=True)
 class Scene:
+    """Solids on a floor, and the points where the camera and the light are."""
+
     solids: tuple[Solid, ...]
     camera: tuple[float, float, float]
     light: tuple[float, float, float]
@@ -258,7 +116,7 @@ class Scene:
     def distance(self) -> float:
         """From the camera to the centre of the closest object."""
         gaps = ([c - k for c, k in zip(s.centre, self.camera, strict=True)] for s in self.solids)
-        return math.sqrt(min(_dot(g, g) for g in gaps))
+        return math.sqrt(min(dot(g, g) for g in gaps))
 
 
 _TARGET = (0.0, 0.0, 0.2)
@@ -273,7 +131,7 @@ def clevr_scene(index: int) -> Scene:
 
     camera = (7.2 + random() - 0.5, -6.5 + random() - 0.5, 5.4 + random() - 0.5)
     light = (3 + 2 * random(), -6.0, 9.0)
-    forward, right, up = _view(camera, _TARGET)
+    forward, right, up = view(camera, _TARGET)
     count, solids, tries = 3 + pick(8), [], 0
     spots: list[tuple[float, ...]] = []  # x, y, size, and where it is in the picture
     while len(solids) < count:
@@ -284,8 +142,8 @@ def clevr_scene(index: int) -> Scene:
         x, y = 6 * random() - 3, 6 * random() - 3
         half = size * _CORNER if kind == 1 else size
         gap = [a - c for a, c in zip((x, y, half), camera, strict=True)]
-        depth = _dot(gap, forward) * _TANGENT
-        px, py = _dot(gap, right) / depth, _dot(gap, up) / depth  # in -1 .. 1
+        depth = dot(gap, forward) * _TANGENT
+        px, py = dot(gap, right) / depth, dot(gap, up) / depth  # in -1 .. 1
         clear = all(
             (x - a) * (x - a) + (y - b) * (y - b) > (size + other + 0.25) * (size + other + 0.25)
             and (px - qx) * (px - qx) + (py - qy) * (py - qy) > 0.0225
@@ -302,6 +160,7 @@ def clevr_scene(index: int) -> Scene:
 
 
 def clevr(index: int) -> np.ndarray:
+    """The picture of a scene, uint8 (96, 96, 3)."""
     scene = clevr_scene(int(index))
     return cast(scene.solids, scene.camera, _TARGET, scene.light, _TANGENT, (0.55,) * 3, (0.5, 0.5, 0.52))
 
@@ -334,19 +193,15 @@ def toy(category: int, instance: int) -> tuple[Solid, ...]:
         return (box(0, 0, 0.95, 0.18 * j[0], 0.32 * j[1], 0.4 * j[2]), ball(0, 0, 1.62, 0.22 * j[3]), *legs, *arms)
     if category == 2:
         body, wings = box(0, 0, 0.6, 1.1 * j[0], 0.16 * j[1], 0.16), box(0.1, 0, 0.62, 0.28 * j[2], 1.1 * j[3], 0.05)
-        tail, fin = (
-            box(-0.95 * j[0], 0, 0.68, 0.15, 0.42 * j[4], 0.04),
-            box(-0.98 * j[0], 0, 0.9, 0.14, 0.04, 0.28 * j[5]),
-        )
+        tail = box(-0.95 * j[0], 0, 0.68, 0.15, 0.42 * j[4], 0.04)
+        fin = box(-0.98 * j[0], 0, 0.9, 0.14, 0.04, 0.28 * j[5])
         return body, wings, tail, fin
     if category == 3:
         load = box(-0.3, 0, 0.75, 0.8 * j[0], 0.42 * j[1], 0.42 * j[2])
         cabin = box(0.78 * j[0] + 0.1, 0, 0.55, 0.28, 0.4 * j[1], 0.3 * j[3])
         return (load, cabin, *(ball(x, y, 0.2, 0.2) for x in (-0.8, 0, 0.75) for y in (-0.4, 0.4)))
-    body, roof = (
-        box(0, 0, 0.42, 1.0 * j[0], 0.42 * j[1], 0.2 * j[2]),
-        box(-0.1 * j[3], 0, 0.78, 0.5 * j[4], 0.36 * j[1], 0.2 * j[5]),
-    )
+    body = box(0, 0, 0.42, 1.0 * j[0], 0.42 * j[1], 0.2 * j[2])
+    roof = box(-0.1 * j[3], 0, 0.78, 0.5 * j[4], 0.36 * j[1], 0.2 * j[5])
     return (body, roof, *(ball(x, y, 0.2, 0.2) for x in (-0.6, 0.6) for y in (-0.4, 0.4)))
 
 
@@ -370,7 +225,7 @@ def snorb(factors: np.ndarray) -> np.ndarray:
 
 
 def build(task: str) -> Source:
-    """Factors and labels now, pictures when they are asked for."""
+    """A task of the six: factors and labels now, pictures when they are asked for."""
     family, target = task.split("_")
     if family == "dsprites":
         rows, make = dsprites_factors(2018 if target == "loc" else 2019), dsprite
@@ -389,10 +244,7 @@ def build(task: str) -> Source:
     else:
         rows, make = snorb_factors(2004 if target == "azim" else 2006), snorb
         labels = {s: r[:, 3 if target == "azim" else 2] for s, r in rows.items()}
-        classes = (
-            [f"{20 * i} degrees" for i in range(18)]
-            if target == "azim"
-            else [f"{30 + 5 * i} degrees" for i in range(9)]
-        )
+        angles = range(0, 360, 20) if target == "azim" else range(30, 75, 5)
+        classes = [f"{angle} degrees" for angle in angles]
     splits = {s: (Lazy(make, rows[s]), labels[s].astype(np.int64)) for s in SIZES}
     return Source(classes=classes, licence=LICENCE, note=NOTE, splits=splits)

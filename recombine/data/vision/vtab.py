@@ -23,10 +23,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from recombine.data.base import building
+from recombine.data.base import exclusive_build
 from recombine.data.vision import folder
 from recombine.data.vision.source import Part, decode
-from recombine.data.vision.suites import Row, Suite
+from recombine.data.vision.suite_base import Row, Suite
 from recombine.errors import UsageError
 from recombine.runtime.assets import cache_dir, writing
 
@@ -45,7 +45,17 @@ TESTS = {  # group -> task -> pictures of its test set in CRISP's Tab. 6
 
 
 class Vtab(Suite):
-    name = "vtab"
+    """VTAB-1k. ``split`` is "800/200" or "1000"; the other arguments are those of `Suite`."""
+
+    name, label, experiment = "vtab", "VTAB-1K", "crisp/tab01"
+    task_labels = {
+        "cifar": "CIFAR-100", "caltech101": "Caltech101", "dtd": "DTD", "oxford_flowers102": "Flowers102",
+        "oxford_iiit_pet": "Pets", "svhn": "SVHN", "sun397": "Sun397", "patch_camelyon": "Patch Camelyon",
+        "eurosat": "EuroSAT", "resisc45": "Resisc45", "diabetic_retinopathy": "Diabetic Retinopathy",
+        "clevr_count": "Clevr count", "clevr_dist": "Clevr distance", "dmlab": "DMLab", "kitti": "KITTI distance",
+        "dsprites_loc": "dSprites location", "dsprites_ori": "dSprites orientation",
+        "smallnorb_azi": "smallNORB azimuth", "smallnorb_ele": "smallNORB elevation",
+    }  # fmt: skip
     protocols = ("800/200", "1000")
     suite = {task: group for group, tasks in TESTS.items() for task in tasks}
     rows = {
@@ -60,23 +70,24 @@ class Vtab(Suite):
 
     def __init__(self, *, split: str | int = "800/200", normalize: str | float = "imagenet", **kwargs):
         super().__init__(split=split, normalize=normalize, **kwargs)
-        self.joined, self.cutting = self.split == "1000", "noah"
-        if self.joined and self.select == "val":
+        self.merge_train_val, self.cutting = self.split == "1000", "noah"
+        if self.merge_train_val and self.select == "val":
             raise UsageError(
                 "data.split=1000 with data.select=val: the 200 are trained on and cannot choose; add data.select=last"
             )
 
     def folder(self) -> Path:
+        """The user's folder of the task, or the one that the hub's archive is unpacked to."""
         if self.root is not None:
             return super().folder()
         archive = self.snapshot([ARCHIVE]) / ARCHIVE
         root = cache_dir() / "vtab-1k" / self.commit
-        found = root / self.task
-        if not found.is_dir():
-            with building(f"vtab-1k-{self.commit}"):
-                if not found.is_dir() and self.task not in unpack(archive, root):
+        unpacked = root / self.task
+        if not unpacked.is_dir():
+            with exclusive_build(f"vtab-1k-{self.commit}"):
+                if not unpacked.is_dir() and self.task not in unpack(archive, root):
                     raise UsageError(self.ways(f"{archive} holds none"))
-        return found
+        return unpacked
 
     def patterns(self) -> list[str]:
         return []
@@ -135,17 +146,17 @@ def complaints(root: Path, task: str, pictures: bool = False) -> list[str]:
         where = module.folder()
         names, parts, _ = module.read(where)
         module.checked(names, parts, where)
-        found = super(Vtab, module).differences(module.cut(parts))
+        lines = super(Vtab, module).differences(module.cut(parts))
     except UsageError as error:
         return [str(error)]
     for split, part in parts.items():
         gone = [item for item in part.items if isinstance(item, Path) and not item.is_file()]
         if gone:
-            found.append(f"{len(gone)} pictures of {split} are missing, the first is {gone[0]}")
+            lines.append(f"{len(gone)} pictures of {split} are missing, the first is {gone[0]}")
         elif pictures:
             try:
                 for item in part.items:
                     decode(item)
             except UsageError as error:
-                found.append(str(error))
-    return found
+                lines.append(str(error))
+    return lines

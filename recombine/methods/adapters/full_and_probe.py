@@ -14,10 +14,10 @@ from recombine.models import roles
 class LinearProbe(Method):
     """Trains the classification head; `targets` only says which layers the counts are relative to."""
 
-    on: ClassVar[tuple[type, ...]] = (nn.Module,)
+    target_types: ClassVar[tuple[type, ...]] = (nn.Module,)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        return sum(site.linear.weight.numel() for site in sites), 0
+        return sum(site.module.weight.numel() for site in sites), 0
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         if roles.head(model) is None:
@@ -29,7 +29,7 @@ class Full(LinearProbe):
     """Full fine-tuning: trains every parameter."""
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        dense = sum(site.linear.weight.numel() for site in sites)
+        dense = sum(site.module.weight.numel() for site in sites)
         return dense, dense
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:

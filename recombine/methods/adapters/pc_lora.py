@@ -20,7 +20,7 @@ from torch import nn
 from recombine.core.method import Method, Site, need
 from recombine.errors import UsageError
 from recombine.layers import DeltaLinear, FactoredLinear
-from recombine.methods.pruning.wecolora import low_rank, own
+from recombine.methods.low_rank import last_layers, low_rank
 
 SCHEDULES = {
     "sine": lambda u: 1 - math.sin(math.pi * u / 2),
@@ -47,57 +47,57 @@ class PcLora(Method):
     fade_bias: bool = False
 
     compresses: ClassVar[bool] = True
-    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
-    rivals: ClassVar[tuple[str, ...]] = ("rank",)
+    budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
+    conflicting_fields: ClassVar[tuple[str, ...]] = ("rank",)
 
     def check(self, sites: list[Site]) -> None:
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
         if self.rank is not None:
-            most = min(min(site.linear.weight.shape) for site in sites)
+            most = min(min(site.module.weight.shape) for site in sites)
             need(1 <= self.rank <= most, self, "rank", f"must be from 1 to {most}, the narrowest target layer")
         need(0 < self.decay <= 1, self, "decay", "is a share of the distillation, so it must lie in (0, 1]")
         need(self.schedule in SCHEDULES, self, "schedule", f"must be one of {', '.join(SCHEDULES)}")
 
-    def choices(self, knob: str, sites: list[Site]) -> list[float]:
+    def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         return [i / 1000 for i in range(1, 1001)]
 
     def layer_rank(self, linear: nn.Module) -> int:
         m, n = linear.weight.shape
         return max(1, int(self.ratio * m * n / (m + n))) if self.rank is None else self.rank
 
-    def kept(self, sites: list[Site]) -> int:
-        return sum(self.layer_rank(site.linear) * sum(site.linear.weight.shape) for site in sites)
+    def retained_weights(self, sites: list[Site]) -> int:
+        return sum(self.layer_rank(site.module) * sum(site.module.weight.shape) for site in sites)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        trained = self.kept(sites)
-        return sum(site.linear.weight.numel() for site in sites) + trained, trained
+        trained = self.retained_weights(sites)
+        return sum(site.module.weight.numel() for site in sites) + trained, trained
 
     def recombine(self, site: Site) -> DeltaLinear:
-        layer = low_rank(site.linear, self.layer_rank(site.linear))
+        layer = low_rank(site.module, self.layer_rank(site.module))
         if self.fade_bias and layer.bias is not None:
             layer.register_buffer("faded_bias", layer.bias.detach().clone())
         return layer
 
-    def restore(self, model: nn.Module, layers: dict[str, dict]) -> None:
-        super().restore(model, layers)
+    def from_spec(self, model: nn.Module, layers: dict[str, dict]) -> None:
+        super().from_spec(model, layers)
         for layer in map(model.get_submodule, layers):
             if self.fade_bias and layer.bias is not None and isinstance(layer, DeltaLinear):
                 layer.register_buffer("faded_bias", layer.bias.detach().clone())
 
-    def distils(self, model: nn.Module) -> set[str]:
-        fading = {id(layer.base) for layer in own(model).values()}
-        return {name for name in super().distils(model) if id(model.get_parameter(name)) not in fading}
+    def distillation_parameters(self, model: nn.Module) -> set[str]:
+        fading = {id(layer.base) for layer in last_layers(model).values()}
+        return {name for name in super().distillation_parameters(model) if id(model.get_parameter(name)) not in fading}
 
-    def advance(self, model: nn.Module, share: float) -> bool:
+    def on_distillation_step(self, model: nn.Module, share: float) -> bool:
         factor = SCHEDULES[self.schedule](share / self.decay) if share < self.decay else 0.0
-        for layer in own(model).values():
+        for layer in last_layers(model).values():
             if self.fade_bias and layer.bias is not None:
                 layer.bias.data += (factor - layer.keep_base) * layer.faded_bias
             layer.keep_base.fill_(factor)
         return factor == 0
 
-    def finish(self, model: nn.Module, alone: bool) -> None:
-        layers = own(model)
+    def on_distillation_end(self, model: nn.Module, alone: bool) -> None:
+        layers = last_layers(model)
         if not any(layer.left.any() for layer in layers.values()):
             raise UsageError("PcLora: without distillation nothing takes the pretrained weights' place: distil first")
         for name, layer in layers.items():

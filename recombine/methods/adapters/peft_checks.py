@@ -5,68 +5,73 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recombine.core.method import Site, need
+from recombine.core.method import Site
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
-
-if TYPE_CHECKING:
-    from recombine.methods.adapters.peft_library import Peft
 
 log = logging.getLogger(__name__)
 
 NOT_IDENTITY = 1e-4  # relative change of a layer's output that rounding does not explain
 
 
-def check_options(method: "Peft", sites: list[Site]) -> None:
-    """Raises UsageError for what peft's class does not know, or would not do as it is told."""
+def check_config(config: str, rank: int | None, options: dict[str, Any], sites: list[Site]) -> None:
+    """Raises UsageError for a class that peft does not have, and for what that class does not know."""
     import peft
 
     kinds = [k for k in dir(peft) if k.endswith("Config") and issubclass(getattr(peft, k), peft.PeftConfig)]
-    near = get_close_matches(method.config, kinds, 3) or ["LoraConfig"]
-    need(method.config in kinds, method, "config", f"peft has no such class; near: {', '.join(near)}")
-    known = {f.name for f in fields(getattr(peft, method.config))}
-    need("target_modules" in known, method, "config", "adapts no linear layers; choose one that does: LoraConfig")
-    for key in method.options:
+    if config not in kinds:
+        near = get_close_matches(config, kinds, 3) or ["LoraConfig"]
+        raise UsageError(f"method.config={config!r}: peft has no such class; near: {', '.join(near)}")
+    known = {f.name for f in fields(getattr(peft, config))}
+    if "target_modules" not in known:
+        raise UsageError(f"method.config={config!r}: adapts no linear layers; choose one that does: LoraConfig")
+    for key in options:
         if key not in known or key in ("r", "target_modules"):
             near = get_close_matches(key, known - {"r", "target_modules"}, 3) or sorted(known)
-            raise UsageError(f"method.options.{key}: {method.config} takes no such option; near: {', '.join(near)}")
-    if method.rank is not None:
-        need("r" in known, method, "rank", f"{method.config} has no rank; set method.rank=null")
-        most = narrowest(sites)
-        need(1 <= method.rank <= most, method, "rank", f"must be from 1 to {most}, the narrowest target layer")
-    targets = [target.removesuffix("?") for target in method.targets]
-    for role in method.options.get("feedforward_modules") or ():
-        if role not in targets:
-            raise UsageError(f"method.options.feedforward_modules: {role!r} is not in targets {' '.join(targets)}")
-    if method.options.get("boft_n_butterfly_factor", 1) != 1 and not butterflies():
-        factor = method.options["boft_n_butterfly_factor"]
+            raise UsageError(f"method.options.{key}: {config} takes no such option; near: {', '.join(near)}")
+    if rank is None:
+        return
+    if "r" not in known:
+        raise UsageError(f"method.rank={rank}: {config} has no rank; set method.rank=null")
+    most = narrowest(sites)
+    if not 1 <= rank <= most:
+        raise UsageError(f"method.rank={rank}: must be from 1 to {most}, the narrowest target layer")
+
+
+def check_options(options: dict[str, Any], targets: tuple[str, ...], sites: list[Site]) -> None:
+    """Raises UsageError for options that peft would take in silence and not do as it is told."""
+    named = [target.removesuffix("?") for target in targets]
+    for role in options.get("feedforward_modules") or ():
+        if role not in named:
+            raise UsageError(f"method.options.feedforward_modules: {role!r} is not in targets {' '.join(named)}")
+    if (factor := options.get("boft_n_butterfly_factor", 1)) != 1 and not butterflies():
         why = "peft's CUDA extension for it cannot be built here and peft would use one factor: set it to 1"
         raise UsageError(f"method.options.boft_n_butterfly_factor={factor}: {why}")
-    init = method.options.get("init_lora_weights", True)
+    init = options.get("init_lora_weights", True)
     for site in sites:
-        if isinstance(site.linear, RecombinedLinear) and isinstance(init, str) and init != "gaussian":
-            why = f"{site.name} is a {type(site.linear).__name__}, which holds no weight to take a part of"
+        if isinstance(site.module, RecombinedLinear) and isinstance(init, str) and init != "gaussian":
+            why = f"{site.name} is a {type(site.module).__name__}, which holds no weight to take a part of"
             raise UsageError(f"method.options.init_lora_weights={init}: {why}; set it to true")
 
 
 @contextmanager
-def one_line(method: "Peft"):
+def one_line(config: str, options: dict[str, Any]):
     """What peft refuses becomes one line for the user."""
     try:
         yield
     except Exception as error:  # peft raises nearly every kind
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UsageError(f"method.options={method.options}: {method.config}: {reason}; change that option") from error
+        raise UsageError(f"method.options={options}: {config}: {reason}; change that option") from error
 
 
 def narrowest(sites: list[Site]) -> int:
     """The largest rank that every target layer can have; no compressed layer is built for it."""
-    return min(min(site.linear.in_features, site.linear.out_features) for site in sites)
+    return min(min(site.module.in_features, site.module.out_features) for site in sites)
 
 
 def butterflies() -> bool:

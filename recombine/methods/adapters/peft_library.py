@@ -13,11 +13,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from recombine.core.budget import held
+from recombine.core.account import held
 from recombine.core.method import Method, Site
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
-from recombine.methods.adapters.peft_checks import check_options, narrowest, one_line, output, warn_if_moved
+from recombine.methods.adapters.peft_checks import (
+    check_config,
+    check_options,
+    narrowest,
+    one_line,
+    output,
+    warn_if_moved,
+)
 from recombine.models import roles
 
 FACTORED = ("pissa", "olora")  # values of init_lora_weights that factor the weight and take a part of it away
@@ -35,18 +42,19 @@ class Peft(Method):
     rank: int | None = 8
     options: dict[str, Any] = field(default_factory=dict)
 
-    knobs: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
+    budget_fields: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
 
     @property
-    def on(self) -> tuple[type, ...]:
+    def target_types(self) -> tuple[type, ...]:
         """LoRA and DoRA add to whatever a layer computes; the others rewrite its weight."""
         return (nn.Linear, RecombinedLinear) if self.config == "LoraConfig" else (nn.Linear,)
 
     def check(self, sites: list[Site]) -> None:
-        check_options(self, sites)
+        check_config(self.config, self.rank, self.options, sites)
+        check_options(self.options, self.targets, sites)
         self.ghosts(sites)
 
-    def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
+    def budget_values(self, field: str, sites: list[Site]) -> Sequence[int]:
         if self.rank is None:
             raise UsageError(f"method.rank=null: {self.config} has no rank that a budget could set; use budget=none")
         return range(1, 1 + narrowest(sites))
@@ -55,18 +63,18 @@ class Peft(Method):
         """Counted on layers without memory, so it is right for whatever peft builds."""
         ghosts = self.ghosts(sites)
         trained = sum(p.numel() for p in ghosts.parameters() if p.requires_grad)
-        plain = sum(site.linear.in_features * site.linear.out_features for site in sites)
-        return held(site.linear for site in sites) + held([ghosts]) - plain, trained
+        plain = sum(site.module.in_features * site.module.out_features for site in sites)
+        return held(site.module for site in sites) + held([ghosts]) - plain, trained
 
     def ghosts(self, sites: list[Site]) -> nn.ModuleDict:
         """The adapted layers without memory, run once: what peft refuses, it refuses here."""
         ghosts, played = nn.ModuleDict(), {}
         for i, site in enumerate(sites):
-            n, m, bias = site.linear.in_features, site.linear.out_features, site.linear.bias is not None
+            n, m, bias = site.module.in_features, site.module.out_features, site.module.bias is not None
             ghosts[f"layer{i}"], played[f"layer{i}"] = nn.Linear(n, m, bias, device="meta"), site.role
         with torch.random.fork_rng(devices=[]):
             self.inject(ghosts, played, fresh=False, low_cpu_mem_usage=True)
-        with one_line(self):
+        with one_line(self.config, self.options):
             for ghost in ghosts.eval().values():
                 ghost(torch.empty(1, ghost.in_features, device="meta"))
         return ghosts
@@ -81,7 +89,7 @@ class Peft(Method):
             options["feedforward_modules"] = [name for name, role in layers.items() if role in played]
         if not fresh and str(options.get("init_lora_weights")).startswith(FACTORED):
             options["init_lora_weights"] = True
-        with one_line(self), warnings.catch_warnings():
+        with one_line(self.config, self.options), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of layer types and extensions that `check` has looked at
             config = getattr(peft, self.config)(target_modules=list(layers), **options)
             if self.config == "LoraConfig":
@@ -90,15 +98,15 @@ class Peft(Method):
 
     @torch.no_grad()
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
-        before = {site.name: output(site.linear) for site in sites}
+        before = {site.name: output(site.module) for site in sites}
         self.inject(model, {site.name: site.role for site in sites})
         after = {name: output(model.get_submodule(name).eval()) for name in before}  # `apply` sets the model's mode
         warn_if_moved(self.config, before, after)
 
-    def describe(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
+    def to_spec(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
         played = roles.find(model, self.targets, nn.Module)
         return {name: {"role": played[name]} for name in names}
 
-    def restore(self, model: nn.Module, layers: dict[str, dict]) -> None:
+    def from_spec(self, model: nn.Module, layers: dict[str, dict]) -> None:
         with torch.random.fork_rng(devices=[]):
             self.inject(model, {name: spec["role"] for name, spec in layers.items()}, fresh=False)

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from recombine.core.calibration import Losses, collect, passes, quiet
+from recombine.core.calibration import Losses, collect, eval_frozen, passes
 from recombine.core.method import Method, Site, need, need_losses
 from recombine.layers import DeltaLinear
 
@@ -36,10 +36,10 @@ class Rosa(Method):
     density: float = 0.003
     warmup: int = 0
 
-    knobs: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
+    budget_fields: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
 
     def check(self, sites: list[Site]) -> None:
-        most = min(min(site.linear.weight.shape) for site in sites)
+        most = min(min(site.module.weight.shape) for site in sites)
         need(0 <= self.rank <= most, self, "rank", f"must be from 0 to {most}, the narrowest target layer")
         need(0 <= self.density <= 1, self, "density", "is a share of the entries, so it must lie in [0, 1]")
         need(self.warmup >= 0, self, "warmup", "must be 0 or more steps")
@@ -47,32 +47,32 @@ class Rosa(Method):
         if self.rank == 0:
             need(all(map(self.entries, sites)), self, "density", "with rank 0 a layer would train nothing; raise one")
 
-    def wants(self) -> set[str]:
+    def statistics_needed(self) -> set[str]:
         return {"fisher"} if self.density and not self.warmup else set()
 
     @property
-    def judges(self) -> bool:
+    def needs_trained_head(self) -> bool:
         return self.warmup > 0
 
-    def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+    def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         if self.warmup:
             need_losses(self, losses)
 
-    def learn(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+    def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         """The warm-up: squared gradients of the model with low-rank parts that have trained for a while."""
         if not self.warmup:
             return
-        parts = [self.low_rank(site.linear.weight) for site in sites]
+        parts = [self.low_rank(site.module.weight) for site in sites]
         trained = [part.requires_grad_() for pair in parts for part in pair]
         hooks = [
-            site.linear.register_forward_hook(
+            site.module.register_forward_hook(
                 lambda _, args, y, left=left, right=right: y + self.alpha / self.rank * (args[0] @ right.T) @ left.T
             )
             for site, (left, right) in zip(sites, parts, strict=True)
         ]
         optimizer = torch.optim.Adam(trained, lr=self.lr)
         try:
-            with quiet(model), torch.enable_grad():
+            with eval_frozen(model), torch.enable_grad():
                 for loss in islice(passes(losses), self.warmup):
                     optimizer.zero_grad()
                     loss.backward()
@@ -89,26 +89,26 @@ class Rosa(Method):
         right = nn.init.kaiming_uniform_(weight.new_empty(self.rank, weight.shape[1]), a=math.sqrt(5))
         return weight.new_zeros(len(weight), self.rank), right
 
-    def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
+    def budget_values(self, field: str, sites: list[Site]) -> Sequence[int]:
         least = 0 if self.density and not self.warmup else 1
-        return range(least, 1 + min(min(site.linear.weight.shape) for site in sites))
+        return range(least, 1 + min(min(site.module.weight.shape) for site in sites))
 
     def entries(self, site: Site) -> int:
         """How many entries of the layer's weight the sparse part trains."""
-        return round(self.density * site.linear.weight.numel())
+        return round(self.density * site.module.weight.numel())
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        trained = sum(self.rank * sum(site.linear.weight.shape) + self.entries(site) for site in sites)
-        return sum(site.linear.weight.numel() for site in sites) + trained, trained
+        trained = sum(self.rank * sum(site.module.weight.shape) + self.entries(site) for site in sites)
+        return sum(site.module.weight.numel() for site in sites) + trained, trained
 
     def recombine(self, site: Site) -> DeltaLinear:
-        weight, delta = site.linear.weight, {}
+        weight, delta = site.module.weight, {}
         if self.rank:
             delta = dict(zip(("left", "right"), self.low_rank(weight), strict=True)) | {"scale": self.alpha / self.rank}
         if count := self.entries(site):
             largest = self.stats[site.name].fisher.flatten().topk(count).indices
             delta |= {"entries": weight.new_zeros(count), "index": largest.sort().values}
-        layer = DeltaLinear(weight, **delta, bias=site.linear.bias)
+        layer = DeltaLinear(weight, **delta, bias=site.module.bias)
         for part in (layer.left, layer.right, layer.entries):
             if part is not None:
                 part.requires_grad_(True)

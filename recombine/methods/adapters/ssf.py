@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from recombine.core.budget import held
+from recombine.core.account import held
 from recombine.core.method import Method, Site, need
 from recombine.errors import UsageError
 from recombine.layers import ScaleShift
@@ -30,30 +30,30 @@ class Ssf(Method):
     targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?", "reduction?", "norm", "embed?")
     start: str = "identity"
 
-    on: ClassVar[tuple[type, ...]] = (nn.Module,)
+    target_types: ClassVar[tuple[type, ...]] = (nn.Module,)
 
     def check(self, sites: list[Site]) -> None:
         need(self.start in ("identity", "normal"), self, "start", "must be identity or normal")
         for site in sites:
-            if hasattr(site.linear, "base_layer"):
-                kind = type(site.linear).__name__
+            if hasattr(site.module, "base_layer"):
+                kind = type(site.module).__name__
                 raise UsageError(f"role {site.role!r}: {site.name} is already adapted ({kind}): merge it first")
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        trained = sum(len(site.linear.weight) * (1 + hasattr(site.linear, "bias")) for site in sites)
-        return held(site.linear for site in sites) + trained, trained
+        trained = sum(len(site.module.weight) * (1 + hasattr(site.module, "bias")) for site in sites)
+        return held(site.module for site in sites) + trained, trained
 
     def recombine(self, site: Site) -> ScaleShift:
-        layer = ScaleShift(site.linear)
+        layer = ScaleShift(site.module)
         if self.start == "normal":
             nn.init.normal_(layer.gamma, 1, 0.02)
             if layer.beta is not None:
                 nn.init.normal_(layer.beta, 0, 0.02)
         return layer
 
-    def describe(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
+    def to_spec(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
         return {name: {} for name in names}
 
-    def restore(self, model: nn.Module, layers: dict[str, dict]) -> None:
+    def from_spec(self, model: nn.Module, layers: dict[str, dict]) -> None:
         for name in layers:
             model.set_submodule(name, ScaleShift(model.get_submodule(name)))

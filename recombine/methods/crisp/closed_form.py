@@ -20,9 +20,9 @@ HIGHEST = {"silu": 8.0, "gelu": 8.0, "none": 1.0}  # and for rows without a nega
 def stack(group: list[Site], chunk: int) -> Tensor:
     """M = [M_1 ... M_g], (m n / s, g s) in float64."""
     for site in group:
-        if not torch.isfinite(site.linear.weight).all():
+        if not torch.isfinite(site.module.weight).all():
             raise UsageError(f"{site.name} has weights that are not finite: the checkpoint is damaged, load another")
-    return torch.cat([site.linear.weight.detach().double().reshape(-1, chunk) for site in group], 1)
+    return torch.cat([site.module.weight.detach().double().reshape(-1, chunk) for site in group], 1)
 
 
 def spectrum(m: Tensor) -> tuple[Tensor, Tensor]:

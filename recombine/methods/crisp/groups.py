@@ -11,7 +11,7 @@ from recombine.methods.crisp.closed_form import spectrum, stack
 
 
 @dataclass(kw_only=True)
-class SharedBases(Method):
+class SharedBases(Method, abstract=True):
     """Args:
     chunk: length s of the pieces that rows are cut into; divides the width of every target layer.
     group_size: how many consecutive layers of a role share a basis.
@@ -26,8 +26,8 @@ class SharedBases(Method):
     energy: float | None = None
 
     compresses: ClassVar[bool] = True
-    rivals: ClassVar[tuple[str, ...]] = ("basis_rank", "energy")
-    knobs: ClassVar[dict[str, str]] = {
+    conflicting_fields: ClassVar[tuple[str, ...]] = ("basis_rank", "energy")
+    budget_fields: ClassVar[dict[str, str]] = {
         "retained": "basis_rank",
         "memory": "basis_rank",
         "energy": "energy",
@@ -38,7 +38,7 @@ class SharedBases(Method):
         need(self.group_size >= 1, self, "group_size", "a group has at least one layer")
         need(self.chunk >= 1, self, "chunk", "a chunk has at least one entry")
         for site in sites:
-            width = site.linear.in_features
+            width = site.module.in_features
             near = min(divisors(width), key=lambda d: abs(d - self.chunk))
             need(width % self.chunk == 0, self, "chunk", f"does not divide {site.name}'s width {width}; {near} does")
         if self.basis_rank is not None:
@@ -48,10 +48,10 @@ class SharedBases(Method):
         if self.energy is not None:
             need(0 < self.energy <= 1, self, "energy", "is a share of the energy, so it must lie in (0, 1]")
 
-    def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
-        if knob == "basis_rank":
+    def budget_values(self, field: str, sites: list[Site]) -> Sequence[int]:
+        if field == "basis_rank":
             return range(1, self.group_size * self.chunk + 1)
-        return divisors(gcd(*(site.linear.in_features for site in sites)))
+        return divisors(gcd(*(site.module.in_features for site in sites)))
 
     def groups(self, sites: list[Site]) -> list[list[Site]]:
         return consecutive(sites, lambda role: self.group_size)
@@ -66,7 +66,7 @@ class SharedBases(Method):
         groups = self.groups(sites)
         ranks = [self.group_rank(group) for group in groups]
         mixers = sum(len(group) * r * self.chunk for group, r in zip(groups, ranks, strict=True))
-        bases = sum(group[0].linear.weight.numel() // self.chunk * r for group, r in zip(groups, ranks, strict=True))
+        bases = sum(group[0].module.weight.numel() // self.chunk * r for group, r in zip(groups, ranks, strict=True))
         return bases + mixers, mixers
 
 

@@ -11,6 +11,7 @@ the same SVD at the student's rank, the truncation of the product B G of an exac
 words mean through a gate is not defined.
 """
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -20,15 +21,60 @@ from recombine.core.calibration import Losses
 from recombine.core.method import Site, need, need_losses
 from recombine.layers import SharedBasisLinear
 from recombine.layers.shared_basis import GATES, PLACEMENTS
-from recombine.methods.crisp.closed_form import INVERSES
-from recombine.methods.crisp.clustering import Cluster
-from recombine.methods.crisp.fit import FITS, fit
+from recombine.linalg import shrink
+from recombine.methods.crisp.activation_aware import fit_outputs
+from recombine.methods.crisp.closed_form import INVERSES, random_orthogonal, stack, truncate, ungate
+from recombine.methods.crisp.clustering import Cluster, merge
 from recombine.methods.crisp.groups import SharedBases
-from recombine.methods.crisp.mimicry import Mimicry
+from recombine.methods.crisp.mimicry import Mimicry, mimic
 from recombine.methods.crisp.refinement import Refine, refine
 from recombine.methods.crisp.regularizers import PENALTIES
 from recombine.runtime import progress
 
+log = logging.getLogger(__name__)
+
+# How a group's basis (m n / s, r) and mixers [A_1 ... A_g] (r, g s) are found: the field `fit`.
+# m (m n / s, g s): the group's weights, stacked.
+
+
+def closed(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    return ungate(*truncate(m, rank), how.gate, how.gauge)
+
+
+def random(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    return ungate(*random_orthogonal(m, rank, rng), how.gate, how.gauge)
+
+
+def mimicry(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    *factors, loss = mimic(weights_of(group), rank, how.chunk, how.gate, how.placement, how.mimicry, rng)
+    log.info("%s and %d more: mimicry's loss %.3g", group[0].name, len(group) - 1, loss)
+    return factors
+
+
+def cluster(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Alg. 5 from an exact teacher."""
+    if how.cluster.teacher == "mimicry":
+        basis, mixers, _ = mimic(weights_of(group), m.shape[1], how.chunk, how.gate, "pre", how.mimicry, rng)
+        basis, mixers = basis.double(), mixers.double()
+    else:
+        basis, mixers = closed(group, m, m.shape[1], how, rng)
+    if how.cluster.printed:
+        return merge(basis, mixers, m, rank, how.cluster)
+    return ungate(*merge(basis, GATES[how.gate](mixers), m, rank, how.cluster), how.gate, how.gauge)
+
+
+def aware(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    inputs = [how.stats[site.name].inputs for site in group]
+    moments = [shrink(one.xx, one.x4, one.tokens, floor=0.01) for one in inputs]
+    return ungate(*fit_outputs(weights_of(group), moments, rank, how.chunk, how.alternations), how.gate, how.gauge)
+
+
+def weights_of(group: list[Site]) -> list[Tensor]:
+    """The weights (m, n) of the group's layers, in float64."""
+    return [site.module.weight.detach().double() for site in group]
+
+
+FITS = {"closed": closed, "aware": aware, "cluster": cluster, "random": random, "mimicry": mimicry}
 PARTS = {"cluster": Cluster, "mimicry": Mimicry, "refine": Refine}
 CHOICES = {
     "gate": GATES,
@@ -86,13 +132,13 @@ class Crisp(SharedBases):
             getattr(self, name).check()
 
     @property
-    def judges(self) -> bool:
+    def needs_trained_head(self) -> bool:
         return self.refine.steps > 0
 
-    def wants(self) -> set[str]:
+    def statistics_needed(self) -> set[str]:
         return {"inputs"} if self.fit == "aware" else set()
 
-    def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+    def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         if self.refine.steps:
             need_losses(self, losses)
 
@@ -100,11 +146,11 @@ class Crisp(SharedBases):
         rng = torch.Generator().manual_seed(torch.initial_seed() % 2**63)  # the run's seed, whatever was drawn since
         original = []
         for group in progress.of(self.groups(sites), "factors", "groups"):
-            basis, mixers = fit(group, self.group_rank(group), self, rng)
-            weight = group[0].linear.weight
+            basis, mixers = FITS[self.fit](group, stack(group, self.chunk), self.group_rank(group), self, rng)
+            weight = group[0].module.weight
             basis = nn.Parameter(basis.to(weight), requires_grad=False)  # one parameter: it counts once
             for site, mixer in zip(group, mixers.split(self.chunk, 1), strict=True):
-                linear, mixer = site.linear, mixer.to(weight)
+                linear, mixer = site.module, mixer.to(weight)
                 layer = SharedBasisLinear(basis, mixer, linear.in_features, self.gate, linear.bias, self.placement)
                 layer.mixer.requires_grad_(True)
                 model.set_submodule(site.name, layer)

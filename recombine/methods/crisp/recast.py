@@ -22,7 +22,7 @@ class Recast(Crisp):
     gate: str = "none"
     lr: float = 2e-3
 
-    knobs: ClassVar[dict[str, str]] = {
+    budget_fields: ClassVar[dict[str, str]] = {
         "retained": "basis_rank",
         "memory": "basis_rank",
         "trainable": "basis_rank",
@@ -34,7 +34,7 @@ class Recast(Crisp):
         need(self.gate == "none", self, "gate", "RECAST is linear, so gate=none; a gated mixer is method=crisp")
         super().check(sites)
 
-    def kept(self, sites: list[Site]) -> int:
+    def retained_weights(self, sites: list[Site]) -> int:
         """The templates: one in a group of two is retained_50, which the few coefficients must not tip over."""
         stored, coefficients = self.sizes(sites)
         return stored - coefficients

@@ -57,7 +57,7 @@ class Jactus(Subspaces):
     top_k: int = 32
 
     compresses: ClassVar[bool] = True
-    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
+    budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
 
     def check(self, sites: list[Site]) -> None:
         super().check(sites)
@@ -70,13 +70,13 @@ class Jactus(Subspaces):
     def prices(self) -> Prices:
         return Prices(self.counted == "stored", self.dense, self.top_k)
 
-    def choices(self, knob: str, sites: list[Site]) -> list[float]:
-        dense = sum(site.linear.weight.numel() for site in sites)
-        least = sum(self.prices.factored(*site.linear.weight.shape, 1) for site in sites) / dense
+    def budget_values(self, field: str, sites: list[Site]) -> list[float]:
+        dense = sum(site.module.weight.numel() for site in sites)
+        least = sum(self.prices.factored(*site.module.weight.shape, 1) for site in sites) / dense
         return [i / 1000 for i in range(int(1000 * least) + 1, 1001)]
 
     def widest(self, site: Site) -> int:
-        return max(self.prices.most(*site.linear.weight.shape), self.top_k)
+        return max(self.prices.most(*site.module.weight.shape), self.top_k)
 
     def top(self, site: Site) -> int:
         """The size of the core on a layer that stays dense."""
@@ -84,7 +84,7 @@ class Jactus(Subspaces):
 
     def ranks(self, sites: list[Site]) -> list[int | None]:
         """The rank of every layer; None: it stays dense."""
-        shapes = [site.linear.weight.shape for site in sites]
+        shapes = [site.module.weight.shape for site in sites]
         wholes = [self.whole(site) for site in progress.of(sites, "factors", "layers")]
         options = [
             self.prices.options(*shape, whole.gains, len(whole.right), self.relative)
@@ -95,8 +95,8 @@ class Jactus(Subspaces):
         dense = [len(cost) - 1 if self.dense != "none" else -1 for cost in costs]
         return [None if i == last else i + 1 for i, last in zip(chosen, dense, strict=True)]
 
-    def kept(self, sites: list[Site]) -> int:
-        shapes = [site.linear.weight.shape for site in sites]
+    def retained_weights(self, sites: list[Site]) -> int:
+        shapes = [site.module.weight.shape for site in sites]
         return sum(
             self.prices.whole(*shape, self.top(site)) if k is None else self.prices.factored(*shape, k)
             for site, shape, k in zip(sites, shapes, self.ranks(sites), strict=True)
@@ -105,7 +105,7 @@ class Jactus(Subspaces):
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         stored = trained = 0
         for site, k in zip(sites, self.ranks(sites), strict=True):
-            m, n = site.linear.weight.shape
+            m, n = site.module.weight.shape
             core = k or (self.top(site) if self.dense == "core_on_top_k" else 0)
             stored += core * (m + n) + core * core + (m * n if k is None else 0)
             trained += m * n if k is None and self.dense == "full" else core * core
@@ -119,8 +119,8 @@ class Jactus(Subspaces):
     def layer(self, site: Site, k: int | None) -> nn.Module:
         """At rank k; None: the dense layer, under the rule for those."""
         if k is not None:
-            return factored(site.linear, self.whole(site), k)
+            return factored(site.module, self.whole(site), k)
         if self.dense == "core_on_top_k":
-            return cored(site.linear, self.whole(site), self.top(site))
-        site.linear.weight.requires_grad_(self.dense == "full")
-        return site.linear
+            return cored(site.module, self.whole(site), self.top(site))
+        site.module.weight.requires_grad_(self.dense == "full")
+        return site.module

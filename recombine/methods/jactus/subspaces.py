@@ -7,7 +7,7 @@ from recombine.methods.jactus.union import Covariance, Whole, covariance, union_
 
 
 @dataclass(kw_only=True)
-class Subspaces(Method):
+class Subspaces(Method, abstract=True):
     """Args:
     alpha, beta, gamma: shares of the energy of W, C_x and C_g that the union keeps, in (0, 1].
     sensitivity: gradient weighs outputs by C_g; none weighs them alike.
@@ -37,7 +37,7 @@ class Subspaces(Method):
         need(self.eta >= 0, self, "eta", "must be at least 0")
         need(0 < self.floor <= 1, self, "floor", "must lie in (0, 1], or a covariance may be singular")
 
-    def wants(self) -> set[str]:
+    def statistics_needed(self) -> set[str]:
         outputs = {"outputs"} if self.sensitivity == "gradient" else set()
         return {"inputs"} | outputs | ({"cross"} if self.gain == "weight+grad" else set())
 
@@ -48,7 +48,7 @@ class Subspaces(Method):
     def whole(self, site: Site) -> Whole:
         """The layer's factors at the largest rank that may be asked for."""
         if site.name not in self._whole:
-            weight, stats = site.linear.weight, self.stats[site.name]
+            weight, stats = site.module.weight, self.stats[site.name]
             key, outputs = id(stats.inputs), None
             if key not in self._eigen:
                 self._eigen[key] = covariance(stats.inputs.xx, stats.inputs.x4, stats.inputs.tokens, self.floor)

@@ -17,7 +17,7 @@ from recombine.models import roles
 
 
 @dataclass(kw_only=True)
-class Structural(Method):
+class Structural(Method, abstract=True):
     """What the methods that cut have in common. All but the head trains in distillation, the head in adaptation."""
 
     compresses: ClassVar[bool] = True
@@ -42,16 +42,16 @@ class Structural(Method):
         }
         self.structure = {"blocks": self.blocks} | changed
 
-    def describe(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
+    def to_spec(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
         structure = self.structure or model.recombined.steps[-1].layers["structure"]  # the latter: after `finish`
-        return {"structure": structure} | super().describe(model, names)
+        return {"structure": structure} | super().to_spec(model, names)
 
-    def restore(self, model: nn.Module, layers: dict[str, dict]) -> None:
+    def from_spec(self, model: nn.Module, layers: dict[str, dict]) -> None:
         layers = dict(layers)
         reshape(model, layers.pop("structure"))
-        super().restore(model, layers)
+        super().from_spec(model, layers)
 
-    def distils(self, model: nn.Module) -> set[str]:
+    def distillation_parameters(self, model: nn.Module) -> set[str]:
         head = {id(p) for p in h.parameters()} if (h := roles.head(model)) is not None else set()
         return {name for name, p in model.named_parameters() if id(p) not in head}
 

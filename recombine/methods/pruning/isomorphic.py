@@ -23,7 +23,7 @@ from recombine.core.calibration import Losses
 from recombine.core.method import Site, need, need_losses
 from recombine.methods.pruning.base import Structural, comes_first
 from recombine.methods.pruning.isomorphic_graph import Kept, attentions, find_parts
-from recombine.models.fused_qkv import fuse_qkv, split_qkv
+from recombine.models import fused_qkv
 
 STEP = 1000  # the common factor is a multiple of 1 / STEP
 
@@ -48,8 +48,8 @@ class Isomorphic(Structural):
     round_to: int = 1
     width: bool = True
 
-    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
-    judges: ClassVar[bool] = True
+    budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
+    needs_trained_head: ClassVar[bool] = True
 
     def check(self, sites: list[Site]) -> None:
         if self.ratio is not None:
@@ -61,21 +61,21 @@ class Isomorphic(Structural):
         named = {site.role for site in sites}
         whole = {"o", "up", "down"} <= named and ("qkv" in named or {"q", "k", "v"} <= named)
         need(whole, self, "targets", "whole blocks of linear layers are cut, and first: name qkv, o, up and down")
-        up = [site.linear.out_features for site in sites if site.role == "up"]
-        down = [site.linear.in_features for site in sites if site.role == "down"]
+        up = [site.module.out_features for site in sites if site.role == "up"]
+        down = [site.module.in_features for site in sites if site.role == "down"]
         need(up == down, self, "targets", "up is not as wide as down here: gate and up are in one layer")
 
-    def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+    def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         comes_first(self, model)
         attentions(model)  # refuses what it does not know
         need_losses(self, losses)
-        self.split = fuse_qkv(model)  # until `rewrite` is done
+        self.split = fused_qkv.fuse(model)  # until `rewrite` is done
         self.parts = find_parts(model, sites, losses)
         if self.ratio is not None:
             least = self.ranked(self.most).weights() / dense(sites)
             need(self.ratio >= least, self, "ratio", f"must be at least {least:.5f}, where one of each kind is left")
 
-    def choices(self, knob: str, sites: list[Site]) -> list[float]:
+    def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         return [i / 1000 for i in range(1, 1001)]
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
@@ -112,13 +112,13 @@ class Isomorphic(Structural):
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         super().rewrite(model, sites)
-        split_qkv(model, self.split)
+        fused_qkv.split(model, self.split)
 
-    def restore(self, model: nn.Module, layers: dict[str, dict]) -> None:
-        split = fuse_qkv(model)  # the description is of fused layers
-        super().restore(model, layers)
-        split_qkv(model, split)
+    def from_spec(self, model: nn.Module, layers: dict[str, dict]) -> None:
+        parts = fused_qkv.fuse(model)  # the description is of fused layers
+        super().from_spec(model, layers)
+        fused_qkv.split(model, parts)
 
 
 def dense(sites: list[Site]) -> int:
-    return sum(site.linear.weight.numel() for site in sites)
+    return sum(site.module.weight.numel() for site in sites)

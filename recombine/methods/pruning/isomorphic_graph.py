@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from recombine.core.calibration import Losses, quiet
+from recombine.core.calibration import Losses, eval_frozen
 from recombine.core.method import Site
 from recombine.errors import UsageError
 from recombine.models import roles
@@ -72,7 +72,7 @@ def find_parts(model: nn.Module, sites: list[Site], losses: Losses) -> Parts:
     """The parts, with their scores on the calibration batches. qkv is one layer."""
     import torch_pruning as tp
 
-    o, up = ([site.linear for site in sites if site.role == role] for role in ("o", "up"))
+    o, up = ([site.module for site in sites if site.role == role] for role in ("o", "up"))
     embed = model.get_submodule(next(iter(roles.find(model, ("embed",), nn.Conv2d))))
     size = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
     importance = tp.importance.GroupTaylorImportance()
@@ -131,7 +131,7 @@ def gradients(model: nn.Module, losses: Losses) -> Iterator[None]:
     """The loss's gradients, summed over the batches, are in the parameters for as long as the block runs."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with quiet(model), torch.enable_grad():
+        with eval_frozen(model), torch.enable_grad():
             model.requires_grad_(True).zero_grad()
             for loss in losses():
                 loss.backward()

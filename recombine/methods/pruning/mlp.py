@@ -31,7 +31,7 @@ class Mlp(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class MlpPruning(Structural):
+class MlpPruning(Structural, abstract=True):
     """Args:
     ratio: share of all target layers' weights that is kept. Targets outside the MLPs stay as they are, so the MLPs
         pay for them: of ViT-B's q, k, v, o, up and down at 0.5, a quarter of the neurons is left.
@@ -40,7 +40,7 @@ class MlpPruning(Structural):
     targets: tuple[str, ...] = ("up", "down", "gate?")
     ratio: float = 0.5
 
-    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
+    budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
 
     def choose(self, mlps: list[Mlp], counts: list[int]) -> list[Tensor]:
         """The indices of the neurons that stay, so many in each MLP."""
@@ -54,7 +54,7 @@ class MlpPruning(Structural):
         least = math.ceil(1000 * self.least(sites)) / 1000
         need(self.ratio >= least, self, "ratio", f"must be at least {least}: one neuron an MLP, other targets whole")
 
-    def prepare(self, model: nn.Module, sites: list[Site], losses) -> None:
+    def before_budget(self, model: nn.Module, sites: list[Site], losses) -> None:
         parts = roles.find(model, ("up", "down", "gate?"), nn.Module)
         if missing := parts.keys() - {site.name for site in sites}:
             role = parts[min(missing)]
@@ -65,16 +65,16 @@ class MlpPruning(Structural):
             owner = f"{type(self).__name__}: the MLPs of this {type(model).__name__}"
             raise UsageError(f"{owner} hold more than up, down and gate: take a compressor that leaves their width")
 
-    def choices(self, knob: str, sites: list[Site]) -> list[float]:
+    def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         return [i / 1000 for i in range(math.ceil(1000 * self.least(sites)), 1001)]
 
     def mlps(self, sites: list[Site]) -> list[Mlp]:
-        up, down, gate = ([site.linear for site in sites if site.role == role] for role in ("up", "down", "gate"))
+        up, down, gate = ([site.module for site in sites if site.role == role] for role in ("up", "down", "gate"))
         return [Mlp(*layers) for layers in zip(up, down, gate or [None] * len(up), strict=True)]
 
     def weights(self, sites: list[Site]) -> tuple[int, int]:
         """(of all targets, of the MLPs)."""
-        total = sum(site.linear.weight.numel() for site in sites)
+        total = sum(site.module.weight.numel() for site in sites)
         return total, sum(mlp.neuron * mlp.up.out_features for mlp in self.mlps(sites))
 
     def least(self, sites: list[Site]) -> float:

@@ -9,13 +9,12 @@ Paper: rank 128 on every linear layer of a ViT. Here: clipped to what a layer ca
 (Swin), every stage counts its own blocks, so that each keeps its first.
 """
 
-import math
 from dataclasses import dataclass
 
 from torch import nn
 
 from recombine.core.method import Site, need
-from recombine.layers import DeltaLinear
+from recombine.methods.low_rank import last_layers, low_rank
 from recombine.methods.pruning.base import Structural, comes_first
 from recombine.models import roles
 
@@ -34,45 +33,26 @@ class WeCoLora(Structural):
         need(self.keep_every >= 1, self, "keep_every", "one block of at least one is copied")
         need(self.rank >= 1, self, "rank", "must be at least 1")
 
-    def prepare(self, model: nn.Module, sites: list[Site], losses) -> None:
+    def before_budget(self, model: nn.Module, sites: list[Site], losses) -> None:
         comes_first(self, model)
         names = roles.block_names(model)
         self.blocks = [i for i, name in enumerate(names) if int(name.rpartition(".")[2]) % self.keep_every == 0]
         stay = tuple(f"{names[i]}." for i in self.blocks)
-        self.left = [site.linear.weight.shape for site in sites if site.name.startswith(stay)]
+        self.left = [site.module.weight.shape for site in sites if site.name.startswith(stay)]
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         trained = sum(min(self.rank, m, n) * (m + n) for m, n in self.left)
         return sum(m * n for m, n in self.left) + trained, trained
 
     def prune(self, model: nn.Module, sites: list[Site]) -> None:
-        for name in roles.find(model, self.targets, self.on):  # the blocks have moved up
+        for name in roles.find(model, self.targets, self.target_types):  # the blocks have moved up
             model.set_submodule(name, low_rank(model.get_submodule(name), self.rank))
 
-    def distils(self, model: nn.Module) -> set[str]:
-        deltas = {id(p) for layer in own(model).values() for p in (layer.left, layer.right)}
+    def distillation_parameters(self, model: nn.Module) -> set[str]:
+        deltas = {id(p) for layer in last_layers(model).values() for p in (layer.left, layer.right)}
         return {name for name, p in model.named_parameters() if id(p) in deltas}
 
-    def finish(self, model: nn.Module, alone: bool) -> None:
+    def on_distillation_end(self, model: nn.Module, alone: bool) -> None:
         if not alone:
-            for name, layer in own(model).items():
+            for name, layer in last_layers(model).items():
                 model.set_submodule(name, layer.merged().requires_grad_(False).train(layer.training))
-
-
-def low_rank(linear: nn.Linear, rank: int) -> DeltaLinear:
-    """W + left right with left = 0, so nothing changes yet; left and right train. rank is clipped to the layer."""
-    m, n = linear.weight.shape
-    left = linear.weight.new_zeros(m, min(rank, m, n))
-    right = linear.weight.new_empty(left.shape[1], n)
-    nn.init.kaiming_uniform_(right, a=math.sqrt(5))
-    layer = DeltaLinear(linear.weight, left, right, bias=linear.bias)
-    layer.left.requires_grad_(True)
-    layer.right.requires_grad_(True)
-    return layer
-
-
-def own(model: nn.Module) -> dict[str, DeltaLinear]:
-    """The layers that the last method made."""
-    layers = {name: model.get_submodule(name) for name in model.recombined.targets}
-    made = model.recombined.steps[-1].layers
-    return {name: layer for name, layer in layers.items() if name in made and isinstance(layer, DeltaLinear)}

@@ -27,7 +27,7 @@ from recombine.methods.svd.weighted import truncated
 
 
 @dataclass(kw_only=True)
-class Whitened(Spectral):
+class Whitened(Spectral, abstract=True):
     """Whitened SVD with ranks of its own for every layer.
 
     Args:
@@ -36,28 +36,28 @@ class Whitened(Spectral):
 
     ratio: float = 0.5
 
-    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
+    budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
 
     def check(self, sites: list[Site]) -> None:
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
-        least = self.choices("ratio", sites)[0]
+        least = self.budget_values("ratio", sites)[0]
         need(self.ratio >= least, self, "ratio", f"is less than rank 1 in every layer stores; from {least} on it fits")
 
-    def choices(self, knob: str, sites: list[Site]) -> list[float]:
+    def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         least = sum(min(m + n, m * n) for m, n in map(dims, sites)) / sum(m * n for m, n in map(dims, sites))
         return [i / 1000 for i in range(ceil(1000 * least), 1001)]
 
-    def wants(self) -> set[str]:
+    def statistics_needed(self) -> set[str]:
         return {"inputs"}
 
     def decompose(self, site: Site) -> tuple[Tensor, Tensor]:
         """U (m, k) up to the rank that saves weights, s (N,)."""
-        u, s = weighted_svd(site.linear.weight, self.stats[site.name].inputs.xx)
+        u, s = weighted_svd(site.module.weight, self.stats[site.name].inputs.xx)
         return u[:, : most(site)].clone(), s
 
 
 def dims(site: Site) -> tuple[int, int]:
-    return tuple(site.linear.weight.shape)
+    return tuple(site.module.weight.shape)
 
 
 def most(site: Site) -> int:

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from recombine.core.calibration import Losses, passes, quiet
+from recombine.core.calibration import Losses, eval_frozen, passes
 from recombine.core.method import Site, need
 from recombine.methods.allocation import nearest
 from recombine.methods.svd.balf import Whitened, dims, most
@@ -53,7 +53,7 @@ class DobiSvd(Whitened):
     beta: float = 0.1
     weight: float = 10.0
 
-    judges: ClassVar[bool] = True
+    needs_trained_head: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,13 +68,13 @@ class DobiSvd(Whitened):
         need(self.beta > 0, self, "beta", "must be more than 0: the gate falls from 1 to 0 at k")
         need(self.weight >= 0, self, "weight", "must be 0 or more")
 
-    def learn(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
-        dense = torch.tensor([site.linear.weight.numel() for site in sites], dtype=torch.float64)
+    def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        dense = torch.tensor([site.module.weight.numel() for site in sites], dtype=torch.float64)
         cost = torch.tensor([sum(dims(site)) for site in sites], dtype=torch.float64)  # of one rank
         unit = cost / dense if self.unit == "rank" else torch.ones_like(dense)  # ratio per unit of `moved`
         moved = (self.ratio / unit).requires_grad_()
         optimizer = torch.optim.Adam([moved], lr=self.step_size)
-        with quiet(model), torch.enable_grad(), self.softly(sites, lambda: moved * unit):
+        with eval_frozen(model), torch.enable_grad(), self.softly(sites, lambda: moved * unit):
             for loss in islice(passes(losses), self.steps):
                 kept = (moved * unit * dense).sum() / dense.sum()
                 optimizer.zero_grad()
@@ -91,7 +91,7 @@ class DobiSvd(Whitened):
 
         def hook(site: Site, i: int):
             m, n = dims(site)
-            basis = self.factors(site)[0].to(site.linear.weight)
+            basis = self.factors(site)[0].to(site.module.weight)
             index = torch.arange(1, basis.shape[1] + 1, device=basis.device, dtype=basis.dtype)
 
             def truncate(linear: nn.Linear, args: tuple, y: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class DobiSvd(Whitened):
                     y = Truncation.apply(y.flatten(0, -2), gate).view_as(y)
                 return y if linear.bias is None else y + linear.bias
 
-            return site.linear.register_forward_hook(truncate)
+            return site.module.register_forward_hook(truncate)
 
         hooks = [hook(site, i) for i, site in enumerate(sites)]
         try:
@@ -115,7 +115,7 @@ class DobiSvd(Whitened):
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         if self._ranks is None:  # the budget is not spent yet: at most this
-            return int(self.ratio * sum(site.linear.weight.numel() for site in sites)), 0
+            return int(self.ratio * sum(site.module.weight.numel() for site in sites)), 0
         return sum(k * sum(dims(site)) for k, site in zip(self._ranks, sites, strict=True)), 0
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:

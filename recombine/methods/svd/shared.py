@@ -27,7 +27,7 @@ from recombine.runtime import progress
 
 
 @dataclass(kw_only=True)
-class SharedSvd(Truncated):
+class SharedSvd(Truncated, abstract=True):
     """What both have in common; the layers of a group read inputs of one width."""
 
     def moment(self, group: list[Site]) -> Tensor | None:
@@ -38,13 +38,13 @@ class SharedSvd(Truncated):
         """The layers, by site name."""
         layers = {}
         for group in progress.of(self.groups(sites), "factors", "groups"):
-            weights = [site.linear.weight for site in group]
+            weights = [site.module.weight for site in group]
             stack = torch.cat([weight.detach().double() for weight in weights])  # (sum m_i, n)
             u = weighted_svd(stack, self.moment(group))[0][:, : self.group_rank(group)]
             left, right = project(u, stack)
             basis = nn.Parameter(right.to(weights[0]), requires_grad=False)  # one parameter: it counts once
             for site, part in zip(group, left.split([len(weight) for weight in weights]), strict=True):
-                layers[site.name] = FactoredLinear(part.to(weights[0]), basis, bias=site.linear.bias)
+                layers[site.name] = FactoredLinear(part.to(weights[0]), basis, bias=site.module.bias)
         return layers
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
@@ -70,10 +70,10 @@ class BasisSharing(SharedSvd):
         need(self.group_size >= 1, self, "group_size", "a group has at least one layer")
         super().check(sites)
 
-    def wants(self) -> set[str]:
+    def statistics_needed(self) -> set[str]:
         return {"inputs"} if self.whiten else set()
 
-    def prepare(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+    def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         if self.refit:
             need_losses(self, losses)
 
@@ -91,7 +91,7 @@ class BasisSharing(SharedSvd):
 
 @dataclass(kw_only=True)
 class Dfjr(SharedSvd):
-    """Data-free joint rank-k approximation."""
+    """Data-free joint rank-k approximation (arXiv 2402.16319)."""
 
     def groups(self, sites: list[Site]) -> list[list[Site]]:
         """A block has one layer of every role, so the i-th q and the i-th k are of one block."""

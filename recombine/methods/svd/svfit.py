@@ -26,21 +26,21 @@ class Svfit(Spectral):
     rank: int = 768
 
     compresses: ClassVar[bool] = False
-    knobs: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
+    budget_fields: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
 
     def check(self, sites: list[Site]) -> None:
         need(self.rank >= 1, self, "rank", "must be 1 or more; all singular values train where it exceeds their number")
 
-    def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
+    def budget_values(self, field: str, sites: list[Site]) -> Sequence[int]:
         return range(1, 1 + max(directions(site) for site in sites))
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        stored = sum(directions(site) * (1 + sum(site.linear.weight.shape)) for site in sites)
+        stored = sum(directions(site) * (1 + sum(site.module.weight.shape)) for site in sites)
         return stored, sum(min(self.rank, directions(site)) for site in sites)
 
     def recombine(self, site: Site) -> FactoredLinear:
-        (u, s, vh), weight = self.factors(site), site.linear.weight
+        (u, s, vh), weight = self.factors(site), site.module.weight
         core, tail = s[: self.rank].to(weight), s[self.rank :].to(weight)
-        layer = FactoredLinear(u.to(weight), vh.to(weight), core, tail if len(tail) else None, site.linear.bias)
+        layer = FactoredLinear(u.to(weight), vh.to(weight), core, tail if len(tail) else None, site.module.bias)
         layer.core.requires_grad_(True)
         return layer

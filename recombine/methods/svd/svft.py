@@ -37,7 +37,7 @@ class Svft(Spectral):
     start: str = "zero"
 
     compresses: ClassVar[bool] = False
-    knobs: ClassVar[dict[str, str]] = {"trainable": "band", "memory": "band"}
+    budget_fields: ClassVar[dict[str, str]] = {"trainable": "band", "memory": "band"}
 
     def check(self, sites: list[Site]) -> None:
         need(self.pattern in PATTERNS, self, "pattern", f"must be one of {', '.join(PATTERNS)}")
@@ -46,11 +46,11 @@ class Svft(Spectral):
         need(self.start in ("zero", "kaiming"), self, "start", "must be zero or kaiming")
         if self.pattern.startswith("top_k"):
             for site in sites:
-                m, n = site.linear.weight.shape
+                m, n = site.module.weight.shape
                 why = f"compares left with right singular vectors, but {site.name} is {m} x {n}; take banded or random"
                 need(m == n, self, "pattern", why)
 
-    def choices(self, knob: str, sites: list[Site]) -> Sequence[int]:
+    def budget_values(self, field: str, sites: list[Site]) -> Sequence[int]:
         if self.pattern == "plain":
             raise UsageError("method.pattern='plain' has no band that a budget could set; take banded or budget=none")
         return range(min(directions(site) for site in sites))
@@ -62,10 +62,10 @@ class Svft(Spectral):
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         trained = sum(1 + self.entries(site) for site in sites)
-        return sum(directions(site) * (1 + sum(site.linear.weight.shape)) for site in sites) + trained, trained
+        return sum(directions(site) * (1 + sum(site.module.weight.shape)) for site in sites) + trained, trained
 
     def recombine(self, site: Site) -> FactoredLinear:
-        (u, s, vh), weight = self.factors(site), site.linear.weight
+        (u, s, vh), weight = self.factors(site), site.module.weight
         index = PATTERNS[self.pattern](u, vh).flatten().topk(self.entries(site)).indices.sort().values
         entries = weight.new_zeros(len(index))
         if self.start == "kaiming":
@@ -74,7 +74,7 @@ class Svft(Spectral):
             u.to(weight),
             vh.to(weight),
             tail=s.to(weight),
-            bias=site.linear.bias,
+            bias=site.module.bias,
             entries=entries,
             index=torch.stack([index // len(s), index % len(s)]),
             gate=weight.new_zeros(()),

@@ -16,7 +16,7 @@ from recombine.runtime import progress
 
 
 @dataclass(kw_only=True)
-class Spectral(Method):
+class Spectral(Method, abstract=True):
     """What the methods that factor each weight alone have in common: one SVD a layer, computed once."""
 
     compresses: ClassVar[bool] = True
@@ -33,7 +33,7 @@ class Spectral(Method):
 
     def decompose(self, site: Site) -> tuple[Tensor, ...]:
         """U (m, N), s (N,), Vh (N, n)."""
-        return svd(site.linear.weight)
+        return svd(site.module.weight)
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site in progress.of(sites, "rewriting", "layers"):
@@ -42,7 +42,7 @@ class Spectral(Method):
 
 
 @dataclass(kw_only=True)
-class Truncated(Spectral):
+class Truncated(Spectral, abstract=True):
     """The same share of every matrix, which may be the weights of a group of layers in one stack.
 
     Args:
@@ -53,8 +53,8 @@ class Truncated(Spectral):
     ratio: float = 0.5
     rank: int | None = None
 
-    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
-    rivals: ClassVar[tuple[str, ...]] = ("rank",)
+    budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
+    conflicting_fields: ClassVar[tuple[str, ...]] = ("rank",)
 
     def check(self, sites: list[Site]) -> None:
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
@@ -62,7 +62,7 @@ class Truncated(Spectral):
             most = min(min(shape(group)) for group in self.groups(sites))
             need(1 <= self.rank <= most, self, "rank", f"must be from 1 to {most}, the narrowest target layer")
 
-    def choices(self, knob: str, sites: list[Site]) -> list[float]:
+    def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         return [i / 1000 for i in range(1, 1001)]
 
     def groups(self, sites: list[Site]) -> list[list[Site]]:
@@ -79,12 +79,12 @@ class Truncated(Spectral):
 
 def shape(group: list[Site]) -> tuple[int, int]:
     """(m, n) of the group's weights, one upon the other."""
-    return sum(site.linear.weight.shape[0] for site in group), group[0].linear.weight.shape[1]
+    return sum(site.module.weight.shape[0] for site in group), group[0].module.weight.shape[1]
 
 
 def directions(site: Site) -> int:
     """N = min(m, n), the number of singular values."""
-    return min(site.linear.weight.shape)
+    return min(site.module.weight.shape)
 
 
 @dataclass(kw_only=True)
@@ -99,8 +99,8 @@ class Svd(Truncated):
     energy: float | None = None
     train_core: bool = False
 
-    knobs: ClassVar[dict[str, str]] = {"retained": "ratio", "energy": "energy", "memory": "ratio"}
-    rivals: ClassVar[tuple[str, ...]] = ("rank", "energy")
+    budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "energy": "energy", "memory": "ratio"}
+    conflicting_fields: ClassVar[tuple[str, ...]] = ("rank", "energy")
 
     def check(self, sites: list[Site]) -> None:
         super().check(sites)
@@ -118,7 +118,7 @@ class Svd(Truncated):
 
     def recombine(self, site: Site) -> FactoredLinear:
         u, s, vh = self.factors(site)
-        k, weight, bias = self.group_rank([site]), site.linear.weight, site.linear.bias
+        k, weight, bias = self.group_rank([site]), site.module.weight, site.module.bias
         if self.train_core:
             layer = FactoredLinear(u[:, :k].to(weight), vh[:k].to(weight), tail=s[:k].to(weight), bias=bias)
             layer.tail.requires_grad_(True)

@@ -31,7 +31,7 @@ from recombine.runtime import progress
 
 
 @dataclass(kw_only=True)
-class WeightedSvd(Truncated):
+class WeightedSvd(Truncated, abstract=True):
     """What the three have in common.
 
     Args:
@@ -46,7 +46,7 @@ class WeightedSvd(Truncated):
 
     def decompose(self, site: Site) -> tuple[Tensor, Tensor]:
         """U (m, N), s (N,)."""
-        return weighted_svd(site.linear.weight, self.moment(site))
+        return weighted_svd(site.module.weight, self.moment(site))
 
     def recombine(self, site: Site) -> FactoredLinear:
         return truncated(site, self.factors(site)[0][:, : self.group_rank([site])])
@@ -61,16 +61,16 @@ class WeightedSvd(Truncated):
 
 def truncated(site: Site, u: Tensor) -> FactoredLinear:
     """The layer with the weight u u^T W, u (m, k)."""
-    weight = site.linear.weight
+    weight = site.module.weight
     left, right = project(u, weight)
-    return FactoredLinear(left.to(weight), right.to(weight), bias=site.linear.bias)
+    return FactoredLinear(left.to(weight), right.to(weight), bias=site.module.bias)
 
 
 @dataclass(kw_only=True)
 class Fwsvd(WeightedSvd):
     """Fisher-weighted SVD."""
 
-    def wants(self) -> set[str]:
+    def statistics_needed(self) -> set[str]:
         return {"fisher"}
 
     def moment(self, site: Site) -> Tensor:
@@ -89,7 +89,7 @@ class Asvd(WeightedSvd):
         super().check(sites)
         need(self.alpha >= 0, self, "alpha", "is the power of a magnitude, so it must be 0 or more")
 
-    def wants(self) -> set[str]:
+    def statistics_needed(self) -> set[str]:
         return {"magnitudes"}
 
     def moment(self, site: Site) -> Tensor:
@@ -100,7 +100,7 @@ class Asvd(WeightedSvd):
 class SvdLlm(WeightedSvd):
     """Truncation-aware whitening."""
 
-    def wants(self) -> set[str]:
+    def statistics_needed(self) -> set[str]:
         return {"inputs"}
 
     def moment(self, site: Site) -> Tensor:

@@ -1,0 +1,141 @@
+"""What a model costs: parameters, bytes and FLOPs, counted on the model as it stands or predicted in closed form."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from recombine.core.method import Method, Site
+from recombine.models import roles
+
+ADAM = 8  # bytes of AdamW state for each trained weight: two float32 moments
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a model costs. Parameters are counted once however many layers share them.
+
+    stored, trained: the whole model's; *_without_head the same less the classification head.
+    retained: weights that the target layers hold, as a share of the dense ones. retained_total: the whole model's.
+    bytes_*: of the weights (as integers, where they were quantised), of the gradients, of AdamW's two float32 moments.
+    flops: floating-point operations (2 per multiplication) of one forward of one sample; None if not measured.
+    """
+
+    stored: int
+    trained: int
+    stored_without_head: int
+    trained_without_head: int
+    retained: float
+    retained_total: float
+    bytes_weights: int
+    bytes_gradients: int
+    bytes_optimizer: int
+    flops: int | None = None
+
+    @property
+    def memory_mib(self) -> float:
+        """Weights + gradients + optimizer in MiB, as CERSA Table 14 counts (float32, AdamW)."""
+        return (self.bytes_weights + self.bytes_gradients + self.bytes_optimizer) / MIB
+
+    def as_dict(self) -> dict:
+        return asdict(self) | {"memory_mib": self.memory_mib}
+
+
+def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Account:
+    """The account of a model as it stands; with `sample`, its input or keyword arguments (1, ...), its FLOPs too."""
+    parameters = dict(model.named_parameters())
+    trained = [p for p in parameters.values() if p.requires_grad]
+    head = list(h.parameters()) if (h := roles.head(model)) is not None else []
+    stored = sum(p.numel() for p in parameters.values())
+    record = getattr(model, "recombined", None)
+    kept = stored_in_targets(model) if record else 0
+    return Account(
+        stored=stored,
+        trained=sum(p.numel() for p in trained),
+        stored_without_head=stored - sum(p.numel() for p in head),
+        trained_without_head=sum(p.numel() for p in trained) - sum(p.numel() for p in head if p.requires_grad),
+        retained=kept / record.dense if record and record.dense else 1.0,
+        retained_total=stored / record.total if record else 1.0,
+        bytes_weights=sum(getattr(p, "stored_bytes", p.numel() * p.element_size()) for p in parameters.values()),
+        bytes_gradients=sum(p.numel() * p.element_size() for p in trained),
+        bytes_optimizer=sum(p.numel() * ADAM for p in trained),
+        flops=None if sample is None else flops(model, sample),
+    )
+
+
+def predict(method: Method, model: nn.Module, sites: list[Site]) -> Account:
+    """The account that `count` would give of the rewritten model, by the method's closed form; no FLOPs."""
+    (stored, trained), size = method.sizes(sites), sites[0].module.weight.element_size()
+    dense, total = sum(site.module.weight.numel() for site in sites), sum(p.numel() for p in model.parameters())
+    head = head_size(model)
+    rest = total - held(site.module for site in sites)
+    return Account(
+        stored=rest + stored,
+        trained=trained + head,
+        stored_without_head=rest + stored - head,
+        trained_without_head=trained,
+        retained=stored / dense,
+        retained_total=(rest + stored) / total,
+        bytes_weights=size * (rest + stored),
+        bytes_gradients=size * (trained + head),
+        bytes_optimizer=ADAM * (trained + head),
+    )
+
+
+def head_size(model: nn.Module) -> int:
+    """Parameters of the classification head; 0 where there is none."""
+    return 0 if (head := roles.head(model)) is None else sum(p.numel() for p in head.parameters())
+
+
+def stored_in_targets(model: nn.Module) -> int:
+    """Weights inside the rewritten layers, as `held` counts them."""
+    return held(model.get_submodule(target) for target in model.recombined.targets)
+
+
+def held(layers: Iterable[nn.Module]) -> int:
+    """Weights inside these layers, biases left out, a shared basis counted once."""
+    weights = {
+        id(p): p.numel() for layer in layers for name, p in layer.named_parameters() if not name.endswith("bias")
+    }
+    return sum(weights.values())
+
+
+def flops(model: nn.Module, sample: torch.Tensor | dict) -> int:
+    """Of one forward in eval mode, counted by torch on what really runs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = model.training
+    model.eval()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the counter knows no fused attention on a CPU
+        run = partial(model, **sample) if isinstance(sample, dict) else partial(model, sample)
+        run()  # builds what eval keeps
+        with FlopCounterMode(display=False) as counter:
+            run()
+    model.train(training)
+    return counter.get_total_flops()
+
+
+def layer_report(model: nn.Module) -> list[dict]:
+    """One row a rewritten layer: name, role, shape, kind, ranks, and the share `held` of its dense weights.
+
+    A shared basis is divided among its layers.
+    """
+    layers = {name: model.get_submodule(name) for name in model.recombined.targets}
+    users = Counter(id(p) for layer in layers.values() for p in layer.parameters())
+    rows = []
+    for name, layer in layers.items():
+        spec = layer.spec() if hasattr(layer, "spec") else {}
+        m, n = layer.out_features, layer.in_features
+        weights = [p for key, p in layer.named_parameters() if not key.endswith("bias")]
+        held = sum(p.numel() / users[id(p)] for p in weights) / (m * n)
+        ranks = {
+            k: v for k, v in spec.items() if k in ("rank", "core", "tail", "basis_rank", "chunk") and v is not None
+        }
+        row = {"name": name, "role": model.recombined.targets[name], "shape": [m, n], "kind": type(layer).__name__}
+        rows.append(row | ranks | {"held": held})
+    return rows

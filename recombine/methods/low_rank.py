@@ -1,0 +1,26 @@
+"""W + left right with left = 0 at the start: the low-rank updates of WeCoLoRA and PC-LoRA."""
+
+import math
+
+from torch import nn
+
+from recombine.layers import DeltaLinear
+
+
+def low_rank(linear: nn.Linear, rank: int) -> DeltaLinear:
+    """W + left right with left = 0, so nothing changes yet; left and right train. rank is clipped to the layer."""
+    m, n = linear.weight.shape
+    left = linear.weight.new_zeros(m, min(rank, m, n))
+    right = linear.weight.new_empty(left.shape[1], n)
+    nn.init.kaiming_uniform_(right, a=math.sqrt(5))
+    layer = DeltaLinear(linear.weight, left, right, bias=linear.bias)
+    layer.left.requires_grad_(True)
+    layer.right.requires_grad_(True)
+    return layer
+
+
+def last_layers(model: nn.Module) -> dict[str, DeltaLinear]:
+    """The layers that the last method made."""
+    layers = {name: model.get_submodule(name) for name in model.recombined.targets}
+    made = model.recombined.steps[-1].layers
+    return {name: layer for name, layer in layers.items() if name in made and isinstance(layer, DeltaLinear)}

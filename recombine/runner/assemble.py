@@ -1,0 +1,74 @@
+"""A run's result.json, put together from what its parts found."""
+
+from hydra.core.hydra_config import HydraConfig
+
+from recombine import results
+from recombine.core.account import count, layer_report
+from recombine.core.method import method_classes
+from recombine.core.rewrite import Step
+from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart
+from recombine.runner.config import RunSpec
+from recombine.runner.labels import label_of
+from recombine.stages.context import RunContext
+
+QUOTED = set("[]{}() *")  # a shell would read these
+
+
+def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: AnalysisPart) -> Result:
+    """The result of a run: what was asked for, what its stage found and what was measured afterwards.
+
+    Raises:
+        AssertionError: two of these write the same key.
+    """
+    record = getattr(run.model, "recombined", None)
+    probe = run.probe and {key: getattr(run.probe, key) for key in ("val", "test", "decay")}
+    runner = asked_for(run) | {
+        "linear_probe": probe,
+        "layers": layer_report(run.model) if record else [],
+        "curves": run.curves.get("best", {}),
+        "seconds": run.seconds,
+        "config": spec.config,
+        "environment": results.environment(),
+    }
+    found = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)
+    for key in ("val", "test"):
+        found.setdefault(key, {})
+    if "method" not in found:
+        found["method"] = describe_step(run, record.steps[-1], "method") if record else None
+    if "account" not in found:
+        found["account"] = count(run.model, run.typical_input()).as_dict()
+    order = [*Result.__annotations__, *found]  # a key that the schema lacks comes last
+    return {key: found[key] for key in dict.fromkeys(order) if key in found}
+
+
+def asked_for(run: RunContext) -> RunPart:
+    """What the user asked for, without `method`, which a stage may know better."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    overrides = list(hydra.overrides.task) if hydra else []
+    overrides = [f"data.task={run.data.task}" if o == "data.task=all" else o for o in overrides]
+    record = getattr(run.model, "recombined", None)
+    pair = record is not None and len(record.steps) > 1
+    return {
+        "command": " ".join(["python run.py", *(f"'{o}'" if set(o) & QUOTED else o for o in overrides)]),
+        "stage": run.settings.stage.name,
+        "model": run.model.recombine_source,
+        "compressor": describe_step(run, record.steps[0], "compressor") if pair else None,
+        "budget": str(run.budget),
+        "data": run.data.info,
+        "calibration": None if run.calibration_data is None else run.calibration_data.info,
+        "seed": run.settings.seed,
+        "metric": run.objective().metric,
+    }
+
+
+def describe_step(run: RunContext, step: Step, part: str) -> MethodPart:
+    """What the result says of a method that rewrote the model.
+
+    Args:
+        part: method or compressor, whose label the step gets; a step out of a checkpoint gets the label of its fields.
+    """
+    own = {type(method).__name__: type(method) for method in (run.compressor, run.method) if method}
+    cls = own.get(step.method) or method_classes()[step.method]
+    loaded = run.settings.stage.name == "evaluate"
+    label = label_of(step.method, step.fields) if loaded else run.labels[part]
+    return results.method_part(step.method, step.fields, label, cls.compresses)

@@ -1,0 +1,26 @@
+"""Keeps the libraries' own log lines out of a run's output: stdout, log.txt and the ranks' logs.
+
+Hydra prints every record from INFO up. At that level httpx names each address it asks, and those of the hub's downloads
+are signed: they must not land in a log.
+"""
+
+import logging
+import warnings
+
+LIBRARIES = ("alembic", "datasets", "filelock", "fsspec", "httpcore", "httpx", "huggingface_hub", "timm", "urllib3")
+LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+
+
+def quiet_libraries() -> None:
+    """Lets only warnings and errors of the libraries through. Call it in every process that runs something."""
+    for name in LIBRARIES:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    silence_lightning()
+
+
+def silence_lightning() -> None:
+    """Lightning's hints about loaders and loggers say nothing about a run."""
+    for name in LIGHTNING:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

@@ -1,0 +1,173 @@
+"""What a training keeps and prints: its curves, a line an epoch, and the weights that validation likes best."""
+
+import math
+import sys
+import time
+
+import torch
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from tqdm import tqdm
+
+from recombine.core import checkpoint
+from recombine.runtime import progress
+
+
+class Curves(Callback):
+    """Keeps {"train/loss": [...], "val/loss": [...], "val/acc": [...], ...}, one number an epoch, None where it is not
+    finite. train/loss is the mean over the epoch's steps, on the weights that each of them found."""
+
+    def __init__(self):
+        self.curves: dict[str, list[float | None]] = {}
+        self.loss, self.steps = 0.0, 0
+
+    def on_train_batch_end(self, trainer, lit, outputs, batch, index) -> None:
+        self.loss, self.steps = self.loss + outputs["loss"].detach().float(), self.steps + 1  # no wait for the GPU
+
+    def on_train_epoch_end(self, trainer, lit) -> None:
+        if not self.steps:  # taken up where this epoch had been written down
+            return
+        found = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        found["train/loss"] = float(trainer.strategy.reduce(self.loss / self.steps, reduce_op="mean"))
+        self.loss, self.steps = 0.0, 0
+        for name, value in found.items():
+            self.curves.setdefault(name, []).append(float(f"{value:.5g}") if math.isfinite(value) else None)
+
+    def state_dict(self) -> dict:
+        return {"curves": self.curves, "loss": float(self.loss), "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.curves, self.loss, self.steps = state["curves"], state["loss"], state["steps"]
+
+
+class Epochs(Callback):
+    """Lines in a file, where a bar would show nothing until the end. what: the name of the training."""
+
+    def __init__(self, what: str):
+        self.what, self.last = what, time.monotonic()
+
+    def on_train_epoch_end(self, trainer, lit) -> None:
+        quiet = not progress.is_shown() or sys.stderr.isatty()
+        if quiet or time.monotonic() - self.last < progress.EVERY:
+            return
+        self.last = time.monotonic()
+        scores = ", ".join(f"{key} {value:.4g}" for key, value in sorted(trainer.callback_metrics.items()))
+        done, total = trainer.current_epoch + 1, trainer.max_epochs
+        print(f"{self.what}: epoch {done} of {total}, {scores}", file=sys.stderr, flush=True)
+
+
+class Bars(TQDMProgressBar):
+    """Lightning's bars on stderr, named after the work, with epochs counted from 1. what: the name of the work.
+
+    A line is at most as wide as the terminal: the bar gives way to the words beside it.
+    """
+
+    BAR_FORMAT = "{desc}|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.what = what
+
+    def bar(self, what: str, position: int = 0) -> tqdm:
+        options = {"desc": f"{what}: ", "position": position, "leave": position == 0, "disable": self.is_disabled}
+        return tqdm(**options, dynamic_ncols=True, file=sys.stderr, smoothing=0, bar_format=self.BAR_FORMAT)
+
+    def init_train_tqdm(self) -> tqdm:
+        return self.bar(self.what)
+
+    def init_validation_tqdm(self) -> tqdm:
+        return self.bar("validation", 1)
+
+    def init_test_tqdm(self) -> tqdm:
+        return self.bar(self.what)
+
+    def on_train_epoch_start(self, trainer, *_) -> None:
+        self.train_progress_bar.reset(self.total_train_batches)
+        self.train_progress_bar.set_description(
+            f"{self.what}, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
+        )
+
+    def on_validation_batch_start(self, trainer, lit, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.has_dataloader_changed(dataloader_idx):
+            self.val_progress_bar.reset(self.total_val_batches_current_dataloader)
+
+    def on_test_batch_start(self, trainer, lit, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.has_dataloader_changed(dataloader_idx):
+            self.test_progress_bar.reset(self.total_test_batches_current_dataloader)
+
+    def get_metrics(self, trainer, lit) -> dict[str, str]:
+        """The training's loss and the validation's score; its loss where there is no score. More would not fit."""
+        found = super().get_metrics(trainer, lit)
+        scores = [key for key in found if key.startswith("val/")]
+        shown = {"loss": found["train/loss"]} if "train/loss" in found else {}
+        shown |= {key: found[key] for key in scores if key != "val/loss" or len(scores) == 1}
+        return {key: f"{value:.3g}" for key, value in shown.items()}
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without what FSDP puts around blocks."""
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+class KeepBest(Callback):
+    """Keeps the weights that validation likes best, in memory and as a checkpoint, and puts them back at the end.
+
+    Without validation data the last ones are kept.
+    """
+
+    def __init__(self, monitor: str, mode: str, path):
+        self.monitor, self.direction, self.path = monitor, 1 if mode == "max" else -1, path
+        self.best, self.epoch, self.weights = -math.inf, None, None
+        self.inherited = False  # the weights are an earlier process's, and the file may be of an epoch that it lost
+
+    def on_train_start(self, trainer, lit) -> None:
+        if self.inherited:
+            lit.last_good = str(self.path)
+
+    def on_validation_end(self, trainer, lit) -> None:
+        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics or not lit.is_final_form:
+            return
+        value = self.direction * trainer.callback_metrics[self.monitor].item()
+        if value > self.best:
+            self.best, self.epoch = value, trainer.current_epoch
+            self.keep(trainer, lit)
+
+    def keep(self, trainer, lit) -> None:
+        self.inherited = False
+        trained = {unwrapped(n): p for n, p in lit.model.named_parameters() if p.requires_grad}
+        if isinstance(trainer.strategy, FSDPStrategy):  # puts shards together, for the first rank; `restore` writes
+            whole = trainer.strategy.lightning_module_state_dict()
+            self.weights = {n: whole[f"model.{n}"] for n in trained if f"model.{n}" in whole}
+            return
+        self.weights = {n: p.detach().cpu().clone() for n, p in trained.items()}
+        if trainer.is_global_zero:
+            checkpoint.save(lit.model, self.path)
+        lit.last_good = str(self.path)
+
+    def on_fit_end(self, trainer, lit) -> None:
+        if self.weights is None:
+            self.epoch, self.best = trainer.current_epoch - 1, math.nan
+            self.keep(trainer, lit)
+        if not isinstance(trainer.strategy, FSDPStrategy):
+            self.restore(lit.model)
+            if self.inherited and trainer.is_global_zero:
+                checkpoint.save(lit.model, self.path)
+
+    def restore(self, model: nn.Module) -> None:
+        """The kept weights into the model, or into one like it."""
+        here = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in self.weights.items():
+                here[name].copy_(value)
+
+    def state_dict(self) -> dict:
+        return {"best": self.best, "epoch": self.epoch, "weights": self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best, self.epoch, self.weights = state["best"], state["epoch"], state["weights"]
+        self.inherited = self.weights is not None
+
+    @property
+    def value(self) -> float:
+        return self.direction * self.best

@@ -1,0 +1,45 @@
+"""What a logger shows of a finished run: its numbers, the table of its layers and the plot of their ranks."""
+
+from io import BytesIO
+
+from PIL import Image
+
+from recombine import results
+
+
+def numbers(result: dict) -> dict[str, float]:
+    """The numbers of a result under one flat name each: score, test/acc, account/retained, linear_probe/test ..."""
+    parts = ("test", "account", "linear_probe", "distil", "weight_error", "logit_error", "best_epoch", "seconds")
+    parts += ("profile", "elsewhere", "subspaces")
+    found = {key: result[key] for key in parts if result.get(key) is not None}
+    found |= {"best": result["val"], "score": result["test"].get(result["metric"])}
+    if errors := found.pop("weight_error", None):
+        found["weight_error"] = sum(errors.values()) / len(errors)
+    return {k.replace(".", "/"): v for k, v in results.flat(found).items() if isinstance(v, int | float)}
+
+
+def layer_table(layers: list[dict]) -> tuple[list[str], list[list]]:
+    """The column names and the rows of `budget.layer_report`."""
+    columns = list(dict.fromkeys(key for row in layers for key in row))
+    cell = lambda value: "x".join(map(str, value)) if isinstance(value, list) else value  # noqa: E731
+    return columns, [[cell(row.get(column)) for column in columns] for row in layers]
+
+
+def rank_plot(layers: list[dict]) -> Image.Image:
+    """Rank by depth, a line a role (CERSA Fig. 3, JACTUS Fig. 3); without ranks the share of its weights a layer
+    holds."""
+    from matplotlib.figure import Figure  # only runs that are watched need it
+
+    ranks = [row.get("rank", row.get("basis_rank")) for row in layers]
+    label = "held share of the dense weights" if None in ranks else "rank"
+    values = [row["held"] for row in layers] if None in ranks else ranks
+    figure = Figure(figsize=(6, 3.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for role in dict.fromkeys(row["role"] for row in layers):
+        here = [value for row, value in zip(layers, values, strict=True) if row["role"] == role]
+        axes.plot(range(len(here)), here, marker="o", markersize=3, label=role)
+    axes.set(xlabel="depth", ylabel=label)
+    axes.legend(ncols=2, fontsize="small")
+    pixels = BytesIO()
+    figure.savefig(pixels, format="png")
+    return Image.open(pixels).convert("RGB")

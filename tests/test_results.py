@@ -1,0 +1,206 @@
+"""result.json holds what its schema says, no part overrides another, and a run is called what the user typed."""
+
+import inspect
+import json
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, get_args, get_origin, get_type_hints, is_typeddict
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import recombine
+import run
+from recombine import result_schema, results
+from recombine.result_schema import Result
+from recombine.runner import labels, pipeline, ranks, summary
+from scripts import make_docs
+
+ROOT = Path(__file__).parents[1]
+TINY = ["trainer=cpu", "trainer.progress=false", "trainer.epochs=1", "data.limit=32", "calibration.samples=32"]
+VIT, LANGUAGE = ["model=tiny_vit", *TINY], ["model=tiny_llama", "data=text", "data.max_length=32", "data.limit=8"]
+RUNS = {
+    "adapt": [
+        *VIT,
+        "method=lora",
+        "probe=false",
+        "analyse.subspaces=0.9",
+        "analyse.maps=4",
+        "analyse.elsewhere=[emoji]",
+    ],
+    "pair": [*VIT, "method@compressor=svd_llm", "method=lora", "stage=joint", "budget=retained_50"],
+    "compress": [*VIT, "method=crisp", "method.chunk=16", "stage=compress", "budget=retained_50", "probe=false"],
+    "retrofit": [*VIT, "method=cersa", "stage=retrofit"],
+    "profile": [*VIT, "method=svft", "stage=profile", "stage.rounds=1"],
+    "closed form": [*VIT, "method=svd", "stage=profile", "stage.rewrite=false"],
+    "sentences": [*TINY, "model=tiny_bert", "data=sentences", "method=ia3"],
+    "language": [*TINY, *LANGUAGE, "method=cersa", "data@calibration.data=text", "calibration.data.limit=8"],
+}
+
+
+def execute(folder: Path, *overrides: str) -> dict:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        ranks.main(compose("config", overrides), folder)
+    return json.loads((folder / "result.json").read_text())
+
+
+def wrong(value, hint, path: str = "result", old: bool = False) -> list[str]:
+    """Where a value of a result.json is not what its type says. old: of a version that lacked some keys."""
+    if is_typeddict(hint):
+        if not isinstance(value, dict):
+            return [f"{path}: {value!r} is no {hint.__name__}"]
+        hints = get_type_hints(hint)
+        missing = set() if old else hint.__required_keys__ - value.keys()
+        unknown = set() if hint in result_schema.OPEN else value.keys() - hints.keys()
+        inner = [wrong(value[key], hints[key], f"{path}.{key}", old) for key in hints if key in value]
+        return [f"{path}: {key} is missing or unknown" for key in missing | unknown] + sum(inner, [])
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is types.UnionType:
+        tried = [wrong(value, one, path, old) for one in inner]
+        return [] if [] in tried else min(tried, key=len)
+    if origin in (dict, list) and isinstance(value, origin):
+        pairs = value.items() if origin is dict else enumerate(value)
+        return sum([wrong(one, inner[-1], f"{path}.{key}", old) for key, one in pairs], [])
+    kinds = (int, float) if hint is float else (origin or hint,)
+    fits = isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+    return [] if fits else [f"{path}: {value!r} is no {hint}"]
+
+
+def test_the_validator_sees_what_is_wrong():
+    good = {"val": 0.5, "test": None, "decay": 1}
+    assert wrong(good, result_schema.Probe) == []
+    assert wrong(good | {"val": "high"}, result_schema.Probe) and wrong(good | {"val": True}, result_schema.Probe)
+    assert wrong(good | {"more": 1}, result_schema.Probe) and wrong({"val": 0.5}, result_schema.Probe)
+    assert not wrong({"val": 0.5}, result_schema.Probe, old=True) and wrong({"val": "x"}, result_schema.Probe, old=True)
+    assert wrong({"a": [0.5, "x"]}, result_schema.Curves) and wrong(None, dict[str, int])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_result_has_the_keys_and_types_of_the_schema(name, tmp_path, monkeypatch):
+    """And each key comes from a part that the schema names."""
+    parts = []
+
+    def spy(**who):
+        parts.append(who)
+        return merge(**who)
+
+    merge = results.merge_parts
+    monkeypatch.setattr(results, "merge_parts", spy)
+    result = execute(tmp_path, *RUNS[name])
+    assert wrong(result, Result) == []
+    (whole,) = [who for who in parts if "analysis" in who]
+    writers = {key: writer for writer, part in whole.items() for key in part}
+    facts = {key: hint.__metadata__[0] for key, hint in get_type_hints(Result, include_extras=True).items()}
+    for key in result:
+        assert writers.get(key, "runner") in facts[key].by, key
+    if name == "adapt":
+        assert result["subspaces"]["map_u"] and result["elsewhere"]["after"].keys() == {"emoji"}
+
+
+def test_every_key_is_explained_and_has_a_writer():
+    for _, part in inspect.getmembers(result_schema, is_typeddict):
+        facts = [hint.__metadata__[0] for hint in get_type_hints(part, include_extras=True).values()]
+        assert part.__doc__ and all(fact.meaning for fact in facts), part
+    for key, hint in get_type_hints(Result, include_extras=True).items():
+        writers = hint.__metadata__[0].by
+        assert writers and set(writers) <= {*pipeline.STAGES, "analysis", "runner"}, key
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/**/runs.jsonl")), ids=lambda path: path.parent.name)
+def test_committed_records_of_older_versions_fit(path):
+    """A record is a result without its configuration, with shorter layers (recombine/report/records.py)."""
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        assert {"cell", "layers", "config"} <= record.keys()
+        cut = {key: value for key, value in record.items() if key not in ("cell", "layers", "config")}
+        assert wrong(cut, Result, old=True) == []
+        assert summary.summary_table(cut, path).startswith(summary.heading(cut))
+
+
+def test_a_key_that_two_parts_write_names_both():
+    assert results.merge_parts(runner={"a": 1}, adapt={"b": 2}) == {"a": 1, "b": 2}
+    with pytest.raises(AssertionError, match="val is written by adapt and by analysis"):
+        results.merge_parts(runner={"a": 1}, adapt={"val": {}}, analysis={"val": {}})
+
+
+def test_a_stage_cannot_override_what_the_runner_writes(tmp_path, monkeypatch):
+    retrofit = pipeline.STAGES["retrofit"]
+    monkeypatch.setitem(pipeline.STAGES, "retrofit", lambda run: retrofit(run) | {"seed": 7})
+    with pytest.raises(AssertionError, match="seed is written by runner and by retrofit"):
+        execute(tmp_path, *RUNS["retrofit"])
+
+
+def test_the_pages_made_from_the_code_are_up_to_date(tmp_path, monkeypatch, capsys):
+    assert make_docs.main(["--check"]) == 0
+    monkeypatch.setattr(make_docs, "ROOT", tmp_path)
+    assert make_docs.main(["--check"]) == 1 and "docs/result.md is out of date" in capsys.readouterr().err
+    assert make_docs.main([]) == 0 and make_docs.main(["--check"]) == 0
+
+
+# What a run is called
+
+
+@dataclass(kw_only=True)
+class Mine(recombine.Cersa):
+    """A user's own method, outside of recombine.methods."""
+
+    compresses: ClassVar[bool] = True
+
+
+@dataclass(kw_only=True)
+class Named(recombine.Cersa):
+    """Its field is a key that result.json needs."""
+
+    label: str = "x"
+
+
+def test_a_users_own_method_gets_through_the_final_table(tmp_path, capsys):
+    result = execute(tmp_path, *VIT, "method=cersa", f"method._target_={__name__}.Mine", "probe=false")
+    assert result["method"]["name"] == "Mine" and result["method"]["label"] == "mine" and result["test"]
+    assert result["account"]["retained"] > 1.01 and result["method"]["compresses"] is True
+    out = capsys.readouterr().out
+    assert "\nmine on tiny_vit, data offline: dsprites_loc\n" in out and "store more than dense" in out
+    with pytest.raises(recombine.UsageError, match="result.json has label already"):
+        execute(tmp_path / "x", *VIT, "method=cersa", f"method._target_={__name__}.Named")
+
+
+def test_a_run_is_called_what_was_typed(tmp_path, capsys, monkeypatch):
+    """Whatever its fields became; without Hydra, what its fields are called."""
+    words = [*VIT, "method=lora", "+method.options.use_dora=true", "method@compressor=svd_llm", "stage=joint"]
+    words += ["budget=retained_50", "probe=false", f"hydra.run.dir={tmp_path}/a"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    assert run.cli() == 0
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert (result["compressor"]["label"], result["method"]["label"]) == ("svd_llm", "lora")
+    assert (result["compressor"]["name"], result["method"]["name"]) == ("SvdLlm", "Peft")
+    assert "\nsvd_llm + lora on tiny_vit, data offline: dsprites_loc\n" in capsys.readouterr().out
+
+    best = f"stage.checkpoint={tmp_path}/a/best.safetensors"
+    again = execute(tmp_path / "b", *VIT, "method=crisp", "method.chunk=16", "stage=evaluate", best)
+    assert (again["compressor"]["label"], again["method"]["label"]) == ("svd_llm", "dora")  # known by its fields alone
+    assert wrong(again, Result) == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("conf/method/*.yaml")), ids=lambda path: path.stem)
+def test_a_method_is_known_by_its_fields(path):
+    fields = OmegaConf.to_container(OmegaConf.load(path))
+    assert labels.label_of(fields["_target_"].rpartition(".")[2], fields) == path.stem
+
+
+def test_a_method_that_no_file_describes_is_called_by_its_class():
+    options = {"config": "LoraConfig", "options": {"init_lora_weights": "olora"}}
+    assert labels.label_of("Peft", options) == "peft" and labels.label_of("Mine", {}) == "mine"
+
+
+@pytest.mark.parametrize("data, title", [
+    ({"name": "offline", "task": "emoji"}, "offline: emoji"),
+    ({"name": "vtab", "task": "cifar"}, "vtab: CIFAR-100"),
+    ({"name": "folder", "task": None}, "folder"),
+    ({"name": "imagenet", "task": "imagenet"}, "imagenet"),
+    ({"name": "folder", "task": None, "title": "my pictures"}, "my pictures"),
+])  # fmt: skip
+def test_data_is_called_as_a_reader_knows_it(data, title):
+    assert summary.data_title(data) == title
