@@ -51,9 +51,9 @@ ROLES = {  # in the order of the panels
     "up": "MLP up",
     "down": "MLP down",
 }
-TASKS = {
-    "aircraft": "FGVC Aircraft",
-    "caltech101": "Caltech-101",
+TASKS = {  # as the data modules title them, which would need torch
+    "aircraft": "Aircraft",
+    "caltech101": "Caltech101",
     "capital_of": "capitals",
     "cars": "Stanford Cars",
     "cifar": "CIFAR-100",  # VTAB-1k's name for it
@@ -77,21 +77,21 @@ TASKS = {
     "mit67": "MIT-67",
     "mnli": "MNLI",
     "mrpc": "MRPC",
-    "oxford_flowers102": "Flowers-102",
-    "oxford_iiit_pet": "Oxford Pets",
+    "oxford_flowers102": "Flowers102",
+    "oxford_iiit_pet": "Pets",
     "patch_camelyon": "Patch Camelyon",
     "pets": "Oxford Pets",
     "qnli": "QNLI",
     "qqp": "QQP",
     "resisc45": "RESISC45",
     "rte": "RTE",
-    "smallnorb_azi": "SmallNORB azimuth",
-    "smallnorb_ele": "SmallNORB elevation",
+    "smallnorb_azi": "smallNORB azimuth",
+    "smallnorb_ele": "smallNORB elevation",
     "snorb_azim": "sNORB azimuth",
     "snorb_elev": "sNORB elevation",
     "sst2": "SST-2",
     "stsb": "STS-B",
-    "sun397": "SUN397",
+    "sun397": "Sun397",
     "svhn": "SVHN",
 }
 VALUES = {  # other values of a configuration whose words are not the value with spaces
