@@ -2,8 +2,8 @@
 
 OpenMP splits the work of an operator among the cores, and threads that are through early wait for the others. GNU's
 OpenMP, which torch's Linux packages bring, lets them spin for 300,000 rounds first. Where another process wants the
-cores, a thread that spins takes the time of the one it waits for. Here a thread sleeps after SPINS rounds. The number of
-threads stays, so the sums are the same, bit for bit. scripts/bench_busy.py measures both.
+cores, a thread that spins takes the time of the one it waits for. Here a thread sleeps after SPINS rounds. The number
+of threads stays, so the sums are the same, bit for bit. scripts/bench_busy.py measures both.
 """
 
 import os
