@@ -1,10 +1,9 @@
 """How torch's threads wait for each other: briefly awake, then asleep.
 
-OpenMP splits the work of an operator among the cores and lets the threads that are through early wait for the others.
-GNU's OpenMP, which torch's Linux packages bring, lets them spin for 300,000 rounds, some 10 ms. Alone on a machine that
-costs nothing. Where another process has one of the cores, a thread that spins takes the time of the one it waits for, a
-thousand times a second. After SPINS rounds a thread sleeps instead; waking it takes some microseconds. The sums are the
-same, bit for bit, since the number of threads is. scripts/bench_busy.py has the numbers.
+OpenMP splits the work of an operator among the cores, and threads that are through early wait for the others. GNU's
+OpenMP, which torch's Linux packages bring, lets them spin for 300,000 rounds first. Where another process wants the
+cores, a thread that spins takes the time of the one it waits for. Here a thread sleeps after SPINS rounds. The number
+of threads stays, so the sums are the same, bit for bit. scripts/bench_busy.py measures both.
 """
 
 import os
