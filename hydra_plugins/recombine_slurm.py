@@ -1,4 +1,4 @@
-"""Hydra's end of recombine.sweep.slurm; Hydra looks for plugins in this namespace only, and imports them all."""
+"""Hydra's end of recombine.runner.slurm. Hydra looks for plugins in this namespace only, and imports them all."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Hydra's ends of recombine.sweep; Hydra looks for plugins in this namespace only.
+"""Hydra's ends of recombine.runner. Hydra looks for plugins in this namespace only.
 
 GridSweeper: the cells of an experiment's grid, or the product of what -m gives.
 SearchSweeper: hydra-optuna-sweeper, whose complaints become one line.

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from recombine.errors import UsageError
 from recombine.result_schema import MethodPart, Result
 from recombine.runtime import budget_words
-from recombine.runtime.atomic import replacing
+from recombine.runtime.atomic import atomic_write
 from recombine.runtime.naming import aside
 from recombine.runtime.progress import wrapped
 
@@ -162,7 +162,7 @@ def method_part(name: str, fields: Mapping[str, Any], label: str, compresses: bo
 def write(path: Path, result: Mapping[str, Any]) -> Path:
     """Writes a result, whole or not at all; a number that is not finite, which JSON does not know, as null."""
     text = json.dumps(finite(result), indent=1, default=str, allow_nan=False)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text)
     return path
 

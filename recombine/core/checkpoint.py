@@ -18,7 +18,7 @@ from recombine.core.rewrite import Record, Step
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.models.fused_qkv import fuse
-from recombine.runtime.atomic import replacing
+from recombine.runtime.atomic import atomic_write
 
 FORMAT = 2
 
@@ -70,7 +70,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
         "own": {name: fingerprint(p) for name, p in model.named_parameters() if name in record.untouched},
     }
     path = Path(path)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         data = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         save_file(data, temporary, {"recombine": json.dumps(meta)})
     return path

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from recombine.models import roles
 from recombine.runtime import progress
-from recombine.runtime.atomic import replacing
+from recombine.runtime.atomic import atomic_write
 from recombine.training import distributed, objectives, resume
 
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 on standardised features; validation chooses
@@ -37,7 +37,7 @@ def load_or_fit(path: Path, model: nn.Module, data) -> Probe:
     """`fit`, or what an earlier process, or the first rank, has left of it in a file."""
     if distributed.rank() == 0 and resume.verified_manifest(path) is None:
         found = fit(model, data)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file({"weight": found.weight.contiguous(), "bias": found.bias.contiguous()}, temporary)
         resume.write_manifest(path, decay=found.decay, val=found.val, test=found.test)
     distributed.wait()

@@ -125,7 +125,7 @@ def dinov2_from_onnx(content: bytes) -> dict[str, Tensor]:
 
 def llama_from_gguf(content: bytes, path: Path) -> None:
     """A Llama in GGUF -> a folder as transformers saves it; a reader sees the whole of it or none."""
-    from transformers import AutoTokenizer, LlamaForCausalLM  # slow to load, and text.py imports this file
+    from transformers import AutoTokenizer, LlamaForCausalLM  # slow to load, and encoders.py imports this file
 
     with assets.writing(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as scratch, silence():
         file, part = Path(scratch) / "model.gguf", Path(scratch) / "converted"

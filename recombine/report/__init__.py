@@ -18,7 +18,7 @@ from recombine.report.records import CONFIG, RUNS, Runs
 from recombine.report.table import Table
 from recombine.runner import grid
 from recombine.runner.grid import Experiment
-from recombine.runtime.atomic import replacing
+from recombine.runtime.atomic import atomic_write
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def save(report: Report) -> list[Path]:
     }
     report.folder.mkdir(parents=True, exist_ok=True)
     for name, content in texts.items():
-        with replacing(report.folder / name) as temporary:
+        with atomic_write(report.folder / name) as temporary:
             temporary.write_text(content)
     return [report.folder / name for name in texts] + plots.save(
         report.experiment.report.get("plots") or {}, report.runs, report.folder

@@ -20,7 +20,7 @@ from recombine.report.page_sections import section, todo
 from recombine.report.render import MISSING
 from recombine.runner import grid
 from recombine.runner.grid import CONF
-from recombine.runtime.atomic import replacing
+from recombine.runtime.atomic import atomic_write
 
 HERE = Path(__file__).parent
 
@@ -41,7 +41,7 @@ def write(path: Path) -> list[Unread]:
     if path.suffix != ".html":
         raise UsageError(f"--page {path}: must end in .html, for example outputs/report.html")
     reports = list(read())
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(html(reports, path.parent), encoding="utf-8")
     return [report for report in reports if isinstance(report, Unread)]
 

@@ -21,7 +21,7 @@ from recombine import data
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.report import words
 from recombine.runner import grid
-from recombine.runtime.atomic import replacing
+from recombine.runtime.atomic import atomic_write
 
 X = "trainer/global_step"
 
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         dashboard = workspace(given.experiment, given.entity, given.project)
         path = given.out or grid.load(given.experiment).folder / "dashboard.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(definition(dashboard), indent=1))
         print(path)
         if given.save:

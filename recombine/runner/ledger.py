@@ -1,4 +1,7 @@
-"""What became of each run of a sweep, from the files in its folder: finished, failed or to do."""
+"""What became of each run of a sweep, from the files in its folder: finished, failed or to do.
+
+"job" is the number of a run in its sweep, from 0.
+"""
 
 import math
 import time
@@ -18,7 +21,14 @@ FAILED = "failed.txt"  # one line: why
 
 
 class Ledger:
-    """Takes what is finished as it is, and a failure too unless `retry` is true; tells the rest to its launcher."""
+    """The runs of one sweep and how each ended. Launchers ask it what to run, and tell it how that ended.
+
+    A finished run is not run again. A failed one is run again only with `retry=true`.
+
+    Args:
+        job_overrides: the command line of each run, without the program, for example ["method=lora", "seed=0"].
+        first: the number of the first job; Hydra's sweepers count on from earlier calls.
+    """
 
     def __init__(self, context: HydraContext, config: DictConfig, job_overrides: Sequence[Sequence[str]], first: int):
         self.loader, self.config, self.first = context.config_loader, config, first
@@ -46,7 +56,7 @@ class Ledger:
             )
 
     def refuses(self, job: int, folder: Path) -> bool:
-        """Takes the result that a folder holds, or says why not."""
+        """Takes the result that a folder holds. True: it is of another configuration, which counts as a failure."""
         try:
             self.ended[job] = results.score(results.load_finished(folder, results.settings(self.compose(job)))), None
         except EXPECTED as error:
@@ -62,7 +72,7 @@ class Ledger:
         return composed
 
     def todo(self) -> Iterator[tuple[int, DictConfig, Path]]:
-        """(job, configuration, folder) of what has to run; one that cannot be composed has failed."""
+        """(job, configuration, folder) of what has to run. A run that cannot be composed has failed."""
         for job, folder in enumerate(self.folders):
             if job in self.ended:
                 continue
@@ -84,7 +94,7 @@ class Ledger:
         failed, left = sum(e is not None for _, e in self.ended.values()), len(self.folders) - len(self.ended)
         soon = f", {duration((time.monotonic() - self.start) / self.ran * left)} to go" if left else ""
         scored = isinstance(value, float) and not math.isnan(value)
-        news = f"FAILED: {error}" if error is not None else f"{value:.4g}" if scored else "done"
+        news = f"FAILED: {error}" if error is not None else f"validation score {value:.4g}" if scored else "done"
         print(
             f"[{len(self.ended) - failed} done, {failed} failed, {left} left{soon}] {folder.name}: {news}", flush=True
         )
@@ -104,7 +114,11 @@ class Ledger:
 
 
 def refuse_failed(returns: Sequence[JobReturn]) -> None:
-    """Lists what failed, and why, and raises UsageError."""
+    """Lists what failed, and why.
+
+    Raises:
+        UsageError: any run failed.
+    """
     if failed := [r for r in returns if r.status is JobStatus.FAILED]:
         print("".join(f"FAILED {r.working_dir}: {r._return_value}\n" for r in failed), end="", flush=True)
         again = any((Path(r.working_dir) / FAILED).is_file() for r in failed)
@@ -113,6 +127,7 @@ def refuse_failed(returns: Sequence[JobReturn]) -> None:
 
 
 def duration(seconds: float) -> str:
+    """7 s, 12 min, 3 h 05 min"""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""Runs a sweep on this machine, in the processes of sweep/pool.py."""
+"""Runs a sweep on this machine, in the worker processes of runner/pool.py."""
 
 import os
 from collections.abc import Sequence
@@ -17,7 +17,15 @@ from recombine.runner.ledger import Ledger
 def launch(
     context: HydraContext, config: DictConfig, job_overrides: Sequence[Sequence[str]], first: int, jobs: int | None
 ) -> list[JobReturn]:
-    """Runs every job that is not finished, `jobs` at the same time, each with its share of the cores, or its GPUs."""
+    """Runs every job that is not finished, `jobs` at the same time, each with its share of the cores, or its GPUs.
+
+    Args:
+        job_overrides, first: as `Ledger` takes them.
+        jobs: None: one a GPU, or one where there is none or where a run takes several.
+
+    Raises:
+        UsageError: `jobs` is no whole number from 1, or the GPUs do not suffice for so many.
+    """
     if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
         raise UsageError(f"hydra.launcher.jobs={jobs}: must be a whole number from 1, or null")
     ledger = Ledger(context, config, job_overrides, first)
@@ -31,6 +39,9 @@ def launch(
     ranks = max(1, ranks)
     threads = str(max(1, len(os.sched_getaffinity(0)) // (workers * ranks)))
 
+    if left := len(ledger.folders) - len(ledger.ended):
+        print(f"{ledger.root}: {left} runs, {workers} at a time; what a run prints is in its log.txt", flush=True)
+
     def environment(place: int) -> dict[str, str]:
         own = [gpus[i % len(gpus)] for i in range(place * ranks, (place + 1) * ranks)] if gpus and workers > 1 else []
         gpu = {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
@@ -42,7 +53,7 @@ def launch(
 
 
 def run(job: tuple[HydraContext, DictConfig]) -> Any:
-    """One run, in a worker."""
+    """One run, in a worker: (Hydra's context, the configuration) -> its validation score."""
     from recombine.runner import ranks  # torch
 
     context, config = job

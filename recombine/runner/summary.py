@@ -17,6 +17,9 @@ WORDS = {  # keys of a result -> how a table calls them
     "spearman": "Spearman correlation",
     "exact_match": "exact match",
     "tasks_mean": "mean of the tasks",
+    "setup": "set-up",
+    "probe": "linear probe",
+    "retrofit": "rewriting",
     "train_best": "training",
     "train_distilled": "distillation",
 }
@@ -52,7 +55,7 @@ def suite_table(summary: Suite, result: Result, path: Path) -> str:
         ("mean of the tasks", percent(summary["mean_of_tasks"])),
         ("result", str(path)),
     ]
-    return f"{heading(result)}, data {data['name']}, {len(tasks)} tasks\n{results.table(rows)}"
+    return f"{heading(result)}, data {data['name']}, test scores of {len(tasks)} tasks in %\n{results.table(rows)}"
 
 
 def heading(result: Result) -> str:
@@ -97,6 +100,8 @@ def score_rows(result: Result) -> list[tuple[str, str]]:
     """The test scores, and those of the linear probe."""
     rows = []
     if shown := {key: value for key, value in result["test"].items() if "stderr" not in key}:
+        first = result["metric"]  # the score that validation chose the weights by
+        shown = {key: shown[key] for key in sorted(shown, key=lambda key: key != first)}
         values = {key: f"{number(v):.3g}" if key in PLAIN else f"{percent(v)} %" for key, v in shown.items()}
         rows.append(("test", ", ".join(f"{worded(key)} {value}" for key, value in values.items())))
     if linear := result["linear_probe"]:
@@ -126,7 +131,9 @@ def cost_rows(account: AccountPart) -> list[tuple[str, str]]:
     mib = {key: account[f"bytes_{key}"] / 2**20 for key in ("weights", "gradients", "optimizer")}
     memory = " + ".join(f"{key} {value:.1f}" for key, value in mib.items())
     without = {key: f"({account[f'{key}_without_head']:,} without the head)" for key in ("trained", "stored")}
-    shares = f"{percent(account['retained'])} % of the target layers, {percent(account['retained_total'])} % of all"
+    shares = (
+        f"{percent(account['retained'])} % of the target layers, {percent(account['retained_total'])} % of the model"
+    )
     return [
         ("trained", f"{account['trained']:,} parameters {without['trained']}"),
         ("stored", f"{account['stored']:,} parameters {without['stored']}"),

@@ -10,22 +10,31 @@ from omegaconf import OmegaConf
 from recombine.errors import UsageError
 from recombine.runtime.conf import CONF, parts
 
-WIDTH = 100
+WIDTH = 80
 FLAGS = ("--help", "-h")
 HEAD = """recombine: compress a pretrained transformer, adapt it, or both at once.
 
   python run.py [group=choice ...] [key=value ...]
 """
 EXAMPLES = """Examples
-  python run.py experiment=start                             CRISP halves DINOv2 ViT-S and adapts it
-  python run.py                                              CRISP adapts it at its exact size
-  python run.py method=lora data.task=emoji                  another method, another task
-  python run.py stage=joint budget=retained_50 method=crisp  compress to half, distil, adapt
-  python run.py stage=retrofit method=cersa method.alpha=0.9 rewrite and count, without training
-  python run.py -m method=crisp,cersa,lora seed=0,1,2        a sweep: one folder a run
+  CRISP halves DINOv2 ViT-S and adapts it:
+    python run.py experiment=start
+  CRISP adapts it at its exact size:
+    python run.py
+  another method, another task:
+    python run.py method=lora data.task=emoji
+  compress to half, distil, adapt:
+    python run.py stage=joint budget=retained_50 method=crisp
+  rewrite and count, without training:
+    python run.py stage=retrofit method=cersa method.alpha=0.9
+  a sweep, one folder a run:
+    python run.py -m method=crisp,cersa,lora seed=0,1,2
 
-Results: a table, and outputs/<date>/<time>-<overrides>/ with result.json and best.safetensors.
-Of Hydra: --cfg job prints the composed configuration, -m sweeps, --hydra-help lists every flag.
+Results: a table, and a folder outputs/<date>/<time>-<overrides>/ that holds
+result.json and best.safetensors.
+
+Hydra's flags: --cfg job prints the composed configuration, -m sweeps,
+--hydra-help lists all of them.
 """
 
 
@@ -44,7 +53,7 @@ def text(arguments: Iterable[str] = ()) -> str:
 
 def overview() -> str:
     """The groups with their choices, the keys of conf/config.yaml, and examples."""
-    lines = [HEAD, "Groups: take one of each with group=choice. --help group=choice shows its keys, as in"]
+    lines = [HEAD, "Groups: take one of each with group=choice. This shows the keys of a choice:"]
     lines += ["  python run.py --help method=crisp", ""]
     for group, default in groups().items():
         others = [choice for choice in choices(group) if choice != default]
@@ -86,7 +95,8 @@ def about(argument: str) -> str:
     if not (files := parts(group, choice)):
         raise UsageError(f"--help {argument}: no such choice; {group} has {', '.join(choices(group))}")
     prefix = "" if group == "experiment" else group.replace("/", ".") + "."
-    lines = [f"{argument} holds these keys. Set one with {prefix}<key>=<value>.", ""]
+    first = f"{argument} holds these keys. Set one with {prefix}<key>=<value>."
+    lines = [textwrap.fill(first, WIDTH, **WHOLE), ""]
     for path in files:
         lines += [f"conf/{path.relative_to(CONF)}", *(f"  {line}".rstrip() for line in shown(path)), ""]
     return "\n".join(lines)

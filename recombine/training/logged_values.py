@@ -19,7 +19,7 @@ def numbers(result: dict) -> dict[str, float]:
 
 
 def layer_table(layers: list[dict]) -> tuple[list[str], list[list]]:
-    """The column names and the rows of `budget.layer_report`."""
+    """The column names and the rows of `account.layer_report`."""
     columns = list(dict.fromkeys(key for row in layers for key in row))
     cell = lambda value: "x".join(map(str, value)) if isinstance(value, list) else value  # noqa: E731
     return columns, [[cell(row.get(column)) for column in columns] for row in layers]

@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from recombine import results
-from recombine.runtime.atomic import replacing
+from recombine.runtime.atomic import atomic_write
 from recombine.training import distributed
 
 FOLDER = ".state"
@@ -52,7 +52,7 @@ def digest(path: Path) -> str:
 
 def write_manifest(path: Path, **facts) -> None:
     """Says that a phase's file is whole, and what else is known of the phase."""
-    with replacing(path.with_suffix(".json")) as temporary:
+    with atomic_write(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps({"sha256": digest(path), **facts}))
 
 
