@@ -19,6 +19,7 @@ failures: list[Exception] = []
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float:
+    """One run of a composed configuration; Hydra calls it. Returns the validation score."""
     say_what_loads(cfg, HydraConfig.get().runtime.choices)
     from recombine.runner import ranks  # imports torch
 

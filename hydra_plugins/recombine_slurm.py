@@ -14,6 +14,11 @@ class SlurmLauncher(Launcher):
         self.params = params
 
     def setup(self, *, hydra_context, task_function, config) -> None:
+        """Keeps what Hydra gives.
+
+        Raises:
+            UsageError: the extra packages for Slurm are not installed.
+        """
         from recombine.errors import UsageError
 
         try:
@@ -24,4 +29,5 @@ class SlurmLauncher(Launcher):
         self.jobs.setup(hydra_context=hydra_context, task_function=None, config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs the jobs and waits for them."""
         return self.jobs.launch(job_overrides, initial_job_idx)

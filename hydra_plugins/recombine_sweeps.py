@@ -21,12 +21,18 @@ class GridSweeper(Sweeper):
         self.params = params or {}
 
     def setup(self, *, hydra_context, task_function, config) -> None:
+        """Keeps what Hydra gives and makes the launcher."""
         self.hydra_context, self.config = hydra_context, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        """Runs every cell. arguments: the command line without the program.
+
+        Raises:
+            UsageError: a run failed.
+        """
         from recombine.runner import grid, ledger
 
         given = {argument.split("=")[0] for argument in arguments}
@@ -43,12 +49,18 @@ class SearchSweeper(Sweeper):
         self.params = params
 
     def setup(self, *, hydra_context, task_function, config) -> None:
+        """Makes Optuna's sweeper."""
         from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 
         self.search = OptunaSweeper(**self.params)
         self.search.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> None:
+        """Runs the search.
+
+        Raises:
+            UsageError: a trial ended without a number.
+        """
         from recombine.errors import EXPECTED, UsageError, one_line
 
         try:
@@ -67,9 +79,11 @@ class LocalLauncher(Launcher):
         self.jobs = jobs
 
     def setup(self, *, hydra_context, task_function, config) -> None:
+        """Keeps what Hydra gives."""
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs the jobs and waits for them."""
         from recombine.runner import local
 
         return local.launch(self.hydra_context, self.config, job_overrides, initial_job_idx, self.jobs)

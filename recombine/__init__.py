@@ -21,6 +21,7 @@ class BeforeTorchvision:
 
     @staticmethod
     def find_spec(name, path=None, target=None):
+        """Guards torchvision and steps aside; another finder finds it."""
         if name == "torchvision":
             sys.meta_path.remove(BeforeTorchvision)
             import_module("recombine.runtime.torchvision_guard").guard()

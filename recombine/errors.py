@@ -30,7 +30,8 @@ def one_line(error: BaseException) -> str:
     if match := NO_CHOICE.fullmatch(text):
         group, choice, known = match[1], match[2], match[3].split()
         more = ", and those in folders that --help lists" if group == "experiment" else ""
-        return f"{group}={choice}: there is no such choice; {did_you_mean(choice, known)}choose from {', '.join(known)}{more}"
+        hint = did_you_mean(choice, known)
+        return f"{group}={choice}: there is no such choice; {hint}choose from {', '.join(known)}{more}"
     if match := NO_KEY.fullmatch(text):
         node = getattr(error.__cause__, "parent_node", None)  # the part of the configuration that lacks the key
         known = [key for key in node or () if not key.startswith("_")]

@@ -100,8 +100,8 @@ def config_difference(there: dict, here: dict) -> str | None:
     for whole, parts in ((there, here), (here, there)):
         for key in whole.keys() - parts.keys():
             if below := [part for part in parts if part.startswith(f"{key}.")]:
-                one, other = f"{key}={whole[key]}", f"{below[0]}={parts[below[0]]}"
-                return f"{one} there, {other} here" if whole is there else f"{other} there, {one} here"
+                group, field = f"{key}={whole[key]}", f"{below[0]}={parts[below[0]]}"
+                return f"{group} there, {field} here" if whole is there else f"{field} there, {group} here"
     return None
 
 
@@ -114,10 +114,10 @@ def settings(cfg: DictConfig) -> dict:
 
 def flat(nested: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
-    found = {}
+    leaves = {}
     for key, value in nested.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return found
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return leaves
 
 
 def canonical(config: dict) -> dict:
@@ -126,11 +126,11 @@ def canonical(config: dict) -> dict:
     The budget's word stands as `budget.kind` and `budget.value`, as it once did. A key of LATER is left out while it
     has the value that every run before it had.
     """
-    found = flat(config)
-    if "budget" in found:
-        kind, value = budget_words.parse(found.pop("budget"))
-        found |= {"budget.kind": kind, "budget.value": value}
-    return {key: value for key, value in found.items() if key not in LATER or LATER[key] != value}
+    keys = flat(config)
+    if "budget" in keys:
+        kind, value = budget_words.parse(keys.pop("budget"))
+        keys |= {"budget.kind": kind, "budget.value": value}
+    return {key: value for key, value in keys.items() if key not in LATER or LATER[key] != value}
 
 
 def score(result: Result) -> float:
@@ -168,6 +168,7 @@ def write(path: Path, result: Mapping[str, Any]) -> Path:
 
 
 def finite(value):
+    """The value with None for every number that is not finite, in nested lists and dicts too."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -190,19 +191,19 @@ def environment() -> dict:
     """Versions, machine and commit, so that a number can be traced."""
     import torch  # whoever only reads results can do without
 
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
+            versions[package] = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "versions": found,
+        "versions": versions,
         "commit": commit(),
     }
 

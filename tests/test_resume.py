@@ -190,6 +190,6 @@ def test_batches_follow_seed_and_epoch_and_are_divided_without_a_rest():
     ranks = [sampled(21, 4, rank=r, world=3) for r in range(3)]
     parts = [list(rank) for rank in ranks]
     for i, batch in enumerate(first):
-        mine = [part[i] for part, rank in zip(parts, ranks, strict=True) if not rank.void(i)]
+        mine = [part[i] for part, rank in zip(parts, ranks, strict=True) if not rank.empty_shard(i)]
         assert sorted(sum(mine, [])) == sorted(batch) and all(part[i] for part in parts)
-    assert [rank.void(5) for rank in ranks] == [False, True, True]  # one row is left for three
+    assert [rank.empty_shard(5) for rank in ranks] == [False, True, True]  # one row is left for three

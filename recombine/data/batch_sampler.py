@@ -46,6 +46,6 @@ class ShardedBatchSampler(Sampler[list[int]]):
         for batch in batches[self.start[1] if epoch == self.start[0] else 0 :]:
             yield batch[self.rank :: self.world] or batch[:1]
 
-    def void(self, index: int) -> bool:
+    def empty_shard(self, index: int) -> bool:
         """Whether this rank's part of the epoch's batch with that index is not its own and counts for nothing."""
         return self.sizes[index] <= self.rank

@@ -59,11 +59,11 @@ def evaluate(
         loaded = load(tasks, root)
         try:
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            found = run(lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
+            report = run(lm, loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
         finally:
             model.train(mode)
     scores = {}
-    for task, row in found["results"].items():
+    for task, row in report["results"].items():
         for key, value in row.items():
             metric, _, kind = key.partition(",")
             if isinstance(value, int | float) and kind:

@@ -36,10 +36,10 @@ class Probe:
 def load_or_fit(path: Path, model: nn.Module, data) -> Probe:
     """`fit`, or what an earlier process, or the first rank, has left of it in a file."""
     if distributed.rank() == 0 and resume.verified_manifest(path) is None:
-        found = fit(model, data)
+        probe = fit(model, data)
         with atomic_write(path) as temporary:
-            save_file({"weight": found.weight.contiguous(), "bias": found.bias.contiguous()}, temporary)
-        resume.write_manifest(path, decay=found.decay, val=found.val, test=found.test)
+            save_file({"weight": probe.weight.contiguous(), "bias": probe.bias.contiguous()}, temporary)
+        resume.write_manifest(path, decay=probe.decay, val=probe.val, test=probe.test)
     distributed.wait()
     facts = resume.verified_manifest(path)
     return Probe(**load_file(path), **{key: facts[key] for key in ("decay", "val", "test")})
@@ -90,10 +90,12 @@ def fit(model: nn.Module, data) -> Probe:
 
 
 def accuracy(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> float:
+    """The share of x (N, d) whose largest logit is at y (N,)."""
     return ((x @ w.T + b).argmax(1) == y).double().mean().item()
 
 
 def pearson(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> float:
+    """Pearson's r between the outputs for x (N, d) and y (N,); 0 where one of them does not vary."""
     return torch.corrcoef(torch.stack([(x @ w.T + b).squeeze(1), y.double()]))[0, 1].nan_to_num(0.0).item()
 
 

@@ -33,7 +33,7 @@ def subspaces(original: nn.Module, model: nn.Module, energy: float, points: int 
         weight = checkpoint.merged(copy.deepcopy(model.get_submodule(name))).weight
         if record.blocks is None and weight.shape == pretrained.shape:
             layers[role].append((pretrained, weight))
-    found = {key: defaultdict(dict) for key in ("u", "v", "map_u", "map_v")}
+    result = {key: defaultdict(dict) for key in ("u", "v", "map_u", "map_v")}
     for role, pairs in layers.items():
         shown = sorted({0, (len(pairs) - 1) // 2, len(pairs) - 1}) if points else ()
         scores = []
@@ -45,9 +45,9 @@ def subspaces(original: nn.Module, model: nn.Module, energy: float, points: int 
             if depth in shown:
                 at = torch.linspace(1, len(sa), points, dtype=torch.float64).round().long() - 1
                 for key, psi in zip(("map_u", "map_v"), both, strict=True):
-                    found[key][f"layer {depth}"][role] = psi[at][:, at].T.tolist()
-        found["u"][role], found["v"][role] = (sum(values) / len(values) for values in zip(*scores, strict=True))
-    return {key: dict(value) for key, value in found.items() if value}
+                    result[key][f"layer {depth}"][role] = psi[at][:, at].T.tolist()
+        result["u"][role], result["v"][role] = (sum(values) / len(values) for values in zip(*scores, strict=True))
+    return {key: dict(value) for key, value in result.items() if value}
 
 
 def overlaps(a: Tensor, b: Tensor) -> Tensor:

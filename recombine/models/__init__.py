@@ -1,6 +1,6 @@
 """Models by architecture and source: ``build("dinov2_s14", arch=..., tag="packaged")`` -> nn.Module.
 
-``library: transformers`` in the YAML dispatches to ``models/encoders.py`` and ``models/causal_lm.py``; the rest is timm's.
+``library: transformers`` in the YAML means ``encoders.py`` or ``causal_lm.py`` beside this file; the rest is timm's.
 The weights come from exactly one place: a local ``checkpoint``; a package (``tag: packaged``); timm's hub under a
 pinned ``tag``; or nowhere (``pretrained=False``, drawn from torch's current seed). All go through one strict load.
 

@@ -76,6 +76,11 @@ def build(
 
 
 def configuration(name: str, sizes: Mapping) -> LlamaConfig:
+    """The LlamaConfig with these sizes.
+
+    Raises:
+        UsageError: LlamaConfig has no such key, or refuses its value.
+    """
     known = LlamaConfig()
     for key, value in sizes.items():
         if not hasattr(known, key):
@@ -91,14 +96,14 @@ def configuration(name: str, sizes: Mapping) -> LlamaConfig:
 def load(name: str, path: Path, sizes: Mapping, dtype: torch.dtype) -> nn.Module:
     """The folder's weights, strictly: every tensor of the model and no other, all finite."""
     try:
-        found = LlamaConfig.from_pretrained(path, local_files_only=True)
+        config = LlamaConfig.from_pretrained(path, local_files_only=True)
     except UNREADABLE as error:
         raise UsageError(
             f"model {name}: {path}/config.json cannot be read ({first_line(error)}); replace it"
         ) from error
     for key, value in sizes.items():
-        if key not in THEIRS and getattr(found, key, None) != value:
-            has = f"{key}={getattr(found, key, None)}"
+        if key not in THEIRS and getattr(config, key, None) != value:
+            has = f"{key}={getattr(config, key, None)}"
             raise UsageError(f"model.{key}={value}: the weights in {path} have {has}; set model.{has} or take others")
     try:
         with silence():
@@ -115,10 +120,10 @@ def load(name: str, path: Path, sizes: Mapping, dtype: torch.dtype) -> nn.Module
 
 def tokenizer(source: Mapping) -> PreTrainedTokenizerFast:
     """The tokenizer of a model by its ``recombine_source``; a random model reads bytes."""
-    made = read_tokenizer(source, WAYS) or byte_tokenizer()
-    if made.pad_token is None:  # Llama has none; what is padded is masked
-        made.pad_token = made.eos_token
-    return made
+    loaded = read_tokenizer(source, WAYS) or byte_tokenizer()
+    if loaded.pad_token is None:  # Llama has none; what is padded is masked
+        loaded.pad_token = loaded.eos_token
+    return loaded
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

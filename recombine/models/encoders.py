@@ -52,6 +52,7 @@ class MeanPooled(BertPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> SequenceClassifierOutput:
+        """Token ids (B, T) to logits (B, classes)."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, T)
         tokens = self.bert(input_ids, attention_mask=mask, token_type_ids=token_type_ids).last_hidden_state
         keep = mask[..., None].to(tokens.dtype)
@@ -166,8 +167,8 @@ def load(name: str, cls: type, path: Path, wanted, config: dict) -> tuple[nn.Mod
     lacking = {key for key in told["missing_keys"] if key.startswith(backbone)}
     misfits = {key for key, *_ in told["mismatched_keys"] if not key.startswith("classifier.")}
     surplus = {key for key in told["unexpected_keys"] if not key.startswith(OTHERS_HEADS) and "position_ids" not in key}
-    found = ((lacking, "lacks"), (misfits, "has another shape of"), (surplus, "has too much:"))
-    refuse_damaged(name, path, model, found)
+    problems = ((lacking, "lacks"), (misfits, "has another shape of"), (surplus, "has too much:"))
+    refuse_damaged(name, path, model, problems)
     if any(key.startswith("pooler.") for key in told["missing_keys"]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -190,6 +191,7 @@ def reset_head(model: nn.Module, num_classes: int) -> None:
 
 @torch.no_grad()
 def fresh(model: nn.Module, linear: nn.Linear) -> None:
+    """Draws a layer anew, as the family does: normal weights, biases of 0."""
     linear.weight.normal_(0.0, model.config.initializer_range)
     linear.bias.zero_()
 
@@ -202,12 +204,12 @@ def tokenizer(source: Mapping) -> PreTrainedTokenizerFast:
 def byte_tokenizer(longest: int) -> PreTrainedTokenizerFast:
     """Bytes are tokens 4 to 259, after [PAD], [CLS], [SEP] and [MASK]."""
     pad, begin, end, mask = SPECIAL
-    made = bytes_only(SPECIAL)
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer = bytes_only(SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A {end}", pair=f"{begin} $A {end} $B:1 {end}:1", special_tokens=[(begin, 1), (end, 2)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=tokenizer,
         model_max_length=longest,
         pad_token=pad,
         cls_token=begin,

@@ -22,6 +22,7 @@ class SplitQKV(nn.Module):
         self.train(fused.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to q, k and v side by side (..., 3d)."""
         return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
 
 
@@ -36,8 +37,8 @@ def fuse(model: nn.Module, keep: frozenset[str] = frozenset()) -> list[str]:
 
     Returns the names of the layers that are fused now.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SplitQKV)}
-    fused = [name for name, module in found.items() if _plain(module) and name not in keep]
+    splits = {name: module for name, module in model.named_modules() if isinstance(module, SplitQKV)}
+    fused = [name for name, module in splits.items() if _plain(module) and name not in keep]
     for name in fused:
         model.set_submodule(name, _join(model.get_submodule(name)))
     return fused

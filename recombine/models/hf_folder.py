@@ -72,14 +72,14 @@ def read_tokenizer(source: Mapping, ways: str) -> PreTrainedTokenizerFast | None
 def bytes_only(special: Sequence[str]) -> Tokenizer:
     """The special tokens, then one for every byte; every text can be written in them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(BPE({token: i for i, token in enumerate([*special, *alphabet])}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return made
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate([*special, *alphabet])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return tokenizer
 
 
-def refuse_damaged(name: str, path: Path, model: nn.Module, found: Sequence[tuple[set[str], str]]) -> None:
+def refuse_damaged(name: str, path: Path, model: nn.Module, problems: Sequence[tuple[set[str], str]]) -> None:
     """One line for tensors that a folder has too many or too few of, with what is wrong, or that are not finite."""
-    for keys, what in found:
+    for keys, what in problems:
         if keys:
             raise UsageError(f"model {name}: {path} {what} {min(keys)}; give the folder of this architecture's weights")
     for key, tensor in model.named_parameters():

@@ -84,6 +84,7 @@ FOLDERS = {  # model name -> folder of its weights, config.json and tokenizer
 
 
 def dinov2_from_onnx(content: bytes) -> dict[str, Tensor]:
+    """The tensors of the ONNX graph under timm's names (see above)."""
     import onnx  # only the one conversion needs it
     from onnx.numpy_helper import to_array
 

@@ -161,10 +161,10 @@ def block_names(model: nn.Module) -> list[str]:
 def head(model: nn.Module) -> nn.Module | None:
     """The classifier; None where the model ends in features, or in words: a language model's head is pretrained."""
     if hasattr(model, "get_classifier"):
-        found = model.get_classifier()
+        classifier = model.get_classifier()
     else:
-        found = next((m for name, m in model.named_children() if re.fullmatch(family(model).head, name)), None)
-    return None if isinstance(found, nn.Identity) else found
+        classifier = next((m for name, m in model.named_children() if re.fullmatch(family(model).head, name)), None)
+    return None if isinstance(classifier, nn.Identity) else classifier
 
 
 def _named(row: Family, role: str, modules: dict[str, nn.Module]) -> list[str]:

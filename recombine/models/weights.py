@@ -70,6 +70,7 @@ def hub_folder(name: str, repo: str, revision: str, choose: Callable[[Sequence[s
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 160 characters, without its full stop."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")[:160]
 
 

@@ -30,15 +30,15 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
         "config": spec.config,
         "environment": results.environment(),
     }
-    found = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)
+    result = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)
     for key in ("val", "test"):
-        found.setdefault(key, {})
-    if "method" not in found:
-        found["method"] = describe_step(run, record.steps[-1], "method") if record else None
-    if "account" not in found:
-        found["account"] = count(run.model, run.typical_input()).as_dict()
-    order = [*Result.__annotations__, *found]  # a key that the schema lacks comes last
-    return {key: found[key] for key in dict.fromkeys(order) if key in found}
+        result.setdefault(key, {})
+    if "method" not in result:
+        result["method"] = describe_step(run, record.steps[-1], "method") if record else None
+    if "account" not in result:
+        result["account"] = count(run.model, run.typical_input()).as_dict()
+    order = [*Result.__annotations__, *result]  # a key that the schema lacks comes last
+    return {key: result[key] for key in dict.fromkeys(order) if key in result}
 
 
 def asked_for(run: RunContext) -> RunPart:

@@ -40,6 +40,7 @@ class Cell:
 
     @property
     def folder(self) -> str:
+        """The name of the run's folder, made of its overrides."""
         return run_folder(self.overrides)
 
 
@@ -53,18 +54,22 @@ class Experiment:
 
     @property
     def grid(self) -> dict[str, Any]:
+        """The axes as plain values, as `cells` takes them."""
         return OmegaConf.to_container(self.config.grid, resolve=True) if self.config.grid else {}
 
     @property
     def report(self) -> dict[str, Any]:
+        """What `python -m recombine.report` shows, as plain values."""
         return OmegaConf.to_container(self.config.report, resolve=True) if self.config.report else {}
 
     @property
     def folder(self) -> Path:
+        """The folder of the experiment's runs."""
         return Path(sweep_folder(self.name, ""))
 
     @cached_property
     def cells(self) -> list[Cell]:
+        """Every run of the grid."""
         return cells(self.grid, self.overrides, self.config.only)
 
 
@@ -114,17 +119,17 @@ def cells(grid: Mapping[str, Any], overrides: Iterable[str] = (), only: Sequence
         for axis, labels in axes.items():
             if any(key_of(o) == key for lines in labels.values() for o in lines):
                 raise UsageError(f"{line}: the labels of grid.{axis} set {key}; choose some of them with only=[...]")
-        axes[key] = {one.partition("=")[2] or one: [one] for one in values(line)}  # ~key has no value
+        axes[key] = {choice.partition("=")[2] or choice: [choice] for choice in values(line)}  # ~key has no value
     axes = choose(axes, only)
     product = itertools.product(*[[(axis, name) for name in axes[axis]] for axis in reversed(axes)])
-    made = [
+    runs = [
         Cell(labels, tuple(line for axis, name in labels.items() for line in axes[axis][name]))
         for labels in (dict(reversed(combination)) for combination in product)
     ]
-    if len({cell.folder for cell in made}) < len(made):
-        twice = next(cell for i, cell in enumerate(made) if cell.folder in {c.folder for c in made[:i]})
+    if len({cell.folder for cell in runs}) < len(runs):
+        twice = next(cell for i, cell in enumerate(runs) if cell.folder in {c.folder for c in runs[:i]})
         raise UsageError(f"grid: two cells are {' '.join(twice.overrides)}; their overrides must differ")
-    return made
+    return runs
 
 
 def choose(axes: dict[str, dict], only: Sequence[str] | None) -> dict[str, dict]:
@@ -132,10 +137,10 @@ def choose(axes: dict[str, dict], only: Sequence[str] | None) -> dict[str, dict]
     if only is None:
         return axes
     wanted = [str(label) for label in ([only] if isinstance(only, str) else only)]
-    for one in wanted:
-        if not any(one in axis for axis in axes.values()):
+    for name in wanted:
+        if not any(name in axis for axis in axes.values()):
             known = ", ".join(label for axis in axes.values() for label in axis)
-            raise UsageError(f"only={one}: no axis of the grid has this label; they are {known}")
+            raise UsageError(f"only={name}: no axis of the grid has this label; they are {known}")
     return {
         name: {k: v for k, v in axis.items() if k in wanted} if set(axis) & set(wanted) else axis
         for name, axis in axes.items()

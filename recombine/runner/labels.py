@@ -21,15 +21,15 @@ def chosen_labels(cfg: DictConfig) -> dict[str, str]:
     `method=svd method._target_=mine.Half` the method is called "half". Without Hydra the word is that of `label_of`.
     """
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    found = {}
+    labels = {}
     for part in ("compressor", "method"):
         if (config := cfg.get(part)) is None:
             continue
         word, cls = choices.get(CHOICES[part]), get_class(config._target_)
         file = METHODS / f"{word}.yaml"  # a word without a file here is from a folder of the user's
         typed = word is not None and (not file.is_file() or get_class(OmegaConf.load(file)._target_) is cls)
-        found[part] = word if typed else label_of(cls.__name__, OmegaConf.to_container(config, resolve=True))
-    return found
+        labels[part] = word if typed else label_of(cls.__name__, OmegaConf.to_container(config, resolve=True))
+    return labels
 
 
 def label_of(name: str, fields: Mapping[str, Any]) -> str:

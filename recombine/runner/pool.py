@@ -78,6 +78,7 @@ def terminable() -> Any:
 
 
 def hire(place: int, environment: Callable[[int], dict[str, str]]) -> Worker:
+    """Starts a worker in that place, with the environment variables that go with it."""
     here, there = SPAWN.Pipe()
     process = SPAWN.Process(target=work, args=(there,), daemon=False)
     with environ(environment(place)):
@@ -144,6 +145,7 @@ def logged(path: Path) -> Iterator[None]:
 
 @contextmanager
 def environ(added: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables while the block runs; children started in it inherit them."""
     before = dict(os.environ)
     os.environ.update(added)
     try:

@@ -40,6 +40,7 @@ class Jobs(SlurmLauncher):
             return None, one_line(error)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Runs every job that is not finished, and returns when all are over. Hydra calls it."""
         ledger = Ledger(self.hydra_context, self.config, job_overrides, initial_job_idx)
         todo = [(number, config) for number, config, _ in ledger.todo()]
         if todo:
@@ -52,6 +53,11 @@ class Jobs(SlurmLauncher):
         return ledger.returns()
 
     def submit(self, configs: Sequence[DictConfig]) -> list[submitit.Job]:
+        """Submits the runs as one job array.
+
+        Raises:
+            UsageError: Slurm refuses a key of the launcher.
+        """
         own = ("submitit_folder", "max_num_timeout")
         shared = set(BaseQueueConf.__dataclass_fields__)
         knobs = {k if k in shared else f"slurm_{k}": v for k, v in self.params.items() if k not in own}
@@ -88,6 +94,7 @@ class Jobs(SlurmLauncher):
             raise
 
     def read(self, job: submitit.Job) -> tuple[Any, str | None]:
+        """(value, error) that a job left."""
         try:
             return job.result()
         except Exception as error:  # the job's: submitit's own end, or what could not be unpickled

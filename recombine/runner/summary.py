@@ -131,13 +131,11 @@ def cost_rows(account: AccountPart) -> list[tuple[str, str]]:
     mib = {key: account[f"bytes_{key}"] / 2**20 for key in ("weights", "gradients", "optimizer")}
     memory = " + ".join(f"{key} {value:.1f}" for key, value in mib.items())
     without = {key: f"({account[f'{key}_without_head']:,} without the head)" for key in ("trained", "stored")}
-    shares = (
-        f"{percent(account['retained'])} % of the target layers, {percent(account['retained_total'])} % of the model"
-    )
+    layers, model = percent(account["retained"]), percent(account["retained_total"])
     return [
         ("trained", f"{account['trained']:,} parameters {without['trained']}"),
         ("stored", f"{account['stored']:,} parameters {without['stored']}"),
-        ("retained", shares),
+        ("retained", f"{layers} % of the target layers, {model} % of the model"),
         ("MiB to train", f"{memory} = {account['memory_mib']:.1f}"),
         ("GFLOPs a sample", "not measured" if account["flops"] is None else f"{account['flops'] / 1e9:.3f}"),
     ]

@@ -22,23 +22,28 @@ def members(path: Path) -> list[str]:
 
 
 def read(path: Path, member: str) -> bytes:
+    """The bytes of one member, by its name inside the archive.
+
+    Raises:
+        UsageError: the archive has no such member.
+    """
     return read_many(path, [member])[member]
 
 
 def read_many(path: Path, names: Iterable[str]) -> dict[str, bytes]:
     """Several members in one pass over the archive, which matters for compressed tars."""
-    names, found = set(names), {}
+    names, contents = set(names), {}
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as archive:
-            found = {name: archive.read(name) for name in names & set(archive.namelist())}
+            contents = {name: archive.read(name) for name in names & set(archive.namelist())}
     else:
         with _tar(path) as archive:
             for info in archive:
                 if (name := info.name.removeprefix("./")) in names and (file := archive.extractfile(info)):
-                    found[name] = file.read()
-    if missing := sorted(names - set(found)):
+                    contents[name] = file.read()
+    if missing := sorted(names - set(contents)):
         raise UsageError(f"no member {missing[0]!r} in {path}: members(path) lists what there is")
-    return found
+    return contents
 
 
 def _tar(path: Path) -> tarfile.TarFile:

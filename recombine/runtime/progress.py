@@ -108,8 +108,10 @@ class Lines:
     """Stderr for tqdm: what it writes over and over becomes lines."""
 
     def write(self, text: str) -> None:
+        """Writes one line."""
         if text := text.strip("\r\n "):
             sys.stderr.write(f"{text}\n")
 
     def flush(self) -> None:
+        """Flushes stderr."""
         sys.stderr.flush()

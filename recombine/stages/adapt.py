@@ -58,17 +58,17 @@ def fit(
     callbacks = [best, history, Epochs(LABELS[name]), *early_stopping(run, monitor, objective.mode), state]
     logger = run.logger and run.logger.fit(name)
     trainer = run_trainer(run, LABELS[name], epochs, callbacks, optim.clip, logger)
-    found = state.find()
-    run.data.resume_at(*(loop_position(found) if found else (0, 0)))
-    whole = copy.deepcopy(run.model) if isinstance(trainer.strategy, FSDPStrategy) else None  # it wraps in place
+    resume_from = state.find()
+    run.data.resume_at(*(loop_position(resume_from) if resume_from else (0, 0)))
+    unwrapped = copy.deepcopy(run.model) if isinstance(trainer.strategy, FSDPStrategy) else None  # it wraps in place
     with run.timed(f"train_{name}"):
-        trainer.fit(lit, run.data, ckpt_path=found, weights_only=True)
-    if whole is not None:
+        trainer.fit(lit, run.data, ckpt_path=resume_from, weights_only=True)
+    if unwrapped is not None:
         best.weights = trainer.strategy.broadcast(best.weights)
-        best.restore(whole)
-        run.model = lit.model = whole
+        best.restore(unwrapped)
+        run.model = lit.model = unwrapped
         if distributed.rank() == 0:
-            checkpoint.save(whole, best.path)
+            checkpoint.save(unwrapped, best.path)
     run.seconds[f"train_{name}"] += round(state.before, 3)
     run.curves[name] = history.curves
     return lit, best
@@ -110,8 +110,8 @@ def harness_scores(run: RunContext, names: tuple[str, ...]) -> dict[str, float]:
                 root=run.data.root,
             )
         distributed.wait()
-    if found := [value for key, value in scores.items() if key.endswith(("/acc", "/exact_match"))]:
-        scores["tasks_mean"] = sum(found) / len(found)
+    if accuracies := [value for key, value in scores.items() if key.endswith(("/acc", "/exact_match"))]:
+        scores["tasks_mean"] = sum(accuracies) / len(accuracies)
     return scores
 
 

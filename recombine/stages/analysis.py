@@ -46,20 +46,20 @@ def costs(run: RunContext) -> AnalysisPart:
     """memory_rate: weights + gradients + AdamW's moments over the pretrained weights, of the target layers alone
     (CERSA's (mr + nr + 4 r^2) / (mn)) and of the whole model. images_per_second: of the training, validation included.
     """
-    found, record = {}, getattr(run.model, "recombined", None)
+    part, record = {}, getattr(run.model, "recombined", None)
     if record is not None:
         trained = {id(p): p.numel() for p in run.model.parameters() if p.requires_grad}
         layers = [run.model.get_submodule(name) for name in record.targets]
         inside = {id(p) for layer in layers for n, p in layer.named_parameters() if not n.endswith("bias")}
         stored = sum(p.numel() for p in run.model.parameters())
         targets = stored_in_targets(run.model) + 3 * sum(trained.get(p, 0) for p in inside)
-        found["memory_rate"] = {
+        part["memory_rate"] = {
             "targets": targets / record.dense,
             "model": (stored + 3 * sum(trained.values())) / record.total,
         }
     if (seconds := run.seconds.get("train_best")) and (epochs := len(run.curves["best"].get("train/loss", ()))):
-        found["images_per_second"] = epochs * len(run.data.train) / seconds
-    return found
+        part["images_per_second"] = epochs * len(run.data.train) / seconds
+    return part
 
 
 def forgetting(was: dict[str, float], now: dict[str, float]) -> float:

@@ -18,7 +18,7 @@ from recombine.training.objectives import Distillation
 def compress(run: RunContext) -> StagePart:
     """Compress and distil, then train the classifier only."""
     part, _ = distil(run)
-    head = [] if (found := roles.head(run.model)) is None else list(found.parameters())
+    head = [] if (classifier := roles.head(run.model)) is None else list(classifier.parameters())
     train_only(run.model, {name for name, p in run.model.named_parameters() if any(p is q for q in head)})
     return part | train_and_test(run)
 

@@ -51,6 +51,7 @@ class RunContext:
 
     @property
     def device(self) -> torch.device:
+        """Where the model lies."""
         return next(self.model.parameters()).device
 
     @property

@@ -58,9 +58,11 @@ def profile(run: RunContext) -> StagePart:
         works[name, "infer"] = subject.infer
     with run.timed("profile"):
         seconds = turns(works, stage.rounds)
-    found = {part: speeds(part, seconds, samples) | {"peak_mib": peaks[part]} for part in subjects}
+    measured = {part: speeds(part, seconds, samples) | {"peak_mib": peaks[part]} for part in subjects}
     ratios = {kind: ratio(seconds["reference", kind], seconds["method", kind]) for kind in ("train", "infer")}
-    return {"profile": found["method"] | {"ratio": ratios, "reference": found["reference"], "batch_size": samples}}
+    return {
+        "profile": measured["method"] | {"ratio": ratios, "reference": measured["reference"], "batch_size": samples}
+    }
 
 
 class Subject:
@@ -81,6 +83,7 @@ class Subject:
         return timed(self.step, self.device) if self.trains else float("nan")
 
     def step(self) -> None:
+        """One training step."""
         with self.cast():
             loss, _ = self.objective.loss(self.model, self.batch)
             loss = loss + self.penalty(self.model)
@@ -97,6 +100,7 @@ class Subject:
         return timed(self.forward, self.device)
 
     def forward(self) -> Tensor:
+        """The logits of the batch."""
         with self.cast():
             return objectives.call(self.model, self.batch)
 
@@ -117,6 +121,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits until a GPU is through with its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -143,6 +148,7 @@ def peak(subject: Subject, device: torch.device) -> float | None:
 
 
 def speeds(part: str, seconds: Mapping, samples: int) -> dict[str, float | None]:
+    """Samples a second in training (None: nothing trains) and inference, and the latency in milliseconds."""
     train, infer = (statistics.median(seconds[part, kind]) for kind in ("train", "infer"))
     return {
         "train_samples_s": samples / train if train == train else None,
@@ -152,6 +158,7 @@ def speeds(part: str, seconds: Mapping, samples: int) -> dict[str, float | None]
 
 
 def ratio(reference: list[float], method: list[float]) -> float | None:
+    """The median of reference / method over the rounds; None where one of them does not train."""
     value = statistics.median(a / b for a, b in zip(reference, method, strict=True))
     return value if value == value else None
 

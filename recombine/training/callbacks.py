@@ -23,21 +23,25 @@ class Curves(Callback):
         self.loss, self.steps = 0.0, 0
 
     def on_train_batch_end(self, trainer, lit, outputs, batch, index) -> None:
+        """Adds the loss of a step."""
         self.loss, self.steps = self.loss + outputs["loss"].detach().float(), self.steps + 1  # no wait for the GPU
 
     def on_train_epoch_end(self, trainer, lit) -> None:
+        """Appends one number to every curve."""
         if not self.steps:  # taken up where this epoch had been written down
             return
-        found = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        found["train/loss"] = float(trainer.strategy.reduce(self.loss / self.steps, reduce_op="mean"))
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        metrics["train/loss"] = float(trainer.strategy.reduce(self.loss / self.steps, reduce_op="mean"))
         self.loss, self.steps = 0.0, 0
-        for name, value in found.items():
+        for name, value in metrics.items():
             self.curves.setdefault(name, []).append(float(f"{value:.5g}") if math.isfinite(value) else None)
 
     def state_dict(self) -> dict:
+        """What a training state keeps of the curves."""
         return {"curves": self.curves, "loss": float(self.loss), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes on with the curves of an earlier process."""
         self.curves, self.loss, self.steps = state["curves"], state["loss"], state["steps"]
 
 
@@ -48,6 +52,7 @@ class Epochs(Callback):
         self.what, self.last = what, time.monotonic()
 
     def on_train_epoch_end(self, trainer, lit) -> None:
+        """Prints the epoch's scores, at most once in `progress.EVERY` seconds."""
         quiet = not progress.is_shown() or sys.stderr.isatty()
         if quiet or time.monotonic() - self.last < progress.EVERY:
             return
@@ -70,38 +75,45 @@ class Bars(TQDMProgressBar):
         self.what = what
 
     def bar(self, what: str, position: int = 0) -> tqdm:
+        """A bar of this style. position: lines below the first bar."""
         options = {"desc": f"{what}: ", "position": position, "leave": position == 0, "disable": self.is_disabled}
         return tqdm(**options, dynamic_ncols=True, file=sys.stderr, smoothing=0, bar_format=self.BAR_FORMAT)
 
     def init_train_tqdm(self) -> tqdm:
+        """The training's bar."""
         return self.bar(self.what)
 
     def init_validation_tqdm(self) -> tqdm:
+        """The validation's bar, below the training's."""
         return self.bar("validation", 1)
 
     def init_test_tqdm(self) -> tqdm:
+        """The test's bar."""
         return self.bar(self.what)
 
     def on_train_epoch_start(self, trainer, *_) -> None:
+        """Starts the training's bar anew, under the epoch's number."""
         self.train_progress_bar.reset(self.total_train_batches)
         self.train_progress_bar.set_description(
             f"{self.what}, epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
         )
 
     def on_validation_batch_start(self, trainer, lit, batch, batch_idx, dataloader_idx=0) -> None:
+        """Starts the validation's bar anew with each loader."""
         if self.has_dataloader_changed(dataloader_idx):
             self.val_progress_bar.reset(self.total_val_batches_current_dataloader)
 
     def on_test_batch_start(self, trainer, lit, batch, batch_idx, dataloader_idx=0) -> None:
+        """Starts the test's bar anew with each loader."""
         if self.has_dataloader_changed(dataloader_idx):
             self.test_progress_bar.reset(self.total_test_batches_current_dataloader)
 
     def get_metrics(self, trainer, lit) -> dict[str, str]:
         """The training's loss and the validation's score; its loss where there is no score. More would not fit."""
-        found = super().get_metrics(trainer, lit)
-        scores = [key for key in found if key.startswith("val/")]
-        shown = {"loss": found["train/loss"]} if "train/loss" in found else {}
-        shown |= {key: found[key] for key in scores if key != "val/loss" or len(scores) == 1}
+        metrics = super().get_metrics(trainer, lit)
+        scores = [key for key in metrics if key.startswith("val/")]
+        shown = {"loss": metrics["train/loss"]} if "train/loss" in metrics else {}
+        shown |= {key: metrics[key] for key in scores if key != "val/loss" or len(scores) == 1}
         return {key: f"{value:.3g}" for key, value in shown.items()}
 
 
@@ -122,10 +134,12 @@ class KeepBest(Callback):
         self.inherited = False  # the weights are an earlier process's, and the file may be of an epoch that it lost
 
     def on_train_start(self, trainer, lit) -> None:
+        """Names the file of an earlier process as the last good checkpoint."""
         if self.inherited:
             lit.last_good = str(self.path)
 
     def on_validation_end(self, trainer, lit) -> None:
+        """Keeps the weights of an epoch that is better than all before it."""
         if trainer.sanity_checking or self.monitor not in trainer.callback_metrics or not lit.is_final_form:
             return
         value = self.direction * trainer.callback_metrics[self.monitor].item()
@@ -134,11 +148,12 @@ class KeepBest(Callback):
             self.keep(trainer, lit)
 
     def keep(self, trainer, lit) -> None:
+        """Copies the trained weights to the CPU, and has the first rank write the checkpoint."""
         self.inherited = False
         trained = {unwrapped(n): p for n, p in lit.model.named_parameters() if p.requires_grad}
         if isinstance(trainer.strategy, FSDPStrategy):  # puts shards together, for the first rank; `restore` writes
-            whole = trainer.strategy.lightning_module_state_dict()
-            self.weights = {n: whole[f"model.{n}"] for n in trained if f"model.{n}" in whole}
+            state = trainer.strategy.lightning_module_state_dict()
+            self.weights = {n: state[f"model.{n}"] for n in trained if f"model.{n}" in state}
             return
         self.weights = {n: p.detach().cpu().clone() for n, p in trained.items()}
         if trainer.is_global_zero:
@@ -146,6 +161,7 @@ class KeepBest(Callback):
         lit.last_good = str(self.path)
 
     def on_fit_end(self, trainer, lit) -> None:
+        """Puts the best weights back into the model."""
         if self.weights is None:
             self.epoch, self.best = trainer.current_epoch - 1, math.nan
             self.keep(trainer, lit)
@@ -156,18 +172,21 @@ class KeepBest(Callback):
 
     def restore(self, model: nn.Module) -> None:
         """The kept weights into the model, or into one like it."""
-        here = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, value in self.weights.items():
-                here[name].copy_(value)
+                parameters[name].copy_(value)
 
     def state_dict(self) -> dict:
+        """What a training state keeps of the best weights."""
         return {"best": self.best, "epoch": self.epoch, "weights": self.weights}
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes on with the best weights of an earlier process."""
         self.best, self.epoch, self.weights = state["best"], state["epoch"], state["weights"]
         self.inherited = self.weights is not None
 
     @property
     def value(self) -> float:
+        """The best value of the metric that is monitored; nan where there was no validation."""
         return self.direction * self.best

@@ -65,21 +65,25 @@ class LitRecombine(L.LightningModule):
         self.is_final_form = True  # the model has the form that it will be kept in
 
     def forward(self, x: Tensor) -> Tensor:
+        """The model's output."""
         return self.model(x)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Leaves the frozen weights out of a training state."""
         keep = {f"model.{unwrapped(name)}" for name, p in self.model.named_parameters() if p.requires_grad}
         keep |= {f"model.{unwrapped(name)}" for name, _ in self.model.named_buffers()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in keep or k.startswith("train_metrics.")}
 
     def on_train_batch_start(self, batch, _):
+        """Seeds the step's random draws and lets the method move its schedule."""
         torch.manual_seed(seed_of(self.seed, type(self.objective).__name__, self.global_step, self.global_rank))
         if self.objective.schedules_method:
             share = self.global_step / max(1, self.trainer.estimated_stepping_batches - 1)
             self.is_final_form = self.method.on_distillation_step(self.model, min(1.0, share))
 
     def training_step(self, batch, index):
+        """The loss of a batch, the method's penalty included."""
         shard = self.shard(self.trainer.train_dataloader, index)
         loss, logits = self.objective.loss(self.model, batch, shard)
         loss = loss + self.method.penalty(self.model)
@@ -94,12 +98,14 @@ class LitRecombine(L.LightningModule):
         return loss
 
     def validation_step(self, batch, index):
+        """Logs val/loss and adds a batch to the validation metrics."""
         shard = self.shard(self.trainer.val_dataloaders, index)
         loss, logits = self.objective.loss(self.model, batch, shard)
         self.log("val/loss", loss, prog_bar=True, batch_size=self.weight(batch, shard), sync_dist=True)
         self.score(self.val_metrics, logits, batch, shard)
 
     def test_step(self, batch, index):
+        """Logs test/loss and adds a batch to the test metrics."""
         shard = self.shard(self.trainer.test_dataloaders, index)
         loss, logits = self.objective.loss(self.model, batch, shard)
         self.log("test/loss", loss, batch_size=self.weight(batch, shard), sync_dist=True)
@@ -108,7 +114,7 @@ class LitRecombine(L.LightningModule):
     def shard(self, loader, index: int) -> Shard:
         """What this rank has of the loader's batch with that index."""
         ranks = self.trainer.world_size
-        return Shard(ranks, ranks > 1 and loader.batch_sampler.void(index))
+        return Shard(ranks, ranks > 1 and loader.batch_sampler.empty_shard(index))
 
     def weight(self, batch, shard: Shard) -> int:
         """How much the whole batch, all ranks' parts together, counts in the loss of its split."""
@@ -128,6 +134,7 @@ class LitRecombine(L.LightningModule):
                 self.log(name, metric, prog_bar=bar, on_step=False, on_epoch=True, batch_size=len(labels))
 
     def configure_optimizers(self):
+        """The optimizer and its schedule, for Lightning: the head has its own rate, and only matrices decay."""
         head = {id(p) for p in h.parameters()} if (h := roles.head(self.model)) is not None else set()
         groups: dict[tuple[bool, bool], list] = {}
         for p in self.model.parameters():

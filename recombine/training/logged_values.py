@@ -11,11 +11,11 @@ def numbers(result: dict) -> dict[str, float]:
     """The numbers of a result under one flat name each: score, test/acc, account/retained, linear_probe/test ..."""
     parts = ("test", "account", "linear_probe", "distil", "weight_error", "logit_error", "best_epoch", "seconds")
     parts += ("profile", "elsewhere", "subspaces")
-    found = {key: result[key] for key in parts if result.get(key) is not None}
-    found |= {"best": result["val"], "score": result["test"].get(result["metric"])}
-    if errors := found.pop("weight_error", None):
-        found["weight_error"] = sum(errors.values()) / len(errors)
-    return {k.replace(".", "/"): v for k, v in results.flat(found).items() if isinstance(v, int | float)}
+    values = {key: result[key] for key in parts if result.get(key) is not None}
+    values |= {"best": result["val"], "score": result["test"].get(result["metric"])}
+    if errors := values.pop("weight_error", None):
+        values["weight_error"] = sum(errors.values()) / len(errors)
+    return {k.replace(".", "/"): v for k, v in results.flat(values).items() if isinstance(v, int | float)}
 
 
 def layer_table(layers: list[dict]) -> tuple[list[str], list[list]]:
@@ -36,8 +36,8 @@ def rank_plot(layers: list[dict]) -> Image.Image:
     figure = Figure(figsize=(6, 3.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for role in dict.fromkeys(row["role"] for row in layers):
-        here = [value for row, value in zip(layers, values, strict=True) if row["role"] == role]
-        axes.plot(range(len(here)), here, marker="o", markersize=3, label=role)
+        series = [value for row, value in zip(layers, values, strict=True) if row["role"] == role]
+        axes.plot(range(len(series)), series, marker="o", markersize=3, label=role)
     axes.set(xlabel="depth", ylabel=label)
     axes.legend(ncols=2, fontsize="small")
     pixels = BytesIO()

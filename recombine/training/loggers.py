@@ -103,14 +103,17 @@ class RunLogger(Logger):
 
     @property
     def name(self) -> str:
+        """The logger's name, for Lightning."""
         return type(self).__name__.lower()
 
     @property
     def version(self) -> str:
+        """The run's id, for Lightning."""
         return run_id(self.out)
 
     @property
     def save_dir(self) -> str:
+        """The run's folder, for Lightning."""
         return str(self.out)
 
 
@@ -145,8 +148,8 @@ class WandB(RunLogger):
         """Of wandb.init, but for its mode."""
         import wandb
 
-        quiet = {"silent": True, "x_transaction_log_flush_interval": 1, "finish_timeout": PATIENCE}
-        quiet |= {"init_timeout": settings.timeout, "disable_git": True}  # a remote's URL may hold a token
+        options = {"silent": True, "x_transaction_log_flush_interval": 1, "finish_timeout": PATIENCE}
+        options |= {"init_timeout": settings.timeout, "disable_git": True}  # a remote's URL may hold a token
         return {
             "project": settings.project,
             "entity": settings.entity,
@@ -158,7 +161,7 @@ class WandB(RunLogger):
             "job_type": run.stage,
             "tags": [tag[:64] for tag in dict.fromkeys([*run.labels.values(), *settings.tags])],
             "config": run.config | {"labels": run.labels, "environment": results.environment()},
-            "settings": wandb.Settings(**quiet),
+            "settings": wandb.Settings(**options),
         }
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -206,10 +209,10 @@ class TensorBoard(RunLogger):
     def report(self, result: dict) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        found = numbers(result)
-        for summary in hparams(self.settings, found):  # the page's table of runs
+        values = numbers(result)
+        for summary in hparams(self.settings, values):  # the page's table of runs
             self.experiment.file_writer.add_summary(summary)
-        for key, value in found.items():
+        for key, value in values.items():
             self.experiment.add_scalar(key, value, 0)
         if result["layers"]:
             columns, rows = layer_table(result["layers"])

@@ -33,6 +33,7 @@ def inputs_of(batch):
 
 
 def labels_of(batch) -> Tensor:
+    """The labels of a batch: (B,) classes or numbers, or (B, T) tokens."""
     return batch["labels"] if isinstance(batch, dict) else batch[1]
 
 
@@ -229,4 +230,5 @@ def outputs(model: nn.Module, batch) -> tuple[Tensor, list[Tensor]]:
 
 
 def relative_mse(x: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error over the target's mean square."""
     return (x.float() - target.float()).square().mean() / target.float().square().mean().clamp(min=1e-12)

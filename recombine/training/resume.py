@@ -46,6 +46,7 @@ def clear(out: Path) -> None:
 
 
 def digest(path: Path) -> str:
+    """The sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -71,6 +72,7 @@ def verified_manifest(path: Path) -> dict | None:
 
 
 def damaged(path: Path, then: str) -> None:
+    """Says on stderr that a file is damaged. then: what happens instead."""
     print(f"{path}: damaged (not what its checksum says), {then}", file=sys.stderr, flush=True)
 
 
@@ -95,12 +97,15 @@ class TrainingState(Checkpoint):
         return None
 
     def state_dict(self) -> dict:
+        """What a training state says of itself: the seconds so far, and whether training stopped early."""
         return {"seconds": self.before + time.monotonic() - self.began, "stopped": self.stopped}
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes on with the seconds of earlier processes."""
         self.before, self.stopped = state["seconds"], state["stopped"]
 
     def on_fit_start(self, trainer, lit) -> None:
+        """Remembers the signal handlers that were there before Lightning's."""
         trainer.should_stop = self.stopped
         self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
 
@@ -111,15 +116,18 @@ class TrainingState(Checkpoint):
                 signal.signal(number, self.note)
 
     def note(self, number: int, _) -> None:
+        """The signal handler: the end of the next batch acts on it."""
         self.told = number
 
     def on_train_batch_end(self, trainer, lit, outputs, batch, index) -> None:
+        """Writes a state where one is due within an epoch, or where a signal came."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
         if progress.is_last_batch or trainer.world_size > 1 and (index + 1) % EVERY:
             return  # the end of the epoch comes after validation
         self.act(trainer, time.monotonic() - self.saved > 60 * self.minutes)
 
     def on_train_epoch_end(self, trainer, lit) -> None:
+        """Writes a state at the end of an epoch, where that is cheap or the last chance."""
         self.stopped = trainer.should_stop
         last = self.stopped or trainer.current_epoch + 1 == trainer.max_epochs
         self.act(trainer, last or time.monotonic() - self.saved > SHARE * self.cost)
@@ -134,6 +142,7 @@ class TrainingState(Checkpoint):
             self.leave(trainer)
 
     def save(self, trainer) -> None:
+        """Writes a training state and removes all but the newest KEEP."""
         start = time.monotonic()
         temporary = self.folder / f".{self.name}.partial"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,14 +169,17 @@ class TrainingState(Checkpoint):
         raise SystemExit(128 + self.told)
 
     def on_fit_end(self, trainer, lit) -> None:
+        """Gives the signals back, and sends itself the one that came too late to act on."""
         self.restore()
         if self.told:  # while the last state was written
             os.kill(os.getpid(), self.told)
 
     def on_exception(self, trainer, lit, exception) -> None:
+        """Gives the signals back."""
         self.restore()
 
     def restore(self) -> None:
+        """Puts the earlier signal handlers back."""
         if threading.current_thread() is threading.main_thread():
             while self.handlers:
                 signal.signal(*self.handlers.popitem())
