@@ -1,4 +1,4 @@
-"""Hydra's end of recombine.runner.slurm. Hydra looks for plugins in this namespace only, and imports them all."""
+"""What Hydra calls of recombine.runner.slurm. It looks for plugins in this namespace only, and imports them all."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from hydra.plugins.launcher import Launcher
 
 
 class SlurmLauncher(Launcher):
-    """Takes hydra-submitit-launcher's keys, and srun_args."""
+    """Runs a sweep as Slurm jobs. It takes hydra-submitit-launcher's keys, and srun_args."""
 
     def __init__(self, **params: Any):
         self.params = params

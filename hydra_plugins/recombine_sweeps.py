@@ -1,4 +1,4 @@
-"""Hydra's ends of recombine.runner. Hydra looks for plugins in this namespace only.
+"""What Hydra calls of recombine.runner: sweepers and the local launcher. It looks for plugins in this namespace only.
 
 GridSweeper: the cells of an experiment's grid, or the product of what -m gives.
 SearchSweeper: hydra-optuna-sweeper, whose complaints become one line.
@@ -15,7 +15,11 @@ from hydra.plugins.sweeper import Sweeper
 
 
 class GridSweeper(Sweeper):
-    """params: sweeps that every call makes unless it says otherwise, for example {"seed": "0,1,2"}."""
+    """Runs the cells of an experiment's grid, or the product of what -m gives.
+
+    Args:
+        params: sweeps that every call makes unless it says otherwise, for example {"seed": "0,1,2"}.
+    """
 
     def __init__(self, params: dict[str, str] | None = None):
         self.params = params or {}
@@ -43,7 +47,7 @@ class GridSweeper(Sweeper):
 
 
 class SearchSweeper(Sweeper):
-    """Takes hydra-optuna-sweeper's keys."""
+    """Runs hydra-optuna-sweeper with its own keys, and turns its complaints into one line."""
 
     def __init__(self, **params: Any):
         self.params = params
@@ -73,7 +77,11 @@ class SearchSweeper(Sweeper):
 
 
 class LocalLauncher(Launcher):
-    """jobs: runs at the same time; null: one a GPU, or one where there is none."""
+    """Runs a sweep on this machine, each run in a process of its own.
+
+    Args:
+        jobs: how many run at the same time; None: one a GPU, or one where there is none.
+    """
 
     def __init__(self, jobs: int | None = None):
         self.jobs = jobs

@@ -177,7 +177,11 @@ def finite(value):
 
 
 def read(path: Path) -> Result:
-    """Reads a result.json."""
+    """Reads a result.json.
+
+    Raises:
+        UsageError: it cannot be read, or is no result of a run.
+    """
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError) as error:

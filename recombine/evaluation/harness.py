@@ -41,11 +41,11 @@ def evaluate(
     batch_size: int = 8,
     root: str | Path | None = None,
 ) -> dict[str, float]:
-    """{"task/metric": value}, with "task/metric_stderr" beside it; the model keeps its mode.
+    """Scores of a language model: {"task/metric": value}, with "task/metric_stderr" beside it. It keeps its mode.
 
     Args:
-        tasks: of LOCAL, FILES, or any that lm-eval knows.
-        limit: documents a task.
+        tasks: names of LOCAL or FILES, or any that lm-eval knows, for example ["gsm8k_metamath", "hellaswag"].
+        limit: documents a task; None: all.
         root: folder with LLM-Adapters' ``<set>/test.json``, for the tasks of FILES.
 
     Raises:
@@ -73,11 +73,11 @@ def evaluate(
 
 @torch.no_grad()
 def perplexity(model: nn.Module, samples, *, batch_size: int = 8, limit: int | None = None) -> float:
-    """exp of the mean negative log-likelihood over all tokens with a label; the model keeps its mode.
+    """The perplexity: exp of the mean negative log-likelihood over all tokens with a label. The model keeps its mode.
 
     Args:
         samples: a split of a language data module.
-        limit: samples.
+        limit: how many samples; None: all.
     """
     mode, device, total, count = model.training, next(model.parameters()).device, 0.0, 0
     model.eval()
@@ -97,7 +97,11 @@ def perplexity(model: nn.Module, samples, *, batch_size: int = 8, limit: int | N
 
 
 def load(names: Sequence[str], root: str | Path | None = None) -> dict:
-    """Tasks as lm-eval's `evaluate` takes them."""
+    """Tasks as lm-eval's `evaluate` takes them.
+
+    Raises:
+        UsageError: there is no such task, or its data cannot be had.
+    """
     remote = [name for name in names if name not in LOCAL and name not in FILES]
     manager = index(bool(remote))
     if unknown := [name for name in remote if name not in manager.all_tasks]:
@@ -125,14 +129,14 @@ def load(names: Sequence[str], root: str | Path | None = None) -> dict:
 
 @cache
 def index(defaults: bool):
-    """lm-eval's tasks, thousands of files, or none."""
+    """lm-eval's task manager. defaults: it knows lm-eval's own tasks, which are thousands of files."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=defaults)
 
 
 def local(name: str, root: str | Path | None) -> dict:
-    """The YAML with its documents."""
+    """A local task as lm-eval takes it: its YAML with its documents."""
     if name in FILES:
         config = yaml.safe_load((TASKS / "commonsense.yaml").read_text()) | {"task": name}
         config["filter_list"][0]["filter"][0]["regex_pattern"] = prompts.ANSWERS[FILES[name]]
@@ -142,7 +146,7 @@ def local(name: str, root: str | Path | None) -> dict:
 
 
 def documents(name: str, root: str | Path | None) -> Callable:
-    """What a task asks: prompt, and options and answer, or the answer."""
+    """The documents of a local task: each has a prompt and an answer, and options where it is multiple choice."""
     if name in choices.TASKS:
         ask = prompts.CHOICES[name].format
         rows = [{"prompt": ask(item["question"]), **item} for item in choices.items(name, "test")]
@@ -170,7 +174,7 @@ def documents(name: str, root: str | Path | None) -> Callable:
 
 @contextmanager
 def silence_lm_eval():
-    """lm-eval warns that a model in memory is a model in memory; its bars show where others do."""
+    """Silences lm-eval's warnings, and its bars where `trainer.progress=false`."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

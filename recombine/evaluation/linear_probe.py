@@ -18,7 +18,10 @@ DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 on standardised features; validati
 
 @dataclass(frozen=True)
 class Probe:
-    """weight (classes, d) and bias (classes,) act on the raw features; scores are accuracies, or Pearson's r."""
+    """A fitted probe: weight (classes, d) and bias (classes,) act on the raw features (N, d).
+
+    decay: the L2 decay that validation chose. val, test: accuracies, or Pearson's r of a regression.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -34,7 +37,10 @@ class Probe:
 
 
 def load_or_fit(path: Path, model: nn.Module, data) -> Probe:
-    """`fit`, or what an earlier process, or the first rank, has left of it in a file."""
+    """The probe out of the file where there is one, or else fitted and written there.
+
+    The first rank fits, the others wait for its file. A resumed run finds the file of an earlier process.
+    """
     if distributed.rank() == 0 and resume.verified_manifest(path) is None:
         probe = fit(model, data)
         with atomic_write(path) as temporary:
@@ -47,7 +53,7 @@ def load_or_fit(path: Path, model: nn.Module, data) -> Probe:
 
 @torch.no_grad()
 def features(model: nn.Module, data, split: str) -> tuple[Tensor, Tensor]:
-    """(N, d) inputs of the head in eval mode, and labels (N,)."""
+    """The head's inputs (N, d) in eval mode, and the labels (N,). split: "train", "val" or "test"."""
     head, device, caught, labels = roles.head(model), next(model.parameters()).device, [], []
     hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0].double().cpu()))
     training = model.training

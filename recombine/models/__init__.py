@@ -42,7 +42,17 @@ def list_models() -> list[str]:
 
 
 def build(name: str, *, arch: str, library: str = "timm", **config) -> nn.Module:
-    """The model that a YAML of conf/model describes; ``model.recombine_source`` holds the arguments that build it."""
+    """The model that a YAML of conf/model describes; ``model.recombine_source`` holds the arguments that build it.
+
+    Args:
+        name: of the YAML, for example "dinov2_s14".
+        arch: of timm, for example "vit_small_patch14_dinov2", or the family of a transformers model, as "llama".
+        library: "timm" or "transformers".
+        config: the YAML's other keys. They are the arguments of `timm_model`, `encoders.build` or `causal_lm.build`.
+
+    Raises:
+        UsageError: there is no such architecture, its weights cannot be had, or they do not fit.
+    """
     if library == "timm":
         return timm_model(name, arch=arch, **config)
     return _of_transformers(name, library, arch).build(name, arch=arch, **config)

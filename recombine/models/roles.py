@@ -18,6 +18,8 @@ from recombine.models.fused_qkv import SplitQKV
 
 @dataclass(frozen=True)
 class Family:
+    """One row of FAMILIES: the regular expressions that find a family's layers, blocks and head."""
+
     roles: dict[str, str]  # role -> regex that a module's whole name matches
     blocks: str
     head: str  # used where the model has no get_classifier()
@@ -80,6 +82,11 @@ FAMILIES = {  # regex over the names of the model's class and its parents
 
 
 def family(model: nn.Module) -> Family:
+    """The row of FAMILIES that the model's class or one of its parents belongs to.
+
+    Raises:
+        UsageError: there is no such row.
+    """
     names = [cls.__name__ for cls in type(model).__mro__]
     for pattern, row in FAMILIES.items():
         if any(re.fullmatch(pattern, name) for name in names):

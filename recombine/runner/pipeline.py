@@ -27,7 +27,14 @@ from recombine.training import distributed, loggers, resume
 
 
 def run_suite(cfg: DictConfig, out: Path) -> float:
-    """Every task of the suite, one after the other; group means as VTAB papers print them."""
+    """Runs every task of the suite, one after the other, and writes suite.json with the means of the groups.
+
+    Returns:
+        The mean validation score.
+
+    Raises:
+        UsageError: the data has no suite, or the stage scores none.
+    """
     if cfg.stage.name not in ("adapt", "compress", "joint"):
         raise UsageError(f"data.task=all: stage={cfg.stage.name} scores no suite; use adapt, compress or joint")
     groups = data.suite(cfg.data.name)
@@ -65,7 +72,7 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
 
 
 def execute(spec: RunSpec, out: Path) -> dict:
-    """Model, data, probe, stage, account, result.json."""
+    """Does one run: model, data, linear probe, stage, analyses, result.json."""
     start = time.perf_counter()
     L.seed_everything(spec.settings.seed, verbose=False)
     with progress.display(spec.settings.trainer.progress):
@@ -151,14 +158,16 @@ def build_transfer_data(spec: RunSpec, module: DataModule, source: dict) -> dict
 
 
 def fit_head(run: RunContext) -> None:
-    """The linear probe: a row of the result, and where the head starts if the original model has to teach or to give
-    gradients."""
+    """Fits the linear probe, which the result reports, and starts the head from it where the head has to be good.
+
+    That is so where the original model teaches, where a method reads its gradients, and with optim.head=probe.
+    """
     stage, head = run.settings.stage.name, roles.head(run.model)
     if head is None or run.data.num_classes is None or stage == "evaluate" or models.has_own_head(run.model):
         return
     parts = filter(None, (run.compressor, run.method))
-    judged = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts)
-    starts = stage in ("compress", "joint") or judged or run.settings.optim.head == "probe"
+    trained = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts)
+    starts = stage in ("compress", "joint") or trained or run.settings.optim.head == "probe"
     if starts or (run.settings.probe and stage not in ("retrofit", "profile")):
         with run.timed("probe"):
             run.probe = linear_probe.load_or_fit(run.state / "probe.safetensors", run.model, run.data)

@@ -97,7 +97,7 @@ def percent(share: float | None) -> str:
 
 
 def score_rows(result: Result) -> list[tuple[str, str]]:
-    """The test scores, and those of the linear probe."""
+    """The test scores, the one that validation goes by first, and that of the linear probe."""
     rows = []
     if shown := {key: value for key, value in result["test"].items() if "stderr" not in key}:
         first = result["metric"]  # the score that validation chose the weights by

@@ -117,7 +117,14 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def fetch(name: str) -> Path:
-    """The verified file of an asset. Cached: no network. Interrupted: the next call takes up what is missing."""
+    """The verified file of an asset; it is downloaded where the cache lacks it.
+
+    Args:
+        name: a key of ASSETS, for example "dinov2_s14".
+
+    Raises:
+        UsageError: there is no such asset, the download fails, or the file has another sha256.
+    """
     if name not in ASSETS:
         close = get_close_matches(name, ASSETS, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""

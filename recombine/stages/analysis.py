@@ -43,7 +43,9 @@ def after(run: RunContext, original: nn.Module | None) -> AnalysisPart:
 
 
 def costs(run: RunContext) -> AnalysisPart:
-    """memory_rate: weights + gradients + AdamW's moments over the pretrained weights, of the target layers alone
+    """What training took of memory and time, as CERSA's tables have it.
+
+    memory_rate: weights + gradients + AdamW's moments over the pretrained weights, of the target layers alone
     (CERSA's (mr + nr + 4 r^2) / (mn)) and of the whole model. images_per_second: of the training, validation included.
     """
     part, record = {}, getattr(run.model, "recombined", None)

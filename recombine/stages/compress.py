@@ -1,5 +1,7 @@
-"""Compress under a budget and distil from the original model (CRISP Alg. 4), then train the classifier alone; or, for
-`joint`, what the method trains as well."""
+"""Compress under a budget, distil from the original model (CRISP Alg. 4), then train.
+
+`compress` trains the classifier alone. `joint` trains what the method trains as well.
+"""
 
 import copy
 
@@ -33,7 +35,14 @@ def joint(run: RunContext) -> StagePart:
 
 
 def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
-    """Rewrites the model and lets it follow the original, which comes back too, on the training data without labels."""
+    """Rewrites the model and trains it to follow the original on the training data, without labels.
+
+    Returns:
+        Its part of the result, and the original model.
+
+    Raises:
+        UsageError: the method does not compress.
+    """
     method, settings = run.first_method, run.settings.stage.distil
     if not method.compresses:
         raise UsageError(

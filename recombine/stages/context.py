@@ -67,9 +67,13 @@ class RunContext:
         self.seconds[part] = round(self.seconds.get(part, 0.0) + time.perf_counter() - start, 3)
 
     def checkpointed_step(self, name: str, work: Callable[[], None], base: nn.Module | None = None) -> None:
-        """Rewrites `model` by `work`, or takes what an earlier process, or the first rank, left of that.
+        """Rewrites `model` by `work`, or loads the result where it is there already.
 
-        base: the model before any rewriting; None: `model` is that.
+        The first rank does the work, the others load its file. A resumed run loads the file of an earlier process.
+
+        Args:
+            name: of the file, for example "rewritten".
+            base: the model before any rewriting; None: `model` is that.
         """
         path, before = self.state / f"{name}.safetensors", dict(self.seconds)
         torch.manual_seed(seed_of(self.settings.seed, name))
@@ -88,7 +92,10 @@ class RunContext:
                 self.seconds[part] = round(self.seconds.get(part, 0.0) + seconds, 3)
 
     def rewrite(self, method: Method) -> None:
-        """Applies the method, timed; under the run's budget where it is this method's to keep."""
+        """Applies the method and adds up its seconds.
+
+        Where there is a compressor, it keeps the run's budget; a budget of trainable parameters is the method's.
+        """
         pair = self.compressor is not None
         mine = not pair or (method is self.method) == (self.budget.kind == "trainable")
         if pair and not hasattr(self.model, "recombined"):

@@ -1,4 +1,4 @@
-"""What a method costs, measured without training: parameters, bytes, FLOPs and, beside a rival, its speed.
+"""What a method costs, measured without training: parameters, bytes, FLOPs and, beside a reference, its speed.
 
 Seconds of two processes differ by more than two methods do. So each run times its method and one reference in turns, in
 one process: `ratio` is the median over the rounds of reference / method, more than 1 where it is faster, and ratios of
@@ -29,22 +29,22 @@ from recombine.training.trainer import precision
 
 
 def profile(run: RunContext) -> StagePart:
-    """`account` is always there; `profile` only where there are rounds."""
+    """Rewrites and counts; with stage.rounds also times the method beside the reference (`profile` in the result)."""
     stage = run.settings.stage
     if not stage.rewrite:
         return predict(run)
-    rival = None
+    reference = None
     if stage.rounds:
-        rival = replace(run, model=copy.deepcopy(run.model).cpu(), compressor=None, budget=Budget(), seconds={})
-        rival.method = stage.reference
+        reference = replace(run, model=copy.deepcopy(run.model).cpu(), compressor=None, budget=Budget(), seconds={})
+        reference.method = stage.reference
     run.rewrite_all()
-    if rival is None:
+    if reference is None:
         return {}
-    rival.rewrite_all()
+    reference.rewrite_all()
     batch = run.batch(run.data.train, [i % len(run.data.train) for i in range(run.data.batch_size)])
     samples = len(objectives.labels_of(batch))
     device, peaks = next(run.model.parameters()).device, {}
-    subjects = {"method": Subject(run, batch, device), "reference": Subject(rival, batch, device)}
+    subjects = {"method": Subject(run, batch, device), "reference": Subject(reference, batch, device)}
     run.model.cpu()
     for name, subject in subjects.items():  # each alone, on a GPU
         subject.model.to(device)
@@ -112,7 +112,7 @@ def autocast(trainer: TrainerSettings, device: torch.device) -> Callable:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device is through with it."""
+    """Seconds of the work, until the device is through with it."""
     synchronize(device)
     start = time.perf_counter()
     work()

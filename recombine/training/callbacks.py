@@ -15,8 +15,11 @@ from recombine.runtime import progress
 
 
 class Curves(Callback):
-    """Keeps {"train/loss": [...], "val/loss": [...], "val/acc": [...], ...}, one number an epoch, None where it is not
-    finite. train/loss is the mean over the epoch's steps, on the weights that each of them found."""
+    """Keeps the curves of a training: {"train/loss": [...], "val/loss": [...], "val/acc": [...], ...}.
+
+    Each has one number an epoch; None stands for one that is not finite. train/loss is the mean over the epoch's
+    steps, each with the weights of that step.
+    """
 
     def __init__(self):
         self.curves: dict[str, list[float | None]] = {}
@@ -28,7 +31,7 @@ class Curves(Callback):
 
     def on_train_epoch_end(self, trainer, lit) -> None:
         """Appends one number to every curve."""
-        if not self.steps:  # taken up where this epoch had been written down
+        if not self.steps:  # a resumed training, and an earlier process has this epoch
             return
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         metrics["train/loss"] = float(trainer.strategy.reduce(self.loss / self.steps, reduce_op="mean"))
@@ -46,7 +49,11 @@ class Curves(Callback):
 
 
 class Epochs(Callback):
-    """Lines in a file, where a bar would show nothing until the end. what: the name of the training."""
+    """Prints a line for an epoch where stderr is a file, at most one in `progress.EVERY` seconds.
+
+    Args:
+        what: the name of the training, for example "distillation".
+    """
 
     def __init__(self, what: str):
         self.what, self.last = what, time.monotonic()
@@ -63,9 +70,12 @@ class Epochs(Callback):
 
 
 class Bars(TQDMProgressBar):
-    """Lightning's bars on stderr, named after the work, with epochs counted from 1. what: the name of the work.
+    """Lightning's bars on stderr, named after the work, with epochs counted from 1.
 
     A line is at most as wide as the terminal: the bar gives way to the words beside it.
+
+    Args:
+        what: the name of the work, for example "training".
     """
 
     BAR_FORMAT = "{desc}|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
@@ -125,7 +135,12 @@ def unwrapped(name: str) -> str:
 class KeepBest(Callback):
     """Keeps the weights that validation likes best, in memory and as a checkpoint, and puts them back at the end.
 
-    Without validation data the last ones are kept.
+    Without validation data the last weights are kept.
+
+    Args:
+        monitor: the metric, for example "val/acc".
+        mode: "max" where more is better, "min" where less is.
+        path: of the checkpoint.
     """
 
     def __init__(self, monitor: str, mode: str, path):

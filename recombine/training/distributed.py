@@ -27,13 +27,13 @@ def several() -> bool:
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Waits until every rank is here."""
     if several():
         dist.barrier(_group)
 
 
 def all_reduce_max(value: int, device: torch.device) -> int:
-    """The largest value that a rank gives."""
+    """The largest of the values that the ranks call this with; every rank has to call it."""
     if not several():
         return value
     dist.all_reduce(all_of := torch.tensor(value, device=device), dist.ReduceOp.MAX)

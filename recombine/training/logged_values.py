@@ -26,8 +26,10 @@ def layer_table(layers: list[dict]) -> tuple[list[str], list[list]]:
 
 
 def rank_plot(layers: list[dict]) -> Image.Image:
-    """Rank by depth, a line a role (CERSA Fig. 3, JACTUS Fig. 3); without ranks the share of its weights a layer
-    holds."""
+    """A plot of rank by depth, one line a role (CERSA Fig. 3, JACTUS Fig. 3).
+
+    Where layers have no rank, it shows the share of its dense weights that each holds.
+    """
     from matplotlib.figure import Figure  # only runs that are watched need it
 
     ranks = [row.get("rank", row.get("basis_rank")) for row in layers]

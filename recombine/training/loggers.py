@@ -31,7 +31,8 @@ PATIENCE = 120  # seconds that the end of a run waits for its upload; `wandb syn
 class LoggerSettings:
     """The keys of `logger`; all but the name are of wandb alone.
 
-    timeout: seconds that the server may take to answer. mode: online, offline, or None for what there is a key for.
+    name: none, wandb or tensorboard. project, entity, group, tags: where a run is filed at Weights & Biases.
+    mode: online or offline; None: online where there is a key. timeout: seconds that the server may take to answer.
     """
 
     name: str = "none"
@@ -61,7 +62,11 @@ class Watched:
 
 @contextmanager
 def open_logger(settings: LoggerSettings, run: Watched) -> Iterator["RunLogger | None"]:
-    """Opens the logger of that name and closes it whatever happens; None of name none."""
+    """Opens the logger of that name and closes it whatever happens. The name none gives None.
+
+    Raises:
+        UsageError: there is no such logger, or it refuses a key.
+    """
     kinds = {"none": None, "wandb": WandB, "tensorboard": TensorBoard}
     if settings.name not in kinds:
         raise UsageError(f"logger.name={settings.name}: must be one of {', '.join(kinds)}")
@@ -78,7 +83,7 @@ def open_logger(settings: LoggerSettings, run: Watched) -> Iterator["RunLogger |
 
 
 class RunLogger(Logger):
-    """The Lightning logger that all fits of a run share; as it stands here, for the other ranks, it writes nothing."""
+    """The Lightning logger of all fits of a run. This class writes nothing: it serves all ranks but the first."""
 
     def __init__(self, settings: LoggerSettings, run: Watched):
         super().__init__()
@@ -145,7 +150,7 @@ class WandB(RunLogger):
         self.experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
 
     def arguments(self, settings: LoggerSettings, run: Watched) -> dict:
-        """Of wandb.init, but for its mode."""
+        """The arguments of wandb.init without its mode."""
         import wandb
 
         options = {"silent": True, "x_transaction_log_flush_interval": 1, "finish_timeout": PATIENCE}
@@ -238,5 +243,5 @@ def chosen_mode(wanted: str | None, wandb) -> str:
 
 
 def run_id(out: Path) -> str:
-    """The same for the same folder, so that a run that is taken up again is the same run."""
+    """The id of the run in that folder. A resumed run has the same id."""
     return hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]

@@ -43,27 +43,29 @@ def parts_of(batch) -> dict[str, Tensor]:
 
 
 def fetch(data, dataset, indices: list[int], device: torch.device):
-    """A batch of those samples of a data module's split as a model takes it."""
+    """The batch of these samples of a data module's split, as a model takes it, on the device."""
     return on_device(data, dataset.__getitems__(indices), device)
 
 
 def on_device(data, batch, device: torch.device):
-    """A batch of a data module's loaders as a model takes it."""
+    """A batch of a data module's loaders, as a model takes it, on the device."""
     return data.on_after_batch_transfer(move_data_to_device(batch, device), 0)
 
 
 class Shard(NamedTuple):
     """What this rank has of a batch.
 
-    ranks: how many share the batch. empty: this rank's part is not its own and counts for nothing.
+    ranks: how many share the batch. empty: no row was left for this rank, so it repeats one that counts for nothing.
     """
 
     ranks: int = 1
     empty: bool = False
 
     def factors(self, counts: list) -> list:
-        """For means over `counts` terms each: factors that make the average over the ranks of this rank's means the
-        mean over all terms of the batch."""
+        """Factors for this rank's means, so that their average over the ranks is the mean over the whole batch.
+
+        counts: over how many terms this rank takes each mean.
+        """
         if self.ranks == 1:
             return [1.0] * len(counts)
         device = next((c.device for c in counts if isinstance(c, Tensor)), None)
@@ -86,7 +88,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def metrics(self) -> MetricCollection:
-        """What logits and labels are scored with."""
+        """The metrics, which take logits and labels."""
         return MetricCollection({})
 
     def weight(self, batch) -> int:

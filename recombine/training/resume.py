@@ -52,7 +52,7 @@ def digest(path: Path) -> str:
 
 
 def write_manifest(path: Path, **facts) -> None:
-    """Says that a phase's file is whole, and what else is known of the phase."""
+    """Writes the .json beside a phase's file: its sha256, and the facts to keep with it."""
     with atomic_write(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps({"sha256": digest(path), **facts}))
 
@@ -77,8 +77,14 @@ def damaged(path: Path, then: str) -> None:
 
 
 class TrainingState(Checkpoint):
-    """Writes a fit's training state at the ends of epochs, every `minutes` within one, and when the process is told to
-    stop: by SIGTERM, or by the SIGUSR2 with which Slurm announces the end and submitit has the job queued again."""
+    """Writes a fit's training state: at the ends of epochs, every `minutes` within one, and before the process stops.
+
+    SIGTERM stops it. So does SIGUSR2, with which Slurm announces the end; submitit then queues the job again.
+
+    Args:
+        folder: the run's state folder.
+        name: of the fit: "distilled" or "best".
+    """
 
     def __init__(self, folder: Path, name: str, minutes: float):
         self.folder, self.name, self.minutes = folder, name, minutes
@@ -133,7 +139,7 @@ class TrainingState(Checkpoint):
         self.act(trainer, last or time.monotonic() - self.saved > SHARE * self.cost)
 
     def act(self, trainer, due: bool) -> None:
-        """Every rank does what one of them has to."""
+        """Saves, or saves and stops, on every rank as soon as one rank has to."""
         told = distributed.all_reduce_max(self.told or 0, trainer.strategy.root_device)
         if told or distributed.all_reduce_max(int(due), trainer.strategy.root_device):
             self.save(trainer)
