@@ -57,7 +57,9 @@ def cli() -> int:
 def show_help(arguments: list[str]) -> int:
     """Prints the help, which Hydra would print without the comments of conf/."""
     try:
-        print(help.text(arguments))
+        print(help.text(arguments), flush=True)
+    except BrokenPipeError:  # its reader has seen enough: --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
         print(f"run.py: {one_line(error)}", file=sys.stderr)
         return 2

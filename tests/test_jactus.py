@@ -14,7 +14,7 @@ from zoo import ARCHS, batch, build, loss, losses, outputs
 
 import recombine
 from recombine import Balf, Jactus, Svd
-from recombine.core.account import layer_report
+from recombine.core.account import layer_report, stored_in_targets
 from recombine.core.calibration import Inputs, Stats, collect
 from recombine.core.method import Site
 from recombine.core.rewrite import find_sites
@@ -271,7 +271,7 @@ def test_counts_hold_where_the_union_is_narrower_than_the_core(shares, counted):
     sites = find_sites(fresh, again)
     again.stats = collect(fresh, sites, losses(fresh), again.statistics_needed())
     assert again.sizes(sites) == (
-        recombine.budget.stored_in_targets(model),
+        stored_in_targets(model),
         recombine.count(model).trained_without_head,
     )
 

@@ -94,7 +94,11 @@ def configuration(name: str, sizes: Mapping) -> LlamaConfig:
 
 
 def load(name: str, path: Path, sizes: Mapping, dtype: torch.dtype) -> nn.Module:
-    """The folder's weights, strictly: every tensor of the model and no other, all finite."""
+    """The folder's weights, strictly: every tensor of the model and no other, all finite.
+
+    Raises:
+        UsageError: the folder cannot be read, or is of another model.
+    """
     try:
         config = LlamaConfig.from_pretrained(path, local_files_only=True)
     except UNREADABLE as error:

@@ -125,7 +125,11 @@ def build(
 
 
 def refuse_unknown(cls: type, config: Mapping) -> None:
-    """One line for a key that the model's configuration does not have."""
+    """Refuses a key that the model's configuration does not have.
+
+    Raises:
+        UsageError: names the key.
+    """
     known = cls.config_class()
     for key, value in config.items():
         if not hasattr(known, key) and key not in UNDECLARED:
@@ -133,8 +137,13 @@ def refuse_unknown(cls: type, config: Mapping) -> None:
 
 
 def load(name: str, cls: type, path: Path, wanted, config: dict) -> tuple[nn.Module, int]:
-    """The folder's weights, strictly: every tensor of the backbone; only heads may be missing or too much. Beside them
-    how many classes the folder's own classifier tells apart, 0 where it has none."""
+    """The folder's weights, and how many classes the folder's own classifier tells apart (0: it has none).
+
+    Every tensor of the backbone has to be there. Only heads may be missing or too many.
+
+    Raises:
+        UsageError: the folder cannot be read, or is of another model.
+    """
     try:
         found = AutoConfig.from_pretrained(path, local_files_only=True)
     except UNREADABLE as error:

@@ -28,7 +28,7 @@ def folder(
     pretrained: bool,
     checkpoint: str | Path | None,
 ) -> Path | None:
-    """A local ``checkpoint``, the package (``tag: packaged``), or the hub's ``id``; None: nowhere, the model is random.
+    """The folder of a model: its ``checkpoint``, the package (``tag: packaged``), or the hub's ``id``; None: random.
 
     Args:
         ways: what a user can do who does not get at the hub.
@@ -78,7 +78,14 @@ def bytes_only(special: Sequence[str]) -> Tokenizer:
 
 
 def refuse_damaged(name: str, path: Path, model: nn.Module, problems: Sequence[tuple[set[str], str]]) -> None:
-    """One line for tensors that a folder has too many or too few of, with what is wrong, or that are not finite."""
+    """Refuses a folder with tensors that are missing, too many or not finite.
+
+    Args:
+        problems: sets of tensor names, each with what is wrong with them, for example ({"x.weight"}, "lacks").
+
+    Raises:
+        UsageError: names the first tensor.
+    """
     for keys, what in problems:
         if keys:
             raise UsageError(f"model {name}: {path} {what} {min(keys)}; give the folder of this architecture's weights")

@@ -27,7 +27,15 @@ FIX = "give the checkpoint of this architecture, or set model= to the checkpoint
 
 
 def hub_file(name: str, arch_tag: str) -> Path:
-    """The weights file of a timm tag: from the hub's cache, else downloaded."""
+    """The weights file of a timm tag: from the hub's cache, else downloaded.
+
+    Args:
+        name: of the model, for errors.
+        arch_tag: for example "vit_small_patch16_224.augreg_in21k".
+
+    Raises:
+        UsageError: the hub has no such file, or cannot be reached.
+    """
     config = get_pretrained_cfg(arch_tag)
     if config is None or not config.hf_hub_id:
         raise UsageError(f"model {name}: no hub has {arch_tag}: give model.checkpoint=FILE or model.pretrained=false")
@@ -75,9 +83,13 @@ def first_line(error: Exception) -> str:
 
 
 def load(model: nn.Module, path: Path, num_classes: int) -> int:
-    """Fills the model from the file, position embeddings resampled as timm does; only the classifier may differ.
+    """Fills a timm model from a file, with position embeddings resampled as timm does; only the classifier may differ.
 
-    Returns how many classes the file's own classifier tells apart, 0 where it has none.
+    Returns:
+        How many classes the file's own classifier tells apart; 0: it has none.
+
+    Raises:
+        UsageError: the file cannot be read, or does not fit.
     """
     state, wanted, head = read(path), model.state_dict(), _head_names(model)
     patch = "patch_embed.proj.weight"

@@ -120,7 +120,11 @@ def stage_settings(values: Mapping[str, Any]) -> StageSettings:
 
 
 def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:
-    """The arguments of the data that calibrates: what is given, over conf/data/<name>.yaml; None: the run's own."""
+    """The arguments of the data that calibrates: conf/data/<name>.yaml with what the user set; None: the run's own.
+
+    Args:
+        chosen: a name, for example "text", or the keys of calibration.data.
+    """
     chosen = {"name": chosen} if not isinstance(chosen, dict) else chosen
     if (name := chosen.get("name")) is None:
         return None
@@ -128,7 +132,13 @@ def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:
 
 
 def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
-    """(the method, the compressor before it or None); a method after itself trains its own factors."""
+    """(the method, the compressor before it or None).
+
+    A method with itself as the compressor is one method, which trains the factors that it compressed to.
+
+    Raises:
+        UsageError: the two cannot follow each other.
+    """
     method = from_config(cfg.method)
     if cfg.get("compressor") is None:
         return method, None
@@ -149,7 +159,11 @@ def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
 
 
 def validate_config(cfg: DictConfig) -> None:
-    """Refuses settings that would fail, or mislead, only after minutes of work."""
+    """Refuses settings that would fail, or mislead, only after minutes of work.
+
+    Raises:
+        UsageError: names the first of them.
+    """
 
     def require(key: str, ok, why: str) -> None:
         value = OmegaConf.select(cfg, key)

@@ -1,4 +1,7 @@
-"""What a stage is told: its own keys, and those of `calibration`, `analyse` and `harness`. Plain values, no Hydra."""
+"""The settings of a run, as typed plain values: the keys of `stage`, `calibration`, `analyse` and `harness`.
+
+`runner/config.py` makes them from the configuration; stages read them.
+"""
 
 from dataclasses import dataclass, field
 
@@ -8,14 +11,17 @@ from recombine.training.settings import DistillationSettings, OptimizerSettings,
 
 @dataclass(frozen=True, kw_only=True)
 class StageSettings:
-    """A stage by its name; `adapt` has no keys of its own."""
+    """The keys that every stage has: its name. `adapt` has no others."""
 
     name: str = "adapt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrofitSettings(StageSettings):
-    """test: score the rewritten model on the test set. bits: of the rewritten layers' weights; None: as they are."""
+    """The keys of `retrofit`.
+
+    test: score the rewritten model on the test set. bits: quantize the rewritten layers' weights to so many; None: no.
+    """
 
     name: str = "retrofit"
     test: bool = False
@@ -24,7 +30,7 @@ class RetrofitSettings(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressSettings(StageSettings):
-    """Of `compress` and `joint`. distil: the training that follows the original model."""
+    """The keys of `compress` and `joint`. distil: the training that follows the original model."""
 
     name: str = "compress"
     distil: DistillationSettings = field(default_factory=DistillationSettings)
@@ -32,7 +38,10 @@ class CompressSettings(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings(StageSettings):
-    """checkpoint: a file; None: the original model. bits: of the target layers' weights; None: as they are."""
+    """The keys of `evaluate`.
+
+    checkpoint: a file; None: the original model. bits: quantize the target layers' weights to so many; None: no.
+    """
 
     name: str = "evaluate"
     checkpoint: str | None = None
@@ -41,9 +50,10 @@ class EvaluateSettings(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSettings(StageSettings):
-    """rewrite: False counts by the closed form alone. rounds: of the method and the reference in turns, 0 for none.
+    """The keys of `profile`.
 
-    reference: the method that it is timed beside. keep: inference keeps the weights that it built.
+    rewrite: False counts by the closed form alone. rounds: how often the method and the reference are timed; 0: never.
+    reference: the method that it is timed beside. keep: inference keeps the dense weights that it builds once.
     """
 
     name: str = "profile"
@@ -55,7 +65,7 @@ class ProfileSettings(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
-    """What methods that look at data see of the training set: so many samples, in batches of that size."""
+    """How much of the training set calibration sees: so many samples, in batches of that size."""
 
     samples: int = 256
     batch_size: int = 32
@@ -75,7 +85,10 @@ class AnalysisSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessSettings:
-    """lm-evaluation-harness. tasks: None takes those that go with the data. limit: documents a task."""
+    """The keys of lm-evaluation-harness, which scores language models.
+
+    tasks: for example ("gsm8k_metamath",); None: those that go with the data. limit: documents a task; None: all.
+    """
 
     tasks: tuple[str, ...] | None = None
     limit: int | None = None
@@ -83,7 +96,7 @@ class HarnessSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """All that the stages are told of one run. probe: fit the linear probe first and report it."""
+    """The settings of one run. probe: fit the linear probe first and report it."""
 
     seed: int = 0
     stage: StageSettings = field(default_factory=StageSettings)

@@ -33,7 +33,10 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationSettings(OptimizerSettings):
-    """Of the training that follows the original model (CRISP Alg. 4): epochs, 0 for none, and weights of its losses."""
+    """The training that follows the original model (CRISP Alg. 4).
+
+    epochs: 0 for none. kl, mse, features: the weights of its losses, as `objectives.Distillation` has them.
+    """
 
     epochs: int = 4
     kl: float = 1.0
