@@ -113,7 +113,7 @@ def settings(cfg: DictConfig) -> dict:
 
 
 def flat(nested: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    """A nested dict as one with dotted keys: {"a": {"b": 1}} -> {"a.b": 1}"""
     leaves = {}
     for key, value in nested.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}

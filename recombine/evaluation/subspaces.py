@@ -18,8 +18,15 @@ from recombine.models.fused_qkv import layer_at
 
 @torch.no_grad()
 def subspaces(original: nn.Module, model: nn.Module, energy: float, points: int | None = None) -> dict:
-    """{"u": {role: mean over its layers}, "v": ...} at that share of the energy, and with `points` the maps
-    {"map_u": {"layer 0": {role: (points, points)}, ...}, "map_v": ...} of the first, the middle and the last layer.
+    """How alike the principal subspaces of two models' weights are, by role.
+
+    Args:
+        energy: the share of the squared singular values at which subspaces are compared, for example 0.95.
+        points: ranks a side of the maps; None: no maps.
+
+    Returns:
+        {"u": {role: mean over its layers}, "v": ...}, and with `points` the maps {"map_u": {"layer 0": {role: (points,
+        points)}, ...}, "map_v": ...} of the first, the middle and the last layer. Empty where nothing was rewritten.
 
     Row b, column a of a map: the top-j of the adapted against the top-i of the pretrained weight, for ranks i and j
     from 1 to N = min(m, n) in equal steps. Layers that changed their shape are left out.
@@ -51,7 +58,10 @@ def subspaces(original: nn.Module, model: nn.Module, energy: float, points: int 
 
 
 def overlaps(a: Tensor, b: Tensor) -> Tensor:
-    """psi of the first i columns of a (d, N) and the first j of b (d, N), both orthonormal: (N, N) at [i - 1, j - 1]"""
+    """psi for every pair of ranks (Eq. 3), as (N, N): at [i - 1, j - 1] that of the first i columns of a and j of b.
+
+    a, b: orthonormal columns (d, N).
+    """
     shared = (a.T @ b).square().cumsum(0).cumsum(1)
     i = torch.arange(1, a.shape[1] + 1, dtype=shared.dtype, device=shared.device)
     return (shared / torch.minimum(i[:, None], i[None])).clamp(max=1)

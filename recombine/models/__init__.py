@@ -159,7 +159,11 @@ def timm_model(
 
 
 def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapping) -> nn.Module:
-    """timm's model, without weights; what timm refuses becomes one line."""
+    """Builds timm's model, without weights.
+
+    Raises:
+        UsageError: timm refuses the arguments.
+    """
     try:
         return timm.create_model(source, num_classes=num_classes, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
@@ -185,7 +189,11 @@ def _resolve_tag(name: str, arch: str, tag: str | None) -> str | None:
 
 
 def _check_patches(name: str, model: nn.Module, image_size: int) -> None:
-    """timm builds a ViT for any image size and fails at the first image."""
+    """Refuses an image size that patches do not divide. timm builds such a ViT, and fails at the first image.
+
+    Raises:
+        UsageError: names the sizes nearby that fit.
+    """
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0]
     if image_size < patch or image_size % patch:
         near = max(patch, image_size // patch * patch)

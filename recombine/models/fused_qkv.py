@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class SplitQKV(nn.Module):
-    """x (..., in) -> [q(x), k(x), v(x)] (..., 3d)."""
+    """A fused projection as three layers: x (..., in) -> [q(x), k(x), v(x)] (..., 3d)."""
 
     def __init__(self, fused: nn.Linear):
         super().__init__()

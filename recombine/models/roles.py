@@ -26,7 +26,7 @@ class Family:
 
 
 def _fused(block: str, **more: str) -> Family:
-    """timm: attn.qkv is one layer until it is split."""
+    """The family of a timm model, whose attn.qkv is one layer until it is split. block: regex of a block's name."""
     parts = {role: rf"{block}\.attn\.qkv\.{role}" for role in "qkv"}
     rest = {
         "o": rf"{block}\.attn\.proj",
@@ -98,7 +98,7 @@ def family(model: nn.Module) -> Family:
 
 
 def find(model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear) -> dict[str, str]:
-    """{module name: role} of the layers that play these roles, in model order. The model is not changed.
+    """Finds the layers that play these roles: {module name: role} in model order. The model is not changed.
 
     ``qkv`` is the fused layer, or the three layers q, k, v where there is none. Where q, k or v is named by itself and
     the model has them as one fused layer, the names are those that `split_fused` would give them. Layers that are not

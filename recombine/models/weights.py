@@ -161,7 +161,7 @@ def _shape(tensor: Tensor) -> str:
 
 @contextmanager
 def silence():
-    """transformers draws bars and prints a table of what a head lacks; its loaders here say it in one line."""
+    """Silences transformers' bars and tables while the block runs; the loaders here say in one line what is wrong."""
     from transformers.utils import logging as transformers_logging  # slow to import, and timm's models need none of it
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -132,7 +132,7 @@ def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:
 
 
 def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
-    """(the method, the compressor before it or None).
+    """The methods of a run: (the method, the compressor before it or None).
 
     A method with itself as the compressor is one method, which trains the factors that it compressed to.
 

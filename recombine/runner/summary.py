@@ -59,7 +59,7 @@ def suite_table(summary: Suite, result: Result, path: Path) -> str:
 
 
 def heading(result: Result) -> str:
-    """lora on dinov2_s14"""
+    """What a table is about, for example "svd + lora on dinov2_s14"."""
     parts = [label(part) for part in (result["compressor"], result["method"]) if part]
     return f"{' + '.join(parts) or 'original'} on {result['model']['name']}"
 
@@ -70,7 +70,7 @@ def label(part: MethodPart) -> str:
 
 
 def data_title(data: DataPart) -> str:
-    """offline: dsprites_loc; a folder of the user's has no task."""
+    """The data and its task, for example "offline: dsprites_loc". A folder of the user's has no task."""
     name, task = data["name"], data["task"]
     return data.get("title") or (name if task in (None, name) else f"{name}: {task_title(name, task)}")
 
@@ -87,12 +87,12 @@ def worded(key: str) -> str:
 
 
 def number(value: float | None) -> float:
-    """nan for the null of a result.json, which stands for a number that was not finite."""
+    """A number of a result.json as a float; nan for null, which stands for one that was not finite."""
     return float("nan") if value is None else value
 
 
 def percent(share: float | None) -> str:
-    """0.1234 as 12.3"""
+    """A share in per cent: 0.1234 as "12.3"."""
     return f"{100 * number(share):.1f}"
 
 

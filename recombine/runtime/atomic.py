@@ -12,7 +12,11 @@ from recombine.errors import UsageError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    """A temporary file beside `path`, which takes its place when the block ends well and vanishes when it does not.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -53,7 +53,7 @@ def word(kind: str, value: float | None) -> str:
 
 
 def suggestion(wrong: str) -> str:
-    """What to say in the place of a word that is no budget."""
+    """The budget words to say instead of a wrong one, for an error."""
     kind, _, size = wrong.partition("_")
     if kind in EXAMPLES and not size:
         return f"its size is missing: say budget={EXAMPLES[kind]}"

@@ -10,7 +10,14 @@ CONF = Path(__file__).parents[2] / "conf"  # beside the package in a clone; no p
 
 
 def need_clone(what: str) -> None:
-    """Raises UsageError where the package is not in a clone."""
+    """Refuses what needs the files of conf/ where the package is not in a clone.
+
+    Args:
+        what: the key as typed, for example "experiment=start".
+
+    Raises:
+        UsageError: there is no conf/.
+    """
     if not (CONF / "config.yaml").is_file():
         raise UsageError(f"{what}: reads conf/, which no wheel brings; clone the project and `pip install -e .` there")
 

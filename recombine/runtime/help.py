@@ -39,7 +39,7 @@ Hydra's flags: --cfg job prints the composed configuration, -m sweeps,
 
 
 def text(arguments: Iterable[str] = ()) -> str:
-    """What --help prints.
+    """The text that --help prints.
 
     Args:
         arguments: the rest of the command line. `method=crisp` among them asks for the keys of that choice.

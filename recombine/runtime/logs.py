@@ -19,7 +19,7 @@ def quiet_libraries() -> None:
 
 
 def silence_lightning() -> None:
-    """Lightning's hints about loaders and loggers say nothing about a run."""
+    """Silences Lightning's hints about loaders and loggers, which say nothing about a run."""
     for name in LIGHTNING:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")

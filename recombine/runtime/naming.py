@@ -29,7 +29,7 @@ def aside(key: str) -> bool:
 
 
 def sweep_folder(experiment: str | None, now: str) -> str:
-    """An experiment has one folder, where a second call finds what is done; other sweeps are told apart by the time."""
+    """The folder of a sweep. An experiment has one, where a second call finds what is done; others carry the time."""
     return f"outputs/{experiment}" if experiment else f"outputs/{now}-sweep"
 
 

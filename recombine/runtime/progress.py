@@ -55,7 +55,7 @@ def of(items: Iterable, what: str, unit: str = "it") -> Iterator:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Counts the seconds while another process works."""
+    """Shows the seconds that pass while the block waits for another process. what: the name of the work."""
     done = Event()
 
     def tick() -> None:
@@ -87,7 +87,7 @@ def bars_as_wanted() -> Iterator[None]:
 
 
 def wrapped(text: str, indent: int, stream) -> str:
-    """The text as lines of a terminal's width, those after the first indented; for a file it stays one line.
+    """Wraps a text at the terminal's width and indents the lines after the first; for a file it stays one line.
 
     A command line ends its lines with a backslash, so that it can be copied into a shell as it stands.
     """

@@ -95,7 +95,7 @@ def test(run: RunContext, lit: LitRecombine) -> dict[str, float]:
 
 
 def harness_scores(run: RunContext, names: tuple[str, ...]) -> dict[str, float]:
-    """lm-evaluation-harness on these tasks, and the mean over them; of several ranks the first one scores."""
+    """Scores of lm-evaluation-harness on these tasks, and their mean. Of several ranks the first one scores."""
     from recombine.evaluation import harness  # lm-eval takes seconds to load
 
     scores = {}

@@ -16,7 +16,10 @@ from recombine.training.lit import LitRecombine
 
 @torch.no_grad()
 def retrofit(run: RunContext) -> StagePart:
-    """weight_error of each layer, logit_error (largest difference) beside logit_scale, and test where asked for."""
+    """Rewrites and compares: weight_error of each layer, and the largest logit_error beside logit_scale.
+
+    With stage.test, the rewritten model is scored on the test set too.
+    """
     stage, original = run.settings.stage, copy.deepcopy(run.model).eval()
     with torch.enable_grad():
         run.rewrite_all()

@@ -230,7 +230,7 @@ class TensorBoard(RunLogger):
 
 
 def chosen_mode(wanted: str | None, wandb) -> str:
-    """online or offline: what is asked for, or else online where there is a key, in the environment or by a login."""
+    """How W&B runs, "online" or "offline": as asked for, or else online where the environment or a login has a key."""
     mode = wanted or os.environ.get("WANDB_MODE")
     if mode not in (None, "online", "offline"):
         raise UsageError(f"logger.mode={mode}: must be online, offline or null; logger=none logs nothing")

@@ -213,7 +213,7 @@ class Distillation(Objective):
 
 
 def outputs(model: nn.Module, batch) -> tuple[Tensor, list[Tensor]]:
-    """(logits, the output of every block in order); of texts only at tokens that are no padding: (tokens, d)."""
+    """(logits, outputs of the blocks in order). Of texts they have a row for each non-padding token: (tokens, d)."""
     blocks: list[Tensor] = []
     keep = batch["attention_mask"].bool() if isinstance(batch, dict) else None
 

@@ -192,7 +192,7 @@ class TrainingState(Checkpoint):
 
 
 def loop_position(path: Path) -> tuple[int, int]:
-    """(epoch, batch) that a training state goes on with."""
+    """Where a training state goes on: (epoch, batch), both from 0."""
     loops = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
     epoch, batch = loops["fit_loop"]["epoch_progress"]["current"], loops["fit_loop"]["epoch_loop.batch_progress"]
     if epoch["processed"] == epoch["started"]:  # at the end of an epoch
