@@ -148,7 +148,11 @@ def line(capsys, monkeypatch, tmp_path, *arguments) -> str:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["method=crips"], ["crips", "crisp", "lora"]),
+        (["method=crips"], ["method=crips", "did you mean crisp?", "lora"]),
+        (["experiment=strt"], ["experiment=strt", "did you mean start?", "--help"]),
+        (["metod.chunk=16"], ["metod.chunk", "did you mean method?"]),
+        (["method.chnk=16"], ["method.chnk", "did you mean chunk?", "+method.chnk=16"]),
+        (["method.chunk"], ["method.chunk=..."]),
         (["model=vit_s"], ["vit_s", "vit_s16", "dinov2_s14"]),
         (["data=vtabb"], ["vtabb", "offline", "folder"]),
         (["budget=retained_0"], ["retained_0", "more than 0"]),

@@ -101,7 +101,7 @@ def score_rows(result: Result) -> list[tuple[str, str]]:
     rows = []
     if shown := {key: value for key, value in result["test"].items() if "stderr" not in key}:
         first = result["metric"]  # the score that validation chose the weights by
-        shown = {key: shown[key] for key in sorted(shown, key=lambda key: key != first)}
+        shown = {key: shown[key] for key in sorted(shown, key=lambda key: (key != first, key == "loss"))}
         values = {key: f"{number(v):.3g}" if key in PLAIN else f"{percent(v)} %" for key, v in shown.items()}
         rows.append(("test", ", ".join(f"{worded(key)} {value}" for key, value in values.items())))
     if linear := result["linear_probe"]:
