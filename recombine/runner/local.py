@@ -40,10 +40,8 @@ def launch(
     threads = str(max(1, len(os.sched_getaffinity(0)) // (workers * ranks)))
 
     if left := len(ledger.folders) - len(ledger.ended):
-        print(
-            f"{ledger.root}: {left} run{'s' * (left > 1)}, {workers} at a time; what each prints is in its log.txt",
-            flush=True,
-        )
+        runs = f"{left} run{'s' * (left > 1)}, {workers} at a time"
+        print(f"{ledger.root}: {runs}; what each prints is in its log.txt", flush=True)
 
     def environment(place: int) -> dict[str, str]:
         own = [gpus[i % len(gpus)] for i in range(place * ranks, (place + 1) * ranks)] if gpus and workers > 1 else []
