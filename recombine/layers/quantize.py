@@ -12,7 +12,7 @@ def quantize(layers: Iterable[nn.Module], bits: int) -> None:
     """Rounds the matrices of these layers, in place, to integers of that many bits times a float32 scale a row.
 
     A basis that layers share is rounded once. Vectors (biases) stay. The values are computed with in float; what they
-    would take as integers, and their scales, is noted at each parameter as `stored_bytes`, which `account.count` reads.
+    would take as integers, and their scales, is noted at each parameter as `stored_bytes`, which `budget.count` reads.
     """
     for weight in {id(p): p for layer in layers for p in layer.parameters() if p.ndim > 1}.values():
         rows = weight.reshape(len(weight), -1)
