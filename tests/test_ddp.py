@@ -130,7 +130,7 @@ def test_an_error_in_one_rank_is_one_line_and_ends_both(tmp_path):
 def test_a_killed_rank_is_named():
     codes = [1, -signal.SIGKILL]
     with pytest.raises(UsageError, match="rank 1 of 2 was killed by SIGKILL"):
-        distributed.judge(Path("/nowhere"), codes)
+        ranks.collect_results(Path("/nowhere"), codes)
 
 
 def test_several_machines_need_a_launcher(tmp_path):

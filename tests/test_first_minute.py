@@ -130,12 +130,11 @@ def test_warnings_pass_and_news_does_not(name, levels, caplog):
     assert [record.message for record in caplog.records] == ["trouble"]
 
 
-def test_bars_of_libraries_follow_the_progress_key(monkeypatch, capsys):
+def test_bars_of_libraries_follow_the_progress_key(capsys):
     from lm_eval.models.huggingface import tqdm  # as lm-eval draws them
 
     for shown in (False, True):
-        monkeypatch.setattr(progress, "shown", shown)
-        with progress.bars_as_wanted():
+        with progress.display(shown), progress.bars_as_wanted():
             list(tqdm(range(3), desc="Running requests", disable=False))
         assert ("Running requests" in capsys.readouterr().err) == shown
     list(tqdm(range(3), desc="afterwards"))
