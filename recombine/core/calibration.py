@@ -68,14 +68,16 @@ def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[s
     backward = bool(wanted & BACKWARD)
     # what this batch's inputs, by identity, turned earlier sums into; the inputs are held, so that no id is used twice
     seen: dict[tuple[int, int], tuple[Tensor, Inputs]] = {}
-    with watching(model) as mask, eval_frozen(model), torch.set_grad_enabled(backward):
-        hooks = [site.module.register_forward_hook(watcher(stats[site.name], wanted, mask, seen)) for site in sites]
+    with capture_attention_mask(model) as mask, eval_frozen(model), torch.set_grad_enabled(backward):
+        hooks = [
+            site.module.register_forward_hook(statistics_hook(stats[site.name], wanted, mask, seen)) for site in sites
+        ]
         try:
             for loss in losses():
                 if backward:
                     loss.backward()
-                for one in stats.values():
-                    end_batch(one, wanted)
+                for layer_stats in stats.values():
+                    end_batch(layer_stats, wanted)
                 seen.clear()
         finally:
             for hook in hooks:
@@ -84,7 +86,7 @@ def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[s
     return stats
 
 
-def watcher(stats: Stats, wanted: set[str], mask: list, seen: dict):
+def statistics_hook(stats: Stats, wanted: set[str], mask: list, seen: dict):
     """A forward hook that adds one batch to the statistics of a layer."""
 
     def hook(layer: nn.Module, args: tuple, y: Tensor):
@@ -164,7 +166,7 @@ def passes(losses: Losses) -> Iterator[Tensor]:
 
 
 @contextmanager
-def watching(model: nn.Module):
+def capture_attention_mask(model: nn.Module):
     """A one-element list that holds the attention mask of the model's last call."""
     mask: list[Tensor | None] = [None]
 
@@ -196,16 +198,16 @@ def eval_frozen(model: nn.Module):
 
 def normalise(stats: dict[str, Stats]) -> None:
     """Sums to means; inputs that layers share once."""
-    for name, one in stats.items():
-        if not one.inputs.tokens and not one.tokens:
+    for name, layer in stats.items():
+        if not layer.inputs.tokens and not layer.tokens:
             raise UsageError(f"calibration: no batch reached {name}; give losses that yield at least one")
-    for inputs in {id(one.inputs): one.inputs for one in stats.values()}.values():
+    for inputs in {id(layer.inputs): layer.inputs for layer in stats.values()}.values():
         count = max(inputs.tokens, 1)
         inputs.xx, inputs.x4, inputs.absolute = inputs.xx / count, inputs.x4 / count, inputs.absolute / count
-    for name, one in stats.items():
-        count = max(one.tokens, 1)
-        one.gg, one.g4, one.gx = one.gg / count, one.g4 / count, one.gx / count
-        one.fisher = one.fisher / max(one.batches, 1)
-        for value in (one.inputs.xx, one.inputs.absolute, one.gg, one.gx, one.fisher):
+    for name, layer in stats.items():
+        count = max(layer.tokens, 1)
+        layer.gg, layer.g4, layer.gx = layer.gg / count, layer.g4 / count, layer.gx / count
+        layer.fisher = layer.fisher / max(layer.batches, 1)
+        for value in (layer.inputs.xx, layer.inputs.absolute, layer.gg, layer.gx, layer.fisher):
             if isinstance(value, Tensor) and not value.isfinite().all():
                 raise UsageError(f"calibration: the statistics of {name} are not finite; use float32 or other batches")

@@ -123,25 +123,25 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 def fill(path: Path, model: nn.Module, tensors: dict, meta: dict) -> None:
     """Copies a checkpoint's tensors in, after checking that every one fits and that the backbone is the same."""
-    here = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
-    for name in here.keys() - tensors.keys() - meta["own"].keys() - meta["shared"].keys():
+    present = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    for name in present.keys() - tensors.keys() - meta["own"].keys() - meta["shared"].keys():
         raise UsageError(f"{path}: holds no {name}, so it is from another model; give the one it was saved from")
     for name, tensor in tensors.items():
-        if name not in here or here[name].shape != tensor.shape:
-            found = tuple(here[name].shape) if name in here else "nothing"
-            raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} in the file and {found} in this model")
+        if name not in present or present[name].shape != tensor.shape:
+            shape = tuple(present[name].shape) if name in present else "nothing"
+            raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} in the file and {shape} in this model")
     for name, expected in meta["own"].items():
-        if name not in here or not torch.allclose(
-            torch.tensor(fingerprint(here[name])),
+        if name not in present or not torch.allclose(
+            torch.tensor(fingerprint(present[name])),
             torch.tensor(expected),
-            rtol=1e-5 if here[name].dtype == torch.float32 else 1e-2,
+            rtol=1e-5 if present[name].dtype == torch.float32 else 1e-2,
         ):
             raise UsageError(
                 f"{path}: {name} differs from the backbone it was saved with; load the same pretrained one"
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            here[name].copy_(tensor)
+            present[name].copy_(tensor)
 
 
 def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -131,8 +131,8 @@ def find_sites(model: nn.Module, method: Method) -> list[Site]:
     Raises:
         UsageError: a role that the model lacks, or a field that is out of range for these layers.
     """
-    found = roles.find(model, method.targets, method.target_types)
-    sites = [Site(name, role, layer_at(model, name)) for name, role in found.items()]
+    roles_by_name = roles.find(model, method.targets, method.target_types)
+    sites = [Site(name, role, layer_at(model, name)) for name, role in roles_by_name.items()]
     method.check(sites)
     return sites
 

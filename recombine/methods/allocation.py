@@ -1,6 +1,6 @@
 """Spends one budget over many layers.
 
-`greedy` and `lagrangian`: each layer offers a list of options, a multiple-choice knapsack. `nearest`: each layer has a
+`greedy` and `lagrangian`: each layer offers a list of options, a multiple-choice knapsack. `round_to_budget`: each layer has a
 real number that is to be rounded.
 
 A layer's options are two tensors, costs (whole numbers, ascending) and losses (descending). For ranks 1, 2, ... and
@@ -85,7 +85,7 @@ def least(costs: list[Tensor], budget: float) -> float:
     return total
 
 
-def nearest(ranks: Tensor, cost: Tensor, scale: Tensor, top: Tensor, budget: float) -> list[int]:
+def round_to_budget(ranks: Tensor, cost: Tensor, scale: Tensor, top: Tensor, budget: float) -> list[int]:
     """Whole ranks nearest to real ones, after those have moved up or down together until they just fit the budget.
 
     Args:

@@ -22,5 +22,5 @@ def low_rank(linear: nn.Linear, rank: int) -> DeltaLinear:
 def last_layers(model: nn.Module) -> dict[str, DeltaLinear]:
     """The layers that the last method made."""
     layers = {name: model.get_submodule(name) for name in model.recombined.targets}
-    made = model.recombined.steps[-1].layers
-    return {name: layer for name, layer in layers.items() if name in made and isinstance(layer, DeltaLinear)}
+    rewritten = model.recombined.steps[-1].layers
+    return {name: layer for name, layer in layers.items() if name in rewritten and isinstance(layer, DeltaLinear)}

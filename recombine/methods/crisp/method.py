@@ -64,8 +64,8 @@ def cluster(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Ge
 
 
 def aware(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    inputs = [how.stats[site.name].inputs for site in group]
-    moments = [shrink(one.xx, one.x4, one.tokens, floor=0.01) for one in inputs]
+    statistics = [how.stats[site.name].inputs for site in group]
+    moments = [shrink(inputs.xx, inputs.x4, inputs.tokens, floor=0.01) for inputs in statistics]
     return ungate(*fit_outputs(weights_of(group), moments, rank, how.chunk, how.alternations), how.gate, how.gauge)
 
 

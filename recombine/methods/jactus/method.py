@@ -24,7 +24,7 @@ from recombine.core.method import Site, need
 from recombine.methods.allocation import greedy, lagrangian
 from recombine.methods.jactus.rank_options import Prices
 from recombine.methods.jactus.subspaces import Subspaces
-from recombine.methods.jactus.union import cored, factored
+from recombine.methods.jactus.union import dense_with_core, factored
 from recombine.runtime import progress
 
 SPEND = {"greedy": greedy, "lagrangian": lagrangian}
@@ -76,7 +76,7 @@ class Jactus(Subspaces):
         return [i / 1000 for i in range(int(1000 * least) + 1, 1001)]
 
     def widest(self, site: Site) -> int:
-        return max(self.prices.most(*site.module.weight.shape), self.top_k)
+        return max(self.prices.max_rank(*site.module.weight.shape), self.top_k)
 
     def top(self, site: Site) -> int:
         """The size of the core on a layer that stays dense."""
@@ -98,7 +98,7 @@ class Jactus(Subspaces):
     def retained_weights(self, sites: list[Site]) -> int:
         shapes = [site.module.weight.shape for site in sites]
         return sum(
-            self.prices.whole(*shape, self.top(site)) if k is None else self.prices.factored(*shape, k)
+            self.prices.dense_cost(*shape, self.top(site)) if k is None else self.prices.factored(*shape, k)
             for site, shape, k in zip(sites, shapes, self.ranks(sites), strict=True)
         )
 
@@ -121,6 +121,6 @@ class Jactus(Subspaces):
         if k is not None:
             return factored(site.module, self.whole(site), k)
         if self.dense == "core_on_top_k":
-            return cored(site.module, self.whole(site), self.top(site))
+            return dense_with_core(site.module, self.whole(site), self.top(site))
         site.module.weight.requires_grad_(self.dense == "full")
         return site.module

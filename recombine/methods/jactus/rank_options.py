@@ -20,15 +20,15 @@ class Prices(NamedTuple):
     def factored(self, m: int, n: int, k: int) -> int:
         return k * (m + n) + (k * k if self.cores else 0)
 
-    def whole(self, m: int, n: int, core: int) -> int:
+    def dense_cost(self, m: int, n: int, core: int) -> int:
         """Of the dense layer with a core of that size beside it."""
         return m * n + (self.factored(m, n, core) if self.dense == "core_on_top_k" and self.cores else 0)
 
-    def most(self, m: int, n: int) -> int:
+    def max_rank(self, m: int, n: int) -> int:
         """The largest rank that is worth its weights."""
         if self.dense == "none":
             return min(m, n)
-        limit = self.whole(m, n, self.top_k)
+        limit = self.dense_cost(m, n, self.top_k)
         return max(k for k in range(1, min(m, n) + 1) if k == 1 or self.factored(m, n, k) < limit)
 
     def options(self, m: int, n: int, gains: Tensor, width: int, relative: bool) -> tuple[Tensor, Tensor]:
@@ -36,12 +36,12 @@ class Prices(NamedTuple):
 
         gains: the L_j^2 of the layer's union. width: the largest rank inside the union. relative: losses as shares.
         """
-        ranks = min(width, self.most(m, n))
+        ranks = min(width, self.max_rank(m, n))
         tail = (gains.sum() - gains.cumsum(0))[:ranks].cpu()
         if relative:
             tail = tail / gains.sum().cpu().clamp(min=torch.finfo(tail.dtype).tiny)
         costs = [self.factored(m, n, k) for k in range(1, ranks + 1)]
         if self.dense != "none":
-            costs.append(self.whole(m, n, min(self.top_k, width)))
+            costs.append(self.dense_cost(m, n, min(self.top_k, width)))
             tail = torch.cat([tail, tail.new_zeros(1)])
         return torch.tensor(costs), tail

@@ -56,6 +56,6 @@ class Subspaces(Method, abstract=True):
                 outputs = covariance(stats.gg, stats.g4, stats.tokens, self.floor)
             shares = (self.alpha, self.beta, self.gamma)
             turn = (stats.gx, self.eta) if self.gain == "weight+grad" else None
-            found = union_factors(weight.detach().double(), self._eigen[key], outputs, shares, turn)
-            self._whole[site.name] = found.cut(self.widest(site), weight.dtype)
+            factors = union_factors(weight.detach().double(), self._eigen[key], outputs, shares, turn)
+            self._whole[site.name] = factors.truncate(self.widest(site), weight.dtype)
         return self._whole[site.name]

@@ -33,12 +33,12 @@ class Whole(NamedTuple):
     right: Tensor
     gains: Tensor
 
-    def cut(self, r: int, dtype: torch.dtype) -> "Whole":
+    def truncate(self, r: int, dtype: torch.dtype) -> "Whole":
         """Up to rank r, in that precision and at least float32: float64 of all layers is too much."""
         keep = torch.promote_types(dtype, torch.float32)
         return Whole(self.left[:, :r].to(keep), self.inner[:r, :r].to(keep), self.right[:r].to(keep), self.gains)
 
-    def around(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def factors_at(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """W at rank k as orthonormal left (m, k) and right (k, n) around a dense core (k, k), in float64."""
         ql, tl = torch.linalg.qr(self.left[:, :k].double())
         qr, tr = torch.linalg.qr(self.right[:k].T.double())
@@ -98,15 +98,15 @@ def whiten(rl: Tensor, inner: Tensor, rr: Tensor) -> Tensor:
 
 def factored(linear: nn.Linear, whole: Whole, k: int) -> FactoredLinear:
     """The layer at rank k; its core trains."""
-    left, core, right = (t.to(linear.weight) for t in whole.around(k))
+    left, core, right = (t.to(linear.weight) for t in whole.factors_at(k))
     layer = FactoredLinear(left, right, core=core, bias=linear.bias)
     layer.core.requires_grad_(True)
     return layer
 
 
-def cored(linear: nn.Linear, whole: Whole, k: int) -> DeltaLinear:
+def dense_with_core(linear: nn.Linear, whole: Whole, k: int) -> DeltaLinear:
     """The layer as it is, with a core on its k top directions beside it, 0 at the start, which trains."""
-    left, core, right = (t.to(linear.weight) for t in whole.around(k))
+    left, core, right = (t.to(linear.weight) for t in whole.factors_at(k))
     layer = DeltaLinear(linear.weight, left, right, bias=linear.bias, core=torch.zeros_like(core))
     layer.core.requires_grad_(True)
     return layer

@@ -80,13 +80,13 @@ def outline(model: nn.Module) -> dict[str, dict]:
 
 def numbers(thing: object) -> dict[str, Any]:
     """The attributes that are numbers, or a tuple of numbers (as a list, which JSON keeps)."""
-    found = {}
+    values = {}
     for key, value in vars(thing).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            found[key] = value
+            values[key] = value
         elif isinstance(value, tuple) and value and all(isinstance(v, int) for v in value):
-            found[key] = list(value)
-    return found
+            values[key] = list(value)
+    return values
 
 
 def reshape(model: nn.Module, structure: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ class Isomorphic(Structural):
         self.split = fused_qkv.fuse(model)  # until `rewrite` is done
         self.parts = find_parts(model, sites, losses)
         if self.ratio is not None:
-            least = self.ranked(self.most).weights() / dense(sites)
+            least = self.ranked(self.largest_factor).weights() / dense(sites)
             need(self.ratio >= least, self, "ratio", f"must be at least {least:.5f}, where one of each kind is left")
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
@@ -84,7 +84,7 @@ class Isomorphic(Structural):
     def plan(self, sites: list[Site]) -> Kept:
         if self.ratio is None:
             return self.ranked(STEP)
-        low, high = -1, self.most  # low keeps too much
+        low, high = -1, self.largest_factor  # low keeps too much
         while high - low > 1:
             middle = (low + high) // 2
             fits = self.ranked(middle).weights() <= self.ratio * dense(sites)
@@ -92,7 +92,7 @@ class Isomorphic(Structural):
         return self.ranked(high)
 
     @property
-    def most(self) -> int:
+    def largest_factor(self) -> int:
         """The factor at which the last of the three shares is 1."""
         return math.ceil(STEP / min(share for share in (self.channels, self.heads, self.head_dims) if share))
 

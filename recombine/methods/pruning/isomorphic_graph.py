@@ -96,13 +96,13 @@ def find_parts(model: nn.Module, sites: list[Site], losses: Losses) -> Parts:
 def attentions(model: nn.Module) -> list[Attention]:
     """The attention of every block."""
     owners = [name.rpartition(".")[0] for name in roles.find(model, ("o",), nn.Module)]
-    found = [model.get_submodule(name) for name in owners]
+    layers = [model.get_submodule(name) for name in owners]
     # beside qkv and o, a norm of q and k or a gate would hold weights: what torch-pruning finds would not do
-    plain = all(type(a) is Attention and sum(map(has_weights, a.children())) == 2 for a in found)
+    plain = all(type(a) is Attention and sum(map(has_weights, a.children())) == 2 for a in layers)
     if not plain or has_weights(getattr(model, "attn_pool", None) or nn.Identity()):
-        kind = f"{type(model).__name__} with {type(found[0]).__name__}"
+        kind = f"{type(model).__name__} with {type(layers[0]).__name__}"
         raise UsageError(f"Isomorphic prunes timm's plain ViT only, not {kind}: take another compressor")
-    return found
+    return layers
 
 
 def has_weights(module: nn.Module) -> bool:
@@ -135,8 +135,8 @@ def gradients(model: nn.Module, losses: Losses) -> Iterator[None]:
             model.requires_grad_(True).zero_grad()
             for loss in losses():
                 loss.backward()
-            found = [p.grad for p in model.parameters() if p.grad is not None]
-            if not found or not all(grad.isfinite().all() for grad in found):
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            if not grads or not all(grad.isfinite().all() for grad in grads):
                 raise UsageError(
                     "Isomorphic: losses= gave this model no finite gradient: use its own loss, other batches"
                 )

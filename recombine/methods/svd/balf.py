@@ -53,14 +53,14 @@ class Whitened(Spectral, abstract=True):
     def decompose(self, site: Site) -> tuple[Tensor, Tensor]:
         """U (m, k) up to the rank that saves weights, s (N,)."""
         u, s = weighted_svd(site.module.weight, self.stats[site.name].inputs.xx)
-        return u[:, : most(site)].clone(), s
+        return u[:, : max_rank(site)].clone(), s
 
 
 def dims(site: Site) -> tuple[int, int]:
     return tuple(site.module.weight.shape)
 
 
-def most(site: Site) -> int:
+def max_rank(site: Site) -> int:
     """The largest rank that stores less than the dense layer; 0 where there is none."""
     m, n = dims(site)
     return (m * n - 1) // (m + n)
@@ -84,11 +84,11 @@ class Balf(Whitened):
         """The rank of every layer; None: dense."""
         costs, losses = zip(*map(self.options, sites), strict=True)
         picks = lagrangian(costs, losses, self.ratio * sum(float(cost[-1]) for cost in costs), fill=self.fill)
-        return [None if i == most(site) else i + 1 for i, site in zip(picks, sites, strict=True)]
+        return [None if i == max_rank(site) else i + 1 for i, site in zip(picks, sites, strict=True)]
 
     def options(self, site: Site) -> tuple[Tensor, Tensor]:
         """Costs and losses of the ranks 1, 2, ... and of the dense layer, which comes last."""
-        (m, n), k = dims(site), most(site)
+        (m, n), k = dims(site), max_rank(site)
         tail = self.factors(site)[1].cpu().square().flip(0).cumsum(0).flip(0)  # (N,): at k what rank k loses
         share = tail[1 : k + 1] / tail[0].clamp(min=torch.finfo(tail.dtype).tiny)
         costs = torch.cat([(m + n) * torch.arange(1, k + 1, dtype=tail.dtype), tail.new_tensor([m * n])])

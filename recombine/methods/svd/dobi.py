@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from recombine.core.calibration import Losses, eval_frozen, passes
 from recombine.core.method import Site, need
-from recombine.methods.allocation import nearest
-from recombine.methods.svd.balf import Whitened, dims, most
+from recombine.methods.allocation import round_to_budget
+from recombine.methods.svd.balf import Whitened, dims, max_rank
 from recombine.methods.svd.soft_truncation import Truncation
 from recombine.methods.svd.weighted import truncated
 
@@ -82,8 +82,8 @@ class DobiSvd(Whitened):
                 optimizer.step()
                 moved.data.copy_(moved.data.clamp(min=0).minimum(1 / unit))
         ranks = moved.detach() * unit * dense / cost
-        top = torch.tensor([most(site) for site in sites], dtype=torch.float64)
-        self._ranks = nearest(ranks, cost, dense / cost, top, self.ratio * float(dense.sum()))
+        top = torch.tensor([max_rank(site) for site in sites], dtype=torch.float64)
+        self._ranks = round_to_budget(ranks, cost, dense / cost, top, self.ratio * float(dense.sum()))
 
     @contextmanager
     def softly(self, sites: list[Site], share: Callable[[], Tensor]) -> Iterator[None]:
