@@ -23,7 +23,7 @@ from recombine.core.rewrite import calibrate, find_sites
 from recombine.linalg import project, weighted_svd
 from recombine.methods.allocation import greedy, lagrangian, round_to_budget
 from recombine.methods.svd import dobi
-from recombine.methods.svd.balf import dims, most
+from recombine.methods.svd.balf import dims, max_rank
 from recombine.methods.svd.refit import least_squares
 from recombine.methods.svd.soft_truncation import Truncation
 from recombine.models import roles
@@ -547,7 +547,7 @@ def test_learning_ranks_leaves_the_model_as_it_was():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
-    assert all(1 <= k <= most(site) for k, site in zip(method._ranks, sites, strict=True))
+    assert all(1 <= k <= max_rank(site) for k, site in zip(method._ranks, sites, strict=True))
 
 
 def svd_truncated(y, gate):

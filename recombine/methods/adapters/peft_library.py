@@ -78,12 +78,12 @@ class Peft(Method):
         Raises:
             UsageError: peft refuses the options.
         """
-        ghosts, played = nn.ModuleDict(), {}
+        ghosts, roles_by_name = nn.ModuleDict(), {}
         for i, site in enumerate(sites):
             n, m, bias = site.module.in_features, site.module.out_features, site.module.bias is not None
-            ghosts[f"layer{i}"], played[f"layer{i}"] = nn.Linear(n, m, bias, device="meta"), site.role
+            ghosts[f"layer{i}"], roles_by_name[f"layer{i}"] = nn.Linear(n, m, bias, device="meta"), site.role
         with torch.random.fork_rng(devices=[]):
-            self.inject(ghosts, played, fresh=False, low_cpu_mem_usage=True)
+            self.inject(ghosts, roles_by_name, fresh=False, low_cpu_mem_usage=True)
         with one_line(self.config, self.options):
             for ghost in ghosts.eval().values():
                 ghost(torch.empty(1, ghost.in_features, device="meta"))
@@ -105,8 +105,8 @@ class Peft(Method):
 
         options = dict(self.options) if self.rank is None else {**self.options, "r": self.rank}
         if "feedforward_modules" in options:
-            played = options["feedforward_modules"] or ()
-            options["feedforward_modules"] = [name for name, role in layers.items() if role in played]
+            feedforward = options["feedforward_modules"] or ()
+            options["feedforward_modules"] = [name for name, role in layers.items() if role in feedforward]
         if not fresh and str(options.get("init_lora_weights")).startswith(FACTORED):
             options["init_lora_weights"] = True
         with one_line(self.config, self.options), warnings.catch_warnings():
@@ -124,8 +124,8 @@ class Peft(Method):
         warn_if_moved(self.config, before, after)
 
     def to_spec(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
-        played = roles.find(model, self.targets, nn.Module)
-        return {name: {"role": played[name]} for name in names}
+        roles_by_name = roles.find(model, self.targets, nn.Module)
+        return {name: {"role": roles_by_name[name]} for name in names}
 
     def from_spec(self, model: nn.Module, layers: dict[str, dict]) -> None:
         with torch.random.fork_rng(devices=[]):
