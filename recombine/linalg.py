@@ -1,4 +1,4 @@
-"""Tensor maths shared by two or more methods. Everything is computed in float64 and returned in it."""
+"""Tensor mathematics that two or more methods share. Everything is computed and returned in float64."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,10 @@ def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def energy_rank(s: Tensor, fraction: float) -> int:
-    """Smallest k with sum(s[:k]^2) >= fraction * sum(s^2) (CERSA Eq. 2); at least 1, and all of s at 1.0."""
+    """The smallest k with sum(s[:k]^2) >= fraction * sum(s^2) (CERSA Eq. 2).
+
+    It is at least 1, and len(s) at fraction 1. s (N,) is descending.
+    """
     if fraction >= 1:
         return len(s)
     energy = s.double().square().cumsum(0)
@@ -26,9 +29,10 @@ def energy_rank(s: Tensor, fraction: float) -> int:
 
 
 def rising_inverse(function: Callable[[Tensor], Tensor], bottom: float, y: Tensor, steps: int = 80) -> Tensor:
-    """x >= bottom with function(x) = y, elementwise, by bisection in float64.
+    """The x >= bottom with function(x) = y, elementwise, by bisection in float64.
 
-    The function rises from `bottom` on, and function(y + 1) > y for all y >= 0. Needs y >= function(bottom).
+    The function must rise from `bottom` on, with function(y + 1) > y for all y >= 0. y must be at least
+    function(bottom), which is asserted.
     """
     y = y.double()
     low, high = torch.full_like(y, bottom), y.clamp(min=0) + 1
@@ -41,21 +45,21 @@ def rising_inverse(function: Callable[[Tensor], Tensor], bottom: float, y: Tenso
 
 
 def silu_inverse(y: Tensor) -> Tensor:
-    """x >= SILU_ARGMIN with silu(x) = y, elementwise. Needs y >= SILU_MIN."""
+    """The x >= SILU_ARGMIN with silu(x) = y, elementwise. y must be at least SILU_MIN."""
     return rising_inverse(F.silu, SILU_ARGMIN, y)
 
 
 def gelu_inverse(y: Tensor) -> Tensor:
-    """x >= GELU_ARGMIN with gelu(x) = y, elementwise. Needs y >= GELU_MIN."""
+    """The x >= GELU_ARGMIN with gelu(x) = y, elementwise. y must be at least GELU_MIN."""
     return rising_inverse(F.gelu, GELU_ARGMIN, y)
 
 
 def weighted_svd(weight: Tensor, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """U (m, N) and s (N,), N = min(m, n), of the weight (m, n) under an inner product of its inputs.
 
-    W' = U_k U_k^T W has the least tr((W - W') M (W - W')^T) of all matrices of rank k, and that is sum(s[k:]^2).
-    With M = E[x x^T] it is the least output error E|W x - W' x|^2: with any M = S S^T, U_k U_k^T W equals
-    svd_k(W S) S^-1, but nothing is inverted, so M may be singular. s is exact to 1e-8 of s[0].
+    W' = U_k U_k^T W has the least tr((W - W') M (W - W')^T) of all matrices of rank k. That least is sum(s[k:]^2).
+    With M = E[x x^T] it is the least output error E|W x - W' x|^2. With M = S S^T, W' equals svd_k(W S) S^-1; nothing
+    is inverted here, so M may be singular. s is exact to 1e-8 of s[0].
 
     Args:
         moment: M (n, n), positive semi-definite, or its diagonal (n,); None: the identity.
@@ -72,7 +76,7 @@ def weighted_svd(weight: Tensor, moment: Tensor | None = None) -> tuple[Tensor, 
 def project(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """left (m, k) and right (k, n) with left right = u u^T W, for an orthonormal u (m, k).
 
-    Balanced: |left[:, i]| = |right[i]|, as in U S^1/2 and S^1/2 V^T; where right is 0, left keeps the length 1.
+    The two are balanced: |left[:, i]| = |right[i]|, as in U S^1/2 and S^1/2 V^T. Where right is 0, left keeps length 1.
     """
     right = u.T @ weight.detach().double()
     size = right.norm(dim=1).sqrt()
@@ -81,9 +85,12 @@ def project(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthonormal_union(base: Tensor, extra: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """An orthonormal basis (d, r) of the span of both; base (d, a) is orthonormal and comes first.
+    """An orthonormal basis (d, r) of the span of base and extra together.
 
-    Directions of extra (d, b) that lie in the span of base but for a share `tolerance` of their length are dropped.
+    Args:
+        base: (d, a), orthonormal; its columns come first.
+        extra: (d, b).
+        tolerance: a direction of extra is dropped if no more than this share of its length is outside of base's span.
     """
     for _ in range(2):  # the second pass takes away what rounding left
         extra = extra - base @ (base.T @ extra)
@@ -94,10 +101,15 @@ def orthonormal_union(base: Tensor, extra: Tensor, tolerance: float = 1e-6) -> T
 
 
 def shrink(second: Tensor, fourth: float, count: int, floor: float = 0.0) -> Tensor:
-    """(1 - rho) C + rho tr(C)/d I with the rho of Ledoit & Wolf (2004), from streamed moments; at least `floor`.
+    """The shrunk covariance (1 - rho) C + rho tr(C)/d I, with the rho of Ledoit & Wolf (2004) from streamed moments.
 
-    C (d, d) = mean x x^T, fourth = mean |x|^4, over `count` samples taken as centred:
-    rho = min(1, (fourth - |C|^2) / count / |C - tr(C)/d I|^2).
+    rho = min(1, (fourth - |C|^2) / count / |C - tr(C)/d I|^2), with the samples taken as centred.
+
+    Args:
+        second: C (d, d), the mean of x x^T.
+        fourth: the mean of |x|^4.
+        count: the number of samples.
+        floor: the least rho.
     """
     mean = second.diagonal().mean()
     target = mean * torch.eye(len(second), dtype=second.dtype, device=second.device)

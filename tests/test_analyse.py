@@ -11,8 +11,9 @@ from zoo import losses
 
 import recombine
 from recombine import Cersa, Full, Jactus, Peft, UsageError, models
-from recombine.evaluation import linear_probe
+from recombine.evaluation import linear_probe, subspaces
 from recombine.models import roles
+from recombine.models.fused_qkv import layer_at
 from recombine.runner import pipeline, ranks
 from recombine.runner.config import resolve
 from recombine.runner.grid import CONF
@@ -35,27 +36,27 @@ def psi(a, b):
 def test_overlaps_are_equation_3_for_all_ranks():
     generator = np.random.default_rng(0)
     a, b = (np.linalg.qr(generator.normal(size=(9, 6)))[0] for _ in range(2))
-    found = analysis.overlaps(torch.tensor(a), torch.tensor(b)).numpy()
+    found = subspaces.overlaps(torch.tensor(a), torch.tensor(b)).numpy()
     for i in range(1, 7):
         for j in range(1, 7):
             assert found[i - 1, j - 1] == pytest.approx(psi(a[:, :i], b[:, :j]), abs=1e-12)
-    assert np.allclose(analysis.overlaps(torch.tensor(a), torch.tensor(a)), 1)  # the smaller span lies in the larger
+    assert np.allclose(subspaces.overlaps(torch.tensor(a), torch.tensor(a)), 1)  # the smaller span lies in the larger
 
 
 @pytest.mark.parametrize("arch", ["tiny_vit", "tiny_deberta"])
 def test_subspaces_of_full_fine_tuning(arch):
     original, model = zoo(arch), recombine.apply(zoo(arch), Full(targets=QKV))
-    same = analysis.subspaces(original, model, 0.95)
+    same = subspaces.subspaces(original, model, 0.95)
     assert same["u"] == pytest.approx(dict.fromkeys(QKV, 1.0)) == same["v"]
     torch.manual_seed(3)
     for name in model.recombined.targets:
         weight = model.get_submodule(name).weight
         weight.data += 0.5 * weight.std() * torch.randn_like(weight)
-    found = analysis.subspaces(original, model, 0.9, points=5)
+    found = subspaces.subspaces(original, model, 0.9, points=5)
     assert set(found["map_u"]) == {"layer 0", "layer 1", "layer 3"}  # of four
     for role in QKV:
         pairs = [
-            (original.get_submodule(name).weight, model.get_submodule(name).weight)
+            (layer_at(original, name).weight, model.get_submodule(name).weight)
             for name, played in model.recombined.targets.items()
             if played == role
         ]
@@ -80,13 +81,13 @@ def test_subspaces_are_those_of_what_the_adapted_layer_applies(method):
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    found = analysis.subspaces(original, model, 0.95)
+    found = subspaces.subspaces(original, model, 0.95)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     merged = recombine.merge(copy.deepcopy(model))
     roles.split_fused(merged, QKV)
     for role in QKV:
         names = [name for name, played in model.recombined.targets.items() if played == role]
-        pairs = [[principal(m.get_submodule(n).weight, 0.95) for m in (original, merged)] for n in names]
+        pairs = [[principal(layer_at(m, n).weight, 0.95) for m in (original, merged)] for n in names]
         assert found["u"][role] == pytest.approx(np.mean([psi(a[0], b[0]) for a, b in pairs]), abs=1e-5)
         assert found["v"][role] == pytest.approx(np.mean([psi(a[1], b[1]) for a, b in pairs]), abs=1e-5)
 
@@ -116,7 +117,7 @@ def test_a_run_with_every_analysis(tmp_path):
     pipeline.L.seed_everything(cfg.seed, verbose=False)
     pretrained = models.build(**cfg.model)
     data = pipeline.data.build(**{**cfg.data, "task": "snorb_elev"}, seed=cfg.seed)
-    pipeline.match(data, pretrained.recombine_source)
+    data.attach_model(**models.for_data(pretrained.recombine_source))
     data.prepare_data()
     data.setup()
     models.reset_head(pretrained, 3)  # of whatever task: its inputs count

@@ -21,9 +21,9 @@ from recombine.core.calibration import Inputs, Stats
 from recombine.core.method import Site
 from recombine.core.rewrite import calibrate, find_sites
 from recombine.linalg import project, weighted_svd
-from recombine.methods.allocation import greedy, lagrangian, nearest
+from recombine.methods.allocation import greedy, lagrangian, round_to_budget
 from recombine.methods.svd import dobi
-from recombine.methods.svd.balf import dims, most
+from recombine.methods.svd.balf import dims, max_rank
 from recombine.methods.svd.refit import least_squares
 from recombine.methods.svd.soft_truncation import Truncation
 from recombine.models import roles
@@ -547,7 +547,7 @@ def test_learning_ranks_leaves_the_model_as_it_was():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()) and model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
-    assert all(1 <= k <= most(site) for k, site in zip(method._ranks, sites, strict=True))
+    assert all(1 <= k <= max_rank(site) for k, site in zip(method._ranks, sites, strict=True))
 
 
 def svd_truncated(y, gate):
@@ -591,7 +591,9 @@ def test_dobi_truncation_bears_equal_singular_values(y):
 def test_adam_moves_ratios_or_ranks(unit, monkeypatch):
     """The first step of Adam is the step size, in the unit that it moves."""
     found = []
-    monkeypatch.setattr(dobi, "nearest", lambda ranks, *more: found.append(ranks) or nearest(ranks, *more))
+    monkeypatch.setattr(
+        dobi, "round_to_budget", lambda ranks, *more: found.append(ranks) or round_to_budget(ranks, *more)
+    )
     method, sites = learnt(DobiSvd(targets=ALL, steps=1, unit=unit, step_size=0.03), build("tiny_vit"))
     shapes = torch.tensor([dims(site) for site in sites], dtype=torch.float64)
     one = shapes.sum(1) / shapes.prod(1)  # the ratio of one rank

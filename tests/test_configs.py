@@ -69,7 +69,7 @@ OLD = {  # overrides -> the state folder that version 0c7662e gave them, where t
 @pytest.mark.parametrize("overrides, digest", OLD.items(), ids=[" ".join(key) or "default" for key in OLD])
 def test_a_run_finds_the_state_that_an_older_version_left(overrides, digest):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        assert resume.state_folder(Path("run"), compose("config", [*overrides])).name == digest
+        assert resume.state_folder(Path("run"), results.settings(compose("config", [*overrides]))).name == digest
 
 
 def test_an_older_result_compares_equal():
@@ -78,6 +78,6 @@ def test_an_older_result_compares_equal():
     assert results.canonical(new) == results.canonical(old) == {
         "budget.kind": "retained", "budget.value": 0.37, "optim.lr": 0.1,
     }  # fmt: skip
-    assert results.difference(old, new) is None
-    assert results.difference(old, new | {"budget": "none"}) is not None
+    assert results.config_difference(old, new) is None
+    assert results.config_difference(old, new | {"budget": "none"}) is not None
     assert "optim.name" in results.canonical({"optim": {"name": "sgd"}})

@@ -20,6 +20,8 @@ from recombine.core.method import Site
 from recombine.core.rewrite import find_sites
 from recombine.layers import DeltaLinear, FactoredLinear
 from recombine.linalg import orthonormal_union, shrink
+from recombine.models import roles
+from recombine.models.fused_qkv import layer_at
 
 EVERYTHING = {"inputs", "magnitudes", "outputs", "cross", "fisher"}
 
@@ -27,8 +29,9 @@ EVERYTHING = {"inputs", "magnitudes", "outputs", "cross", "fisher"}
 @pytest.mark.parametrize("arch", ARCHS)
 def test_statistics_are_the_plain_means(arch):
     """Against the activations and gradients of every layer, kept whole; padding left out; the model as it was."""
-    model = build(arch).double().train()
-    sites = find_sites(model, Svd(targets=("q", "k", "v", "o", "up", "down", "gate?")))
+    model, method = build(arch).double().train(), Svd(targets=("q", "k", "v", "o", "up", "down", "gate?"))
+    roles.split_fused(model, method.targets)
+    sites = find_sites(model, method)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     batches = [batch(model, seed=s) for s in (3, 4)]
     if isinstance(batches[0], torch.Tensor):
@@ -228,7 +231,6 @@ def test_budget_is_met_and_dense_layers_follow_their_rule(dense, allocation, cou
     original = copy.deepcopy(model)
     method = Jactus(dense=dense, allocation=allocation, counted=counted, top_k=3)
     recombine.apply(model, method, "retained_80", losses(model))
-    find_sites(original, method)  # splits its qkv as the model's is split
     rows, dense_weights = layer_report(model), model.recombined.dense
     stored = trained = 0
     for row in rows:
@@ -242,7 +244,7 @@ def test_budget_is_met_and_dense_layers_follow_their_rule(dense, allocation, cou
             stored += m * n + (core * (m + n) + core * core if counted == "stored" else 0)
             trained += m * n if dense == "full" else core * core
             assert isinstance(layer, DeltaLinear if core else nn.Linear) and dense != "none"
-            assert torch.equal(layer.weight, original.get_submodule(row["name"]).weight)  # dense is exact
+            assert torch.equal(layer.weight, layer_at(original, row["name"]).weight)  # dense is exact
     assert stored <= 0.8 * dense_weights and recombine.count(model).trained_without_head == trained
     if counted == "stored":
         assert recombine.count(model).retained == pytest.approx(stored / dense_weights)
@@ -268,6 +270,7 @@ def test_counts_hold_where_the_union_is_narrower_than_the_core(shares, counted):
     fresh = build("tiny_vit")
     again = copy.copy(method)
     again.__post_init__()
+    roles.split_fused(fresh, again.targets)
     sites = find_sites(fresh, again)
     again.stats = collect(fresh, sites, losses(fresh), again.statistics_needed())
     assert again.sizes(sites) == (

@@ -268,11 +268,11 @@ PROGRAM = """
 import sys, time
 from recombine.runtime import progress
 progress.EVERY = 0.4
-progress.display(sys.argv[1] == "true").__enter__()
-for _ in progress.of(range(30), "factors", "layers"):
-    time.sleep(0.05)
-for _ in progress.of(range(3), "short"):
-    pass
+with progress.display(sys.argv[1] == "true"):
+    for _ in progress.of(range(30), "factors", "layers"):
+        time.sleep(0.05)
+    for _ in progress.of(range(3), "short"):
+        pass
 """
 
 

@@ -617,7 +617,7 @@ def test_energy_budget_keeps_the_energy():
         (Peft(), "retained_50", "trainable, memory"),
         (Full(), "retained_50", "none"),
         (Svd(), "shrink_50", "retained_50"),
-        (Svd(), "retained_150", "share"),
+        (Svd(), "retained_150", "at most 100"),
     ],
 )
 def test_budget_that_cannot_be_met_names_the_nearest(method, word, says):

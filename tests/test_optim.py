@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from recombine.runner import pipeline
+from recombine.runner import ranks
 
 CONF = Path(__file__).parents[1] / "conf"
 TINY = ["model=tiny_vit", "trainer=cpu", "trainer.progress=false", "trainer.epochs=1", "data.limit=64", "probe=false"]
@@ -14,7 +14,7 @@ TINY = ["model=tiny_vit", "trainer=cpu", "trainer.progress=false", "trainer.epoc
 def loss(folder, *overrides) -> float:
     same = ["method=lora", "optim.lr=0.01", "optim.lr_head=0.01", "optim.weight_decay=0.5"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        pipeline.main(compose("config", [*TINY, *overrides, *same]), folder)
+        ranks.main(compose("config", [*TINY, *overrides, *same]), folder)
     return json.loads((folder / "result.json").read_text())["test"]["loss"]
 
 

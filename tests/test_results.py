@@ -162,7 +162,7 @@ def test_a_users_own_method_gets_through_the_final_table(tmp_path, capsys):
     assert result["method"]["name"] == "Mine" and result["method"]["label"] == "mine" and result["test"]
     assert result["account"]["retained"] > 1.01 and result["method"]["compresses"] is True
     out = capsys.readouterr().out
-    assert "\nmine on tiny_vit, data offline: dsprites_loc\n" in out and "store more than dense" in out
+    assert "\nmine on tiny_vit, data offline dsprites_loc\n" in out and "store more than dense" in out
     with pytest.raises(recombine.UsageError, match="result.json has label already"):
         execute(tmp_path / "x", *VIT, "method=cersa", f"method._target_={__name__}.Named")
 
@@ -176,7 +176,7 @@ def test_a_run_is_called_what_was_typed(tmp_path, capsys, monkeypatch):
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert (result["compressor"]["label"], result["method"]["label"]) == ("svd_llm", "lora")
     assert (result["compressor"]["name"], result["method"]["name"]) == ("SvdLlm", "Peft")
-    assert "\nsvd_llm + lora on tiny_vit, data offline: dsprites_loc\n" in capsys.readouterr().out
+    assert "\nsvd_llm + lora on tiny_vit, data offline dsprites_loc\n" in capsys.readouterr().out
 
     best = f"stage.checkpoint={tmp_path}/a/best.safetensors"
     again = execute(tmp_path / "b", *VIT, "method=crisp", "method.chunk=16", "stage=evaluate", best)

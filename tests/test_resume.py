@@ -14,6 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.data import BatchSampler, RandomSampler
 
+from recombine import results
 from recombine.data.batch_sampler import ShardedBatchSampler
 from recombine.runner import ranks
 from recombine.training import resume
@@ -153,7 +154,7 @@ def test_another_configuration_begins_anew(tmp_path):
 
 def configured(*overrides):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [*TINY, *overrides])
+        return results.settings(compose("config", [*TINY, *overrides]))
 
 
 def test_a_state_is_not_unpickled(tmp_path):
@@ -168,7 +169,7 @@ def test_a_state_is_not_unpickled(tmp_path):
     (tmp_path / "state").rename(path)
     assert resume.TrainingState(tmp_path, "best", 5).find() == path
     with pytest.raises(pickle.UnpicklingError):
-        resume.where(path)
+        resume.loop_position(path)
     assert not (tmp_path / "ran").exists()
 
 

@@ -17,13 +17,17 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Account:
-    """What a model costs. Parameters are counted once however many layers share them.
+    """What a model costs. A parameter that several layers share is counted once.
 
-    stored, trained: the whole model's; *_without_head the same less the classification head.
-    retained: weights that the target layers hold, as a share of the dense ones. retained_total: the whole model's.
-    bytes_*: of the weights (as integers, where they were quantised), of the gradients, of AdamW's two float32 moments,
-        whichever optimizer a run chooses: methods are compared by them.
-    flops: floating-point operations (2 per multiplication) of one forward of one sample; None if not measured.
+    stored, trained: parameters of the whole model, all of them and those that train.
+    stored_without_head, trained_without_head: the same without the classification head.
+    retained: weights that the target layers hold, as a share of the dense ones they had.
+    retained_total: the same share of the whole model.
+    bytes_weights: bytes of the weights; quantised ones count as the integers they would be stored as.
+    bytes_gradients: bytes of the gradients of what trains.
+    bytes_optimizer: bytes of AdamW's two float32 moments. Every run is counted like this, whatever its optimizer, so
+        that methods can be compared.
+    flops: floating-point operations of one forward of one sample, 2 per multiplication; None if not measured.
     """
 
     stored: int
@@ -43,23 +47,28 @@ class Account:
         return (self.bytes_weights + self.bytes_gradients + self.bytes_optimizer) / MIB
 
     def as_dict(self) -> dict:
+        """The fields and `memory_mib`, as result.json holds them."""
         return asdict(self) | {"memory_mib": self.memory_mib}
 
 
 def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Account:
-    """The account of a model as it stands; with `sample`, its input or keyword arguments (1, ...), its FLOPs too."""
+    """The account of a model as it stands.
+
+    Args:
+        sample: one input (1, ...), or keyword arguments of the model by name; with it FLOPs are measured too.
+    """
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
     head = list(h.parameters()) if (h := roles.head(model)) is not None else []
     stored = sum(p.numel() for p in parameters.values())
     record = getattr(model, "recombined", None)
-    kept = stored_in_targets(model) if record else 0
+    in_targets = stored_in_targets(model) if record else 0
     return Account(
         stored=stored,
         trained=sum(p.numel() for p in trained),
         stored_without_head=stored - sum(p.numel() for p in head),
         trained_without_head=sum(p.numel() for p in trained) - sum(p.numel() for p in head if p.requires_grad),
-        retained=kept / record.dense if record and record.dense else 1.0,
+        retained=in_targets / record.dense if record and record.dense else 1.0,
         retained_total=stored / record.total if record else 1.0,
         bytes_weights=sum(getattr(p, "stored_bytes", p.numel() * p.element_size()) for p in parameters.values()),
         bytes_gradients=sum(p.numel() * p.element_size() for p in trained),
@@ -69,7 +78,10 @@ def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Accoun
 
 
 def predict(method: Method, model: nn.Module, sites: list[Site]) -> Account:
-    """The account that `count` would give of the rewritten model, by the method's closed form; no FLOPs."""
+    """The account that `count` would give after the rewriting, from the method's closed form. Nothing is built.
+
+    FLOPs are not predicted.
+    """
     (stored, trained), size = method.sizes(sites), sites[0].module.weight.element_size()
     dense, total = sum(site.module.weight.numel() for site in sites), sum(p.numel() for p in model.parameters())
     head = head_size(model)
@@ -98,7 +110,7 @@ def stored_in_targets(model: nn.Module) -> int:
 
 
 def held(layers: Iterable[nn.Module]) -> int:
-    """Weights inside these layers, biases left out, a shared basis counted once."""
+    """Weights inside these layers. Biases are left out, and a shared basis is counted once."""
     weights = {
         id(p): p.numel() for layer in layers for name, p in layer.named_parameters() if not name.endswith("bias")
     }
@@ -106,7 +118,11 @@ def held(layers: Iterable[nn.Module]) -> int:
 
 
 def flops(model: nn.Module, sample: torch.Tensor | dict) -> int:
-    """Of one forward in eval mode, counted by torch on what really runs."""
+    """FLOPs of one forward in eval mode, counted by torch on what really runs; the model keeps its mode.
+
+    Args:
+        sample: as in `count`.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -122,9 +138,9 @@ def flops(model: nn.Module, sample: torch.Tensor | dict) -> int:
 
 
 def layer_report(model: nn.Module) -> list[dict]:
-    """One row a rewritten layer: name, role, shape, kind, ranks, and the share `held` of its dense weights.
+    """One row for each rewritten layer: name, role, shape (out, in), kind, ranks and `held`.
 
-    A shared basis is divided among its layers.
+    `held` is the share of the dense layer's weights that this one stores. A shared basis is divided among its layers.
     """
     layers = {name: model.get_submodule(name) for name in model.recombined.targets}
     users = Counter(id(p) for layer in layers.values() for p in layer.parameters())

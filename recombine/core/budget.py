@@ -1,13 +1,13 @@
 """Budgets: what a word such as retained_50 means, and the solver that sets a method's size by it.
 
-One word means the same for every method:
+A word means the same for every method:
     retained_50      the target layers hold at most 50% of their dense weights
     trainable_150k   at most 150,000 weights train beside the head (k = 1e3, m = 1e6)
-    energy_95        every factorisation keeps 95% of the squared singular values
-    memory_1200mb    weights + gradients + AdamW state take at most 1200 MiB (2^20 bytes)
+    energy_95        every factorisation keeps 95% of the sum of squared singular values
+    memory_1200mb    weights, gradients and AdamW's state take at most 1200 MiB (2^20 bytes)
 
-Where a compressor comes before the method, trainable is the method's and the others are the compressor's: what the
-method adds comes on top, and every account says how much.
+Where a compressor comes before the adapter, a trainable budget limits the adapter and every other kind limits the
+compressor. What the adapter adds comes on top, and every account says how much that is.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,15 @@ from recombine.runtime.budget_words import KINDS
 
 @dataclass(frozen=True)
 class Budget:
-    """kind: one of KINDS; value: a share for retained and energy, weights for trainable, MiB for memory."""
+    """A limit on the size of a method: its kind and its value.
+
+    Args:
+        kind: none, retained, trainable, energy or memory.
+        value: a share in (0, 1] for retained and energy, weights for trainable, MiB for memory; None for none.
+
+    Raises:
+        UsageError: an unknown kind, or a value that is out of range for it.
+    """
 
     kind: str = "none"
     value: float | None = None
@@ -41,7 +49,11 @@ class Budget:
 
     @classmethod
     def parse(cls, word: str) -> "Budget":
-        """retained_50 -> Budget("retained", 0.5)."""
+        """The budget of a word: retained_50 -> Budget("retained", 0.5).
+
+        Raises:
+            UsageError: not such a word.
+        """
         return cls(*budget_words.parse(word))
 
     def __str__(self) -> str:
@@ -49,7 +61,7 @@ class Budget:
 
 
 def solve(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -> Method:
-    """The method with its size field at the largest value that meets the budget.
+    """Sets the method's size field to the largest value that meets the budget; returns the method.
 
     Raises:
         UsageError: the method has no field for that kind of budget, or its smallest value is already too large.
@@ -70,7 +82,13 @@ def solve(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -
 
 
 def largest(method: Method, field: str, model: nn.Module, sites: list[Site], budget: Budget):
-    """The largest of the field's values that meets the budget, by bisection. The field is left at any of them."""
+    """The largest of the field's values that meets the budget, by bisection.
+
+    The field itself is left at whichever value was tried last.
+
+    Raises:
+        UsageError: the smallest value is already too large; the message names the nearest budget that can be met.
+    """
     values = method.budget_values(field, sites)
     measure = measures(method, model, sites, budget)
 
@@ -89,7 +107,7 @@ def largest(method: Method, field: str, model: nn.Module, sites: list[Site], bud
 
 
 def measures(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -> Callable[[], float]:
-    """What the budget limits, as a function of the method as it stands: a share, weights or MiB."""
+    """What the budget limits, as a function that measures the method as it stands: a share, weights or MiB."""
     size, dense = sites[0].module.weight.element_size(), sum(site.module.weight.numel() for site in sites)
     rest = sum(p.numel() for p in model.parameters()) - held(site.module for site in sites)
     head = head_size(model)

@@ -1,8 +1,8 @@
-"""One pass over a few calibration batches: what the methods that look at data need to know of a layer.
+"""Calibration: statistics of the target layers from one pass over a few batches.
 
-Every statistic is a running sum (one d x d matrix a layer, never the activations), in float64. Layers that read the
-same tensor (q, k and v of a block) share their input statistics. Tokens are pooled over batch and sequence; padding,
-where the model is called with an `attention_mask` (B, T), is left out.
+Every statistic is a running sum in float64: at most one d x d matrix for a layer, never the activations. Layers that
+read the same tensor (q, k and v of a block) share their input statistics. Tokens are pooled over batch and sequence.
+Only non-padding tokens count, where the model is called with an `attention_mask` (B, T).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ from recombine.errors import UsageError
 
 Losses = Callable[[], Iterable[Tensor]]  # each call is a pass: one task loss, with its graph, per calibration batch
 
-KINDS = {  # what can be wanted -> the fields that it fills
+KINDS = {  # what a method can ask for -> the fields of Inputs and Stats that it fills
     "inputs": "xx, x4",
     "magnitudes": "absolute",
     "outputs": "gg, g4",
@@ -29,7 +29,7 @@ BACKWARD = {"outputs", "cross", "fisher"}  # need the loss's gradient
 
 @dataclass
 class Inputs:
-    """Of x (n,), a layer's input at one token."""
+    """Statistics of a layer's input x (n,), as means over tokens; sums while they are collected."""
 
     tokens: int = 0
     xx: Tensor | float = 0.0  # (n, n): E[x x^T]
@@ -40,7 +40,10 @@ class Inputs:
 
 @dataclass
 class Stats:
-    """Of one layer y = W x (m, n), with g = dL/dy; means over tokens (`fisher`: over batches)."""
+    """Statistics of one layer y = W x, W (m, n), with g = dL/dy (m,); sums while they are collected.
+
+    All are means over tokens, but `fisher`, which is a mean over batches.
+    """
 
     inputs: Inputs = field(default_factory=Inputs)
     tokens: int = 0
@@ -53,14 +56,17 @@ class Stats:
 
 
 def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[str, Stats]:
-    """{site name: Stats} over all batches of `losses`; the model keeps its mode, its flags and its gradients.
+    """Statistics of the target layers over all batches of `losses`, by site name.
+
+    The model keeps its mode, its `requires_grad` flags and its gradients.
 
     Args:
-        sites: of the model, as `find_sites` gives them.
-        wanted: some of KINDS.
+        sites: target layers of the model, as `find_sites` gives them.
+        losses: called once; yields one task loss per batch, with its graph.
+        wanted: some of KINDS, such as {"inputs", "fisher"}.
 
     Raises:
-        UsageError: no batch came, or a statistic is not finite.
+        UsageError: no batch reached a layer, or a statistic is not finite.
     """
     assert wanted <= KINDS.keys(), wanted
     start = Inputs()
@@ -68,14 +74,16 @@ def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[s
     backward = bool(wanted & BACKWARD)
     # what this batch's inputs, by identity, turned earlier sums into; the inputs are held, so that no id is used twice
     seen: dict[tuple[int, int], tuple[Tensor, Inputs]] = {}
-    with watching(model) as mask, eval_frozen(model), torch.set_grad_enabled(backward):
-        hooks = [site.module.register_forward_hook(watcher(stats[site.name], wanted, mask, seen)) for site in sites]
+    with capture_attention_mask(model) as mask, eval_frozen(model), torch.set_grad_enabled(backward):
+        hooks = [
+            site.module.register_forward_hook(statistics_hook(stats[site.name], wanted, mask, seen)) for site in sites
+        ]
         try:
             for loss in losses():
                 if backward:
                     loss.backward()
-                for one in stats.values():
-                    end_batch(one, wanted)
+                for layer in stats.values():
+                    end_batch(layer, wanted)
                 seen.clear()
         finally:
             for hook in hooks:
@@ -84,8 +92,13 @@ def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[s
     return stats
 
 
-def watcher(stats: Stats, wanted: set[str], mask: list, seen: dict):
-    """A forward hook that adds one batch to the statistics of a layer."""
+def statistics_hook(stats: Stats, wanted: set[str], mask: list, seen: dict):
+    """A forward hook that adds one batch to the statistics of a layer.
+
+    Args:
+        mask: the list of `capture_attention_mask`.
+        seen: what `collect` knows of this batch's inputs; all hooks share it.
+    """
 
     def hook(layer: nn.Module, args: tuple, y: Tensor):
         source, keep = args[0], valid(mask, args[0])
@@ -116,7 +129,7 @@ def watcher(stats: Stats, wanted: set[str], mask: list, seen: dict):
 
 
 def end_batch(stats: Stats, wanted: set[str]) -> None:
-    """A layer may be called more than once in a batch: its gradient is complete only now."""
+    """Adds the finished batch's dL/dW to the sums; a layer may be called more than once in a batch."""
     stats.batches += 1
     if "cross" in wanted:
         stats.gx = stats.gx + stats.batch
@@ -126,7 +139,7 @@ def end_batch(stats: Stats, wanted: set[str]) -> None:
 
 
 def add_inputs(inputs: Inputs, x: Tensor, wanted: set[str]) -> Inputs:
-    """The sums with x (tokens, n) in them; those given stay as they are."""
+    """New sums with the inputs x (tokens, n) added; the old ones stay as they are."""
     new = Inputs(inputs.tokens + len(x), inputs.xx, inputs.x4, inputs.absolute)
     if "inputs" in wanted:
         new.xx = new.xx + (x.T @ x).double()
@@ -137,20 +150,20 @@ def add_inputs(inputs: Inputs, x: Tensor, wanted: set[str]) -> Inputs:
 
 
 def tokens(x: Tensor, keep: Tensor | None) -> Tensor:
-    """(..., d) -> (tokens, d), at least float32."""
+    """(..., d) -> (tokens, d), detached and at least float32. keep (B, T): the positions to take; None: all."""
     x = x.detach() if keep is None else x.detach()[keep]
     x = x.flatten(0, -2)
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def valid(mask: list, x: Tensor) -> Tensor | None:
-    """Which (B, T) positions of x are no padding."""
+    """The non-padding positions (B, T) of x (B, T, ...); None where the model got no mask of that shape."""
     keep = mask[0]
     return keep if keep is not None and x.shape[:2] == keep.shape else None
 
 
 def passes(losses: Losses) -> Iterator[Tensor]:
-    """Batch after batch, pass after pass.
+    """The losses of batch after batch, pass after pass, without end.
 
     Raises:
         UsageError: a pass without a batch.
@@ -164,8 +177,8 @@ def passes(losses: Losses) -> Iterator[Tensor]:
 
 
 @contextmanager
-def watching(model: nn.Module):
-    """A one-element list that holds the attention mask of the model's last call."""
+def capture_attention_mask(model: nn.Module):
+    """Yields a one-element list that holds the attention mask (B, T) of the model's last call, or None."""
     mask: list[Tensor | None] = [None]
 
     def look(_, args, kwargs):
@@ -181,7 +194,7 @@ def watching(model: nn.Module):
 
 @contextmanager
 def eval_frozen(model: nn.Module):
-    """Eval mode and no parameter that takes a gradient, for as long as the block runs."""
+    """Holds the model in eval mode with all parameters frozen while the block runs, then restores both."""
     modes = {module: module.training for module in model.modules()}
     trains = [p for p in model.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
@@ -195,17 +208,21 @@ def eval_frozen(model: nn.Module):
 
 
 def normalise(stats: dict[str, Stats]) -> None:
-    """Sums to means; inputs that layers share once."""
-    for name, one in stats.items():
-        if not one.inputs.tokens and not one.tokens:
+    """Turns the sums into means, in place; input statistics that layers share are divided once.
+
+    Raises:
+        UsageError: no batch reached a layer, or a statistic is not finite.
+    """
+    for name, layer in stats.items():
+        if not layer.inputs.tokens and not layer.tokens:
             raise UsageError(f"calibration: no batch reached {name}; give losses that yield at least one")
-    for inputs in {id(one.inputs): one.inputs for one in stats.values()}.values():
+    for inputs in {id(layer.inputs): layer.inputs for layer in stats.values()}.values():
         count = max(inputs.tokens, 1)
         inputs.xx, inputs.x4, inputs.absolute = inputs.xx / count, inputs.x4 / count, inputs.absolute / count
-    for name, one in stats.items():
-        count = max(one.tokens, 1)
-        one.gg, one.g4, one.gx = one.gg / count, one.g4 / count, one.gx / count
-        one.fisher = one.fisher / max(one.batches, 1)
-        for value in (one.inputs.xx, one.inputs.absolute, one.gg, one.gx, one.fisher):
+    for name, layer in stats.items():
+        count = max(layer.tokens, 1)
+        layer.gg, layer.g4, layer.gx = layer.gg / count, layer.g4 / count, layer.gx / count
+        layer.fisher = layer.fisher / max(layer.batches, 1)
+        for value in (layer.inputs.xx, layer.inputs.absolute, layer.gg, layer.gx, layer.fisher):
             if isinstance(value, Tensor) and not value.isfinite().all():
                 raise UsageError(f"calibration: the statistics of {name} are not finite; use float32 or other batches")

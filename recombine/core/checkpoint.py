@@ -1,7 +1,7 @@
-"""Merging into an ordinary model, and checkpoints: one safetensors file that holds what is not the backbone's own.
+"""Merging into an ordinary model, and checkpoints: one safetensors file without the backbone's untouched tensors.
 
-A checkpoint stores every tensor but the backbone's untouched ones, and how the layers are shaped: loading runs no
-factorisation again, so signs and gauges stay and a resumed model gives the same output. It never unpickles.
+A checkpoint stores every other tensor and the shapes of the layers. Loading factorises nothing again: signs and gauges
+stay, so a resumed model gives the same output. Nothing is unpickled.
 """
 
 import json
@@ -24,7 +24,13 @@ FORMAT = 2
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Turns every recombined layer back into an ordinary linear one, in place; outputs stay. Returns the model."""
+    """Turns every recombined layer back into an ordinary linear one, in place; returns the model.
+
+    The outputs stay the same. Afterwards every parameter is trainable.
+
+    Raises:
+        UsageError: the model is not recombined.
+    """
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: there is nothing to merge")
     for name in record.targets:
@@ -35,7 +41,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def merged(layer: nn.Module) -> nn.Module:
-    """The ordinary layer with the same outputs, whatever was put on it, and in which order."""
+    """The ordinary layer with the same outputs, whatever methods were applied to it and in which order."""
     if hasattr(layer, "get_base_layer"):  # peft
         layer.base_layer = merged(layer.get_base_layer())
         layer.merge()
@@ -44,7 +50,11 @@ def merged(layer: nn.Module) -> nn.Module:
 
 
 def save(model: nn.Module, path: str | Path) -> Path:
-    """Writes the checkpoint of a recombined model, atomically; returns its path."""
+    """Writes the checkpoint of a recombined model, atomically; returns its path.
+
+    Raises:
+        UsageError: the model is not recombined.
+    """
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
     record.untouched -= {name for name, p in model.named_parameters() if p.requires_grad}  # unfrozen by the user since
@@ -77,10 +87,14 @@ def save(model: nn.Module, path: str | Path) -> Path:
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Rebuilds the recombined model of a checkpoint on `model`, the same pretrained one, in place; None: builds that.
+    """Rebuilds the recombined model of a checkpoint on the pretrained one it was made from, in place.
+
+    Args:
+        path: a file that `save` wrote, such as outputs/<date>/<run>/best.safetensors.
+        model: the pretrained model; None: it is built anew from the checkpoint's note of its source.
 
     Raises:
-        UsageError: no such file, truncated or corrupted, made by something else, or for another model.
+        UsageError: there is no such file, it is damaged or no checkpoint of recombine, or it belongs to another model.
     """
     path = Path(path)
     meta, tensors = read(path)
@@ -122,30 +136,38 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 
 def fill(path: Path, model: nn.Module, tensors: dict, meta: dict) -> None:
-    """Copies a checkpoint's tensors in, after checking that every one fits and that the backbone is the same."""
-    here = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
-    for name in here.keys() - tensors.keys() - meta["own"].keys() - meta["shared"].keys():
+    """Copies a checkpoint's tensors into the model, once all are known to fit and the backbone to be the same.
+
+    Raises:
+        UsageError: a tensor is missing or has another shape, or the backbone differs from the one saved with.
+    """
+    present = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    for name in present.keys() - tensors.keys() - meta["own"].keys() - meta["shared"].keys():
         raise UsageError(f"{path}: holds no {name}, so it is from another model; give the one it was saved from")
     for name, tensor in tensors.items():
-        if name not in here or here[name].shape != tensor.shape:
-            found = tuple(here[name].shape) if name in here else "nothing"
-            raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} in the file and {found} in this model")
+        if name not in present or present[name].shape != tensor.shape:
+            shape = tuple(present[name].shape) if name in present else "nothing"
+            raise UsageError(f"{path}: {name} is {tuple(tensor.shape)} in the file and {shape} in this model")
     for name, expected in meta["own"].items():
-        if name not in here or not torch.allclose(
-            torch.tensor(fingerprint(here[name])),
+        if name not in present or not torch.allclose(
+            torch.tensor(fingerprint(present[name])),
             torch.tensor(expected),
-            rtol=1e-5 if here[name].dtype == torch.float32 else 1e-2,
+            rtol=1e-5 if present[name].dtype == torch.float32 else 1e-2,
         ):
             raise UsageError(
                 f"{path}: {name} differs from the backbone it was saved with; load the same pretrained one"
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            here[name].copy_(tensor)
+            present[name].copy_(tensor)
 
 
 def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(metadata, tensors) of a checkpoint."""
+    """(metadata, tensors by name) of a checkpoint.
+
+    Raises:
+        UsageError: there is no such file, it is damaged, or it is no checkpoint of recombine.
+    """
     if not path.is_file():
         raise UsageError(f"checkpoint={path}: no such file; result.json names the checkpoint of a run")
     try:
@@ -161,13 +183,17 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def fingerprint(tensor: torch.Tensor) -> list[float]:
-    """Four entries by which a backbone's tensor is known again."""
+    """Four evenly spaced entries of a tensor, by which an untouched one is recognised."""
     flat = tensor.detach().flatten()
     return flat[torch.linspace(0, len(flat) - 1, 4, dtype=torch.float64).long()].float().tolist()
 
 
 def method_class(path: Path, name: str) -> type[Method]:
-    """The method of that name, a user's own included."""
+    """The class of the method with that name, those of the user's own modules included.
+
+    Raises:
+        UsageError: no module that is imported defines it.
+    """
     if (cls := method_classes().get(name)) is None:
         raise UsageError(
             f"{path}: was made with the method {name}, which is not here; import the module that defines it"
@@ -176,5 +202,6 @@ def method_class(path: Path, name: str) -> type[Method]:
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Puts a parameter at a dotted name of the model."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, parameter)

@@ -1,6 +1,7 @@
 """The contract of a method: a dataclass whose fields are its whole configuration and whose hooks rewrite a model.
 
-What trains is whatever has `requires_grad`. `recombine.core.rewrite.apply` runs a method and writes down what it did.
+A weight is trainable if and only if it has `requires_grad`. `recombine.core.rewrite.apply` runs a method on a model and
+records what it did.
 """
 
 from collections import defaultdict
@@ -18,7 +19,7 @@ from recombine.runtime import progress
 
 
 class Site(NamedTuple):
-    """One target layer: its module name, its role (q, k, v, o, up, down, gate, qkv ...) and the layer itself."""
+    """A target layer: its module name (blocks.0.mlp.fc1), its role (up) and the module itself."""
 
     name: str
     role: str
@@ -45,9 +46,9 @@ class Method:
         loading a checkpoint    from_spec                   the same layers again, empty
 
     Args:
-        targets: role names: q k v o up down gate, or qkv for the fused projection where there is one. A role that
-            ends in ? is left out where the model has none.
-        lr: learning rate of the weights that the method trains, used where the optimizer's own is not set.
+        targets: roles of the layers to rewrite: q, k, v, o, up, down, gate, or qkv for the fused projection where
+            there is one. A role that ends in ? (gate?) is left out where the model has none.
+        lr: learning rate of the method's trainable weights, for runs that set no rate of the optimizer.
     """
 
     targets: tuple[str, ...] = ("q", "k", "v", "o", "up", "down", "gate?")
@@ -73,26 +74,30 @@ class Method:
     # Before the rewriting: fields and data
 
     def check(self, sites: list[Site]) -> None:
-        """Raises UsageError for a field that is out of range for these layers."""
+        """Checks the fields against the target layers.
+
+        Raises:
+            UsageError: a field is out of range for these layers.
+        """
 
     def statistics_needed(self) -> set[str]:
-        """The statistics, of `calibration.KINDS`, that are collected into `self.stats` before anything else."""
+        """Kinds of statistics to collect into `self.stats`, out of `calibration.KINDS`: {"inputs"}, for example."""
         return set()
 
     def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
-        """Learns what has to be known of the data to know the sizes. The statistics are there."""
+        """Learns from model and data what `sizes` depends on. `self.stats` is filled by then."""
 
     def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
-        """Learns what has to be known of the data once the budget is solved. From then on `sizes` is exact."""
+        """Learns from model and data what depends on the solved budget. From then on `sizes` is exact."""
 
     # Sizes, in closed form
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        """(stored, trained) weights of the target layers, biases left out. Nothing is built."""
+        """(stored, trained) weights of the rewritten target layers, without biases. Nothing is built."""
         raise NotImplementedError(type(self).__name__)
 
     def retained_weights(self, sites: list[Site]) -> int:
-        """The stored weights that are left when training is over and all is folded: a retained budget counts these."""
+        """Stored weights that are left once training is over and all is folded. A retained budget limits these."""
         return self.sizes(sites)[0]
 
     def budget_values(self, field: str, sites: list[Site]) -> Sequence:
@@ -102,16 +107,22 @@ class Method:
     # The rewriting
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses: Losses | None = None) -> None:
-        """Replaces the target layers of a frozen model and marks what trains. Override it to share or to prune."""
+        """Replaces the target layers of a frozen model, in place, and marks what trains.
+
+        Override it where layers share tensors or modules are cut; otherwise `recombine` is enough.
+
+        Args:
+            losses: one task loss with its graph per calibration batch, each time it is called; None: no data is given.
+        """
         for site in progress.of(sites, "rewriting", "layers"):
             model.set_submodule(site.name, self.recombine(site))
 
     def recombine(self, site: Site) -> nn.Module:
-        """The layer that takes the place of this one; most methods write only this."""
+        """The layer that replaces this one. Most methods write only this and `sizes`."""
         raise NotImplementedError(type(self).__name__)
 
     def to_spec(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
-        """What `from_spec` needs to shape the rewritten layers again, by name; JSON-able."""
+        """What `from_spec` needs to shape the rewritten layers again, by module name; JSON can hold it."""
         layers = {name: model.get_submodule(name) for name in names}
         return {
             name: {"kind": type(layer).__name__, "spec": layer.spec()}
@@ -120,7 +131,7 @@ class Method:
         }
 
     def from_spec(self, model: nn.Module, layers: dict[str, dict]) -> None:
-        """Puts the layers that `to_spec` described into a pretrained model, empty: nothing is factorised again."""
+        """Puts the layers that `to_spec` described into a pretrained model. They are empty: nothing is factorised."""
         for name, spec in layers.items():
             linear = model.get_submodule(name)
             layer = layer_class(spec["kind"]).empty(**spec["spec"]).to(linear.weight)
@@ -129,7 +140,7 @@ class Method:
     # Training
 
     def penalty(self, model: nn.Module) -> Tensor | float:
-        """What is added to the training loss, a scalar."""
+        """A scalar that is added to the training loss at every step."""
         return 0.0
 
     def distillation_parameters(self, model: nn.Module) -> set[str]:
@@ -139,18 +150,26 @@ class Method:
         return {n for n, p in model.named_parameters() if id(p) in factors or p.ndim <= 1 and id(p) not in head}
 
     def on_distillation_step(self, model: nn.Module, share: float) -> bool:
-        """Moves a schedule before every step of the distillation; `share` of the steps, in [0, 1], are done.
+        """Moves a schedule before every step of the distillation.
 
-        Returns False while the model does not have the form yet that it will be kept in.
+        Args:
+            share: of the steps that are done, in [0, 1].
+
+        Returns:
+            False while the model has not yet reached its final form, so that it cannot be the best model of the run.
         """
         return True
 
     def on_distillation_end(self, model: nn.Module, alone: bool) -> None:
-        """Folds away what only the distillation needed. alone: no other method comes next."""
+        """Folds away what only the distillation needed.
+
+        Args:
+            alone: no other method is applied next.
+        """
 
 
 def layer_class(kind: str) -> type[RecombinedLinear]:
-    """The subclass of RecombinedLinear with that name."""
+    """The subclass of RecombinedLinear with that name: "FactoredLinear", for example."""
     return next(cls for cls in RecombinedLinear.__subclasses__() if cls.__name__ == kind)
 
 
@@ -164,7 +183,10 @@ def method_classes() -> dict[str, type[Method]]:
 
 
 def consecutive(sites: list[Site], size: Callable[[str], int]) -> list[list[Site]]:
-    """Groups of size(role) consecutive layers of one role and shape; the last group of a role may be smaller."""
+    """Groups of size(role) consecutive layers that have the same role and shape.
+
+    The last group of a role may be smaller.
+    """
     alike = defaultdict(list)
     for site in sites:
         alike[site.role, site.module.weight.shape].append(site)
@@ -172,14 +194,27 @@ def consecutive(sites: list[Site], size: Callable[[str], int]) -> list[list[Site
 
 
 def need_losses(method: Method, losses: Losses | None) -> None:
-    """Raises UsageError where there is nothing to calibrate with."""
+    """Checks that there is something to calibrate with.
+
+    Raises:
+        UsageError: losses is None.
+    """
     if losses is None:
         name = type(method).__name__
         raise UsageError(f"{name} calibrates: give apply(..., losses=), which yields a task loss per batch when called")
 
 
 def need(ok: bool, method: Method, name: str, why: str) -> None:
-    """Raises UsageError for the method's field of that name unless `ok`; `why` ends the line."""
+    """Checks one field of a method.
+
+    Args:
+        ok: the field is good.
+        name: of the field, such as "rank".
+        why: the reason and the fix, which end the line of the error.
+
+    Raises:
+        UsageError: not ok.
+    """
     if not ok:
         assert name in {f.name for f in fields(method)}
         raise UsageError(f"method.{name}={getattr(method, name)!r}: {why}")

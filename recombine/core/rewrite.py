@@ -1,4 +1,4 @@
-"""`apply` runs a method on a model in place and writes down what it did as `model.recombined`."""
+"""`apply` runs a method on a model, in place, and records what it did as `model.recombined`."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from recombine.models.fused_qkv import SplitQKV, fuse, layer_at
 
 
 class Step(NamedTuple):
-    """One method that was applied: the name of its class, its fields, and what `to_spec` says of its layers."""
+    """One method that was applied: the name of its class, its fields, and what `to_spec` gave for its layers."""
 
     method: str
     fields: dict
@@ -26,13 +26,13 @@ class Step(NamedTuple):
 class Record:
     """What was done to a model.
 
-    steps: in order: a compressor, then what adapts.
-    targets: rewritten module -> role.
-    dense: weights that the target layers had, without biases.
-    total: parameters of the whole model as it came, head included.
+    steps: the methods in the order in which they were applied: a compressor, then an adapter.
+    targets: role of every rewritten module, by module name.
+    dense: number of weights that the target layers had before, without biases.
+    total: number of parameters that the whole model had before, with its head.
     untouched: names of the parameters that still hold the pretrained values.
     trainable: names of the parameters that the last method trains.
-    blocks: which of the original blocks are left; None: all.
+    blocks: indices of the original blocks that are left; None: all.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -45,17 +45,19 @@ class Record:
 
 
 def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, losses: Losses | None = None):
-    """Rewrites `model` in place with `method` and returns it: factors and adapters in, the rest frozen.
+    """Rewrites `model` with `method`, in place, and returns it.
 
-    A model that was compressed by one method can be adapted by another: apply the second to what the first returned.
-    The classification head, where the model has one, stays trainable. `model.recombined` tells what was done.
+    Afterwards only what the method trains and the classification head, where there is one, are trainable. A model that
+    one method has compressed can be adapted by another: apply the second to what the first returned. The record of what
+    was done is `model.recombined`.
 
     Args:
-        budget: a `Budget` or its word ("retained_50", "trainable_150k", "energy_95", "memory_1200mb").
-        losses: for methods that calibrate: each call yields one task loss with its graph per calibration batch.
+        budget: a `Budget` or its word: "retained_50", "trainable_150k", "energy_95" or "memory_1200mb".
+        losses: for methods that calibrate. Each call yields one task loss per calibration batch, with its graph.
 
     Raises:
-        UsageError: a bad field, a role the model lacks, a budget that cannot be met; the model is unchanged.
+        UsageError: a field is out of range, the model lacks a role, or the budget cannot be met. The model is
+            unchanged then.
     """
     method, sites = prepare(model, method, budget, losses)
     record = started_record(model, sites)
@@ -91,12 +93,13 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
 def prepare(
     model: nn.Module, method: Method, budget: Budget | str | None, losses: Losses | None
 ) -> tuple[Method, list[Site]]:
-    """A copy of the method with everything known that `rewrite` needs, and its sites: all of `apply` that comes first.
+    """The first half of `apply`: a copy of the method that is ready to rewrite, and its target layers.
 
-    A fused qkv is split where the method names q, k or v; otherwise the model is as it was.
+    The copy is calibrated and holds the solved budget. A fused qkv is split where the method names q, k or v; the model
+    is not changed otherwise.
 
     Raises:
-        UsageError: as `apply`; the model is unchanged.
+        UsageError: as in `apply`; the model is unchanged then.
     """
     method = replace(method)  # the caller's keeps its fields, and no factors of this model
     budget = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
@@ -118,7 +121,11 @@ def prepare(
 
 
 def calibrate(model: nn.Module, method: Method, sites: list[Site], losses: Losses | None, kinds: set[str]) -> None:
-    """Collects statistics of these kinds into the method's `stats`."""
+    """Collects statistics of these kinds (of `calibration.KINDS`) into the method's `stats`.
+
+    Raises:
+        UsageError: there are no losses, no batch reached a layer, or a statistic is not finite.
+    """
     need_losses(method, losses)
     method.stats = collect(model, sites, losses, kinds)
 
@@ -126,19 +133,20 @@ def calibrate(model: nn.Module, method: Method, sites: list[Site], losses: Losse
 def find_sites(model: nn.Module, method: Method) -> list[Site]:
     """The method's target layers in model order, checked against its fields. The model is not changed.
 
-    Where q, k or v is named and the model has them as one fused layer, a site's module is a view of its rows.
+    Where the method names q, k or v and the model has one fused layer, the site's module is a view of that layer's
+    rows.
 
     Raises:
-        UsageError: a role that the model lacks, or a field that is out of range for these layers.
+        UsageError: the model lacks a role, or a field is out of range for these layers.
     """
-    found = roles.find(model, method.targets, method.target_types)
-    sites = [Site(name, role, layer_at(model, name)) for name, role in found.items()]
+    roles_by_name = roles.find(model, method.targets, method.target_types)
+    sites = [Site(name, role, layer_at(model, name)) for name, role in roles_by_name.items()]
     method.check(sites)
     return sites
 
 
 def started_record(model: nn.Module, sites: list[Site]) -> Record:
-    """The record of a model as it stands, with the sizes of the layers that are about to be rewritten."""
+    """The record of a model as it stands, with the sizes of the layers that are rewritten next added."""
     old = getattr(model, "recombined", None)
     counted = set() if old is None else old.targets.keys()
     dense = sum(site.module.weight.numel() for site in sites if not {site.name, parent(site.name)} & counted)
@@ -148,9 +156,10 @@ def started_record(model: nn.Module, sites: list[Site]) -> Record:
 
 
 def finish(model: nn.Module, method: Method, alone: bool) -> None:
-    """After the distillation: lets the method fold away what only that needed, and writes it down.
+    """Ends the distillation: the method folds away what only that needed, and the record follows.
 
-    alone: no other method comes after it, so the weights it trains are kept apart.
+    Args:
+        alone: no other method is applied next, so the weights that this one trains stay apart.
     """
     record = model.recombined
     untouched = {id(p): ref(p) for name, p in model.named_parameters() if name in record.untouched}
@@ -162,7 +171,7 @@ def finish(model: nn.Module, method: Method, alone: bool) -> None:
 
 
 def train_only(model: nn.Module, names: set[str]) -> None:
-    """Trains exactly these parameters. What trained before no longer counts as untouched."""
+    """Makes exactly these parameters trainable. They no longer count as untouched in the record."""
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     if hasattr(model, "recombined"):

@@ -1,4 +1,4 @@
-"""The weight maps. A kind of map is one layer class; a method chooses its values and what trains."""
+"""The weight maps: one layer class for each kind. A method chooses a layer's values and what trains."""
 
 from recombine.layers.base import RecombinedLinear
 from recombine.layers.delta import DeltaLinear

@@ -1,4 +1,4 @@
-"""The contract of a recombined linear layer, and the rule that picks its cheaper forward."""
+"""The contract of a recombined linear layer, and the rule that picks the cheaper of its two forward passes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 class RecombinedLinear(nn.Module, ABC):
     """Stands in for an ``nn.Linear``: x (..., in) -> y (..., out).
 
-    A subclass says how its weight is built (`dense_weight`), how to apply it without building it
-    (`structured`) and what each costs (`flops`); `forward` takes the cheaper way, the results are the
-    same. In eval mode without gradients a built tensor is kept until a parameter changes.
+    A subclass says how its weight is built (`dense_weight`), how it is applied without being built
+    (`factored_forward`), and what either costs (`flops`). `forward` takes the cheaper way; both give the same result.
+    In eval mode without gradients a built tensor is kept until a parameter changes.
+
+    Args:
+        bias: (out,), which starts frozen; None: the layer has none.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None):
@@ -24,31 +27,37 @@ class RecombinedLinear(nn.Module, ABC):
 
     @abstractmethod
     def dense_weight(self) -> Tensor:
-        """(out, in): what forward applies."""
+        """The weight (out, in) that `forward` applies."""
 
     @property
     def weight(self) -> Tensor:
-        """The same, under the name that an nn.Linear has: a layer may be adapted again, by peft too."""
+        """`dense_weight` under nn.Linear's name, so that a layer can be adapted again, by peft too."""
         return self.dense_weight()
 
     @abstractmethod
     def factored_forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> y (..., out), without bias and without building the weight."""
+        """x (..., in) -> y (..., out), without the bias and without building the weight."""
 
     @abstractmethod
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
-        """Multiplications of (structured, dense once built, building), with the backward's when `train`."""
+        """Multiplications of (`factored_forward`, the product with a built weight, building that weight).
+
+        Args:
+            tokens: rows of the input.
+            train: count those of the backward pass as well.
+        """
 
     @abstractmethod
     def spec(self) -> dict:
-        """JSON-able keyword arguments of `empty`."""
+        """The keyword arguments of `empty`; JSON can hold them."""
 
     @classmethod
     @abstractmethod
     def empty(cls, **spec) -> "RecombinedLinear":
-        """A layer of that shape with uninitialised tensors, to be filled from a checkpoint."""
+        """A layer of that shape with uninitialised tensors, which a checkpoint fills."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> y (..., out), by the way that takes fewer multiplications."""
         structured, dense, build = self.flops(x.numel() // self.in_features, torch.is_grad_enabled())
         if dense + (0 if self.is_frozen else build) < structured:
             return F.linear(x, self.cached(self.dense_weight), self.bias)
@@ -57,11 +66,11 @@ class RecombinedLinear(nn.Module, ABC):
 
     @property
     def is_frozen(self) -> bool:
-        """Nothing can change before the next forward, so what is built may be kept."""
+        """Whether nothing can change before the next forward, so that what is built may be kept."""
         return not (self.training or torch.is_grad_enabled())
 
     def cached(self, build: Callable[[], Tensor]) -> Tensor:
-        """build(), once for as long as the layer is in eval mode without gradients and no parameter changes."""
+        """build(), computed once while the layer is in eval mode without gradients and no parameter changes."""
         if not self.is_frozen:
             self._kept = None
             return build()
@@ -73,12 +82,13 @@ class RecombinedLinear(nn.Module, ABC):
         return self._kept[1]
 
     def share_bias_with(self, linear: nn.Module) -> "RecombinedLinear":
-        """Takes over the parameters that it shares with the layer it replaces, the bias; returns itself."""
+        """Takes over the bias of the layer that this one replaces, as the same Parameter; returns itself."""
         if linear.bias is not None:
             self.bias = linear.bias
         return self
 
     def train(self, mode: bool = True) -> "RecombinedLinear":
+        """As nn.Module.train; what was built is dropped."""
         self._kept = None
         return super().train(mode)
 
@@ -91,10 +101,11 @@ class RecombinedLinear(nn.Module, ABC):
         return linear
 
     def extra_repr(self) -> str:
+        """The entries of `spec`, for printing."""
         return ", ".join(f"{k}={v}" for k, v in self.spec().items())
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """The tensor as a parameter that does not train; a parameter stays the same object."""
+    """The tensor as a frozen parameter. One that is a parameter already stays the same object."""
     parameter = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.contiguous(), requires_grad=False)
     return parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""W = keep . weight + scale . left . core . right + scatter(entries): what our adapters add to a frozen weight."""
+"""W = keep . base + scale . left . core . right + scatter(entries): an adapter beside a frozen base weight."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,15 @@ from recombine.layers.base import RecombinedLinear, frozen
 
 
 class DeltaLinear(RecombinedLinear):
-    """y = (keep weight + scale left core right + S) x + bias.
+    """A base weight with a low-rank and a sparse delta: y = (keep W + scale left core right + S) x + bias.
 
-    weight (m, n), the pretrained one; left (m, r) and right (r, n), or None; core (r, r), None: the identity; S zero
-    but for `entries` (e,) at the flat positions `index` (e,) of the weight, or None. `keep` is a buffer (scalar), 1
-    unless a schedule fades the weight out. All tensors start frozen.
+    keep is the scalar buffer `keep_base`: 1, unless a schedule fades the base weight out. All tensors start frozen.
+
+    Args:
+        weight: W (m, n), the base weight.
+        left, right: (m, r) and (r, n); None, both: no low-rank delta.
+        entries, index: S is zero but for entries (e,) at the flat positions index (e,) of W; None, both: no S.
+        core: (r, r); None: the identity.
     """
 
     def __init__(
@@ -35,7 +39,7 @@ class DeltaLinear(RecombinedLinear):
         assert (left is None) == (right is None) and (entries is None) == (index is None)
 
     def _pretrained(self) -> Tensor:
-        """keep weight + S, (m, n)."""
+        """keep W + S, (m, n)."""
         weight = self.base * self.keep_base.to(self.base.dtype)
         if self.entries is None:
             return weight

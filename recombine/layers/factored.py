@@ -1,4 +1,4 @@
-"""W = left . core . right: CERSA, JACTUS, SVFit, SVFT, truncated SVD and their relatives."""
+"""W = left . core . right: the map of CERSA, JACTUS, SVFit, SVFT, truncated SVD and their relatives."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,17 @@ from recombine.layers.base import RecombinedLinear, frozen
 
 
 class FactoredLinear(RecombinedLinear):
-    """y = left (K (right x)) + bias, K = blockdiag(core, diag(tail)) + sigmoid(gate) scatter(entries).
+    """Two factors around a small core: y = left (K (right x)) + bias.
 
-    left (m, k), right (k, n), either of which several layers may share as one Parameter. core (c, c), or (c,) for a
-    diagonal, or None; tail (t,) or None; c + t = k, or both None for the identity. entries (e,) at the positions
-    `index` (2, e) of K, with the scalar gate, or None. Stores k(m + n) + |core| + t + e + 1 weights beside the bias.
-    All tensors start frozen.
+    K = blockdiag(core, diag(tail)) + sigmoid(gate) scatter(entries), (k, k). Several layers may share left or right as
+    one Parameter. Stores k (m + n) + |core| + t weights beside the bias, and e + 1 more with entries. All tensors start
+    frozen.
+
+    Args:
+        left, right: (m, k) and (k, n).
+        core: (c, c), or (c,) for a diagonal; None: c = 0.
+        tail: (t,), the rest of K's diagonal, with c + t = k; None: t = 0. Without core and tail K is the identity.
+        entries, index, gate: entries (e,) at the positions index (2, e) of K, and their scalar gate; None: no entries.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
-"""Post-training quantisation of stored weights: symmetric integers, one scale a row, the largest magnitude at the end
-of the range (arXiv 2004.09602, Sec. 3; what CRISP Fig. 4 puts on top of its factors)."""
+"""Post-training quantisation of stored weights to symmetric integers (arXiv 2004.09602, Sec. 3; CRISP Fig. 4).
+
+Every row has one scale, which puts its largest magnitude at the end of the integers' range.
+"""
 
 from collections.abc import Iterable
 
@@ -9,10 +11,13 @@ from torch import nn
 
 @torch.no_grad()
 def quantize(layers: Iterable[nn.Module], bits: int) -> None:
-    """Rounds the matrices of these layers, in place, to integers of that many bits times a float32 scale a row.
+    """Rounds the matrices of these layers, in place, to integers times one float32 scale for each row.
 
-    A basis that layers share is rounded once. Vectors (biases) stay. The values are computed with in float; what they
-    would take as integers, and their scales, is noted at each parameter as `stored_bytes`, which `budget.count` reads.
+    A basis that layers share is rounded once. Vectors (biases) stay. The layers still compute in float. The bytes that
+    the integers and scales would take are noted on each parameter as `stored_bytes`, which `account.count` reads.
+
+    Args:
+        bits: of an integer, its sign included.
     """
     for weight in {id(p): p for layer in layers for p in layer.parameters() if p.ndim > 1}.values():
         rows = weight.reshape(len(weight), -1)

@@ -1,4 +1,4 @@
-"""y = gamma * Op(x) + beta: an adapter of what a layer computes (SSF), whatever the layer is."""
+"""y = gamma * Op(x) + beta: the adapter of SSF, which scales and shifts the output of any layer."""
 
 import torch
 from torch import Tensor, nn
@@ -7,10 +7,13 @@ from recombine.layers.base import RecombinedLinear
 
 
 class ScaleShift(nn.Module):
-    """gamma and beta (C,), over the C channels that a layer ends in; they start at 1 and 0, where nothing changes.
+    """A layer whose C output channels are scaled by gamma (C,) and shifted by beta (C,).
 
-    The layer: an nn.Linear, RecombinedLinear, nn.Conv2d or a norm with a weight. One that knows no bias (an RMSNorm)
-    is only scaled, beta is None: there would be no place to merge a shift into.
+    gamma starts at 1 and beta at 0, where nothing changes. Both train. beta is None for a layer without a bias
+    attribute (an RMSNorm): a shift could not be merged into it.
+
+    Args:
+        layer: an nn.Linear, a RecombinedLinear, an nn.Conv2d or a norm with a weight.
     """
 
     def __init__(self, layer: nn.Module):
@@ -23,12 +26,13 @@ class ScaleShift(nn.Module):
         self.channels = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x, the layer's input -> the scaled and shifted output, of the layer's output shape."""
         y = self.base_layer(x) * self.gamma.view(self.channels)
         return y if self.beta is None else y + self.beta.view(self.channels)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The layer itself, scaled and shifted; one without a bias gets one."""
+        """The layer itself with gamma and beta in its weight and bias; one whose bias is None gets a bias."""
         layer = self.base_layer.merged() if isinstance(self.base_layer, RecombinedLinear) else self.base_layer
         layer.weight = nn.Parameter(self.gamma.view(-1, *[1] * (layer.weight.ndim - 1)) * layer.weight)
         if self.beta is not None:

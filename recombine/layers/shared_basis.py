@@ -1,4 +1,4 @@
-"""W_i = reshape(B . gate(A_i)): CRISP and its relatives. B is one Parameter shared by a group of layers."""
+"""W_i = reshape(B . gate(A_i)): the map of CRISP and its relatives. A group of layers shares B as one Parameter."""
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,17 @@ PLACEMENTS = {  # B (u, r), A (r, s), gate -> (u, s)
 
 
 class SharedBasisLinear(RecombinedLinear):
-    """y = reshape(basis . gate(mixer), (m, n)) x + bias (CRISP Eq. 4).
+    """A shared basis times a gated mixer: y = reshape(basis . gate(mixer), (m, n)) x + bias (CRISP Eq. 4).
 
-    basis (m n / s, r), shared; mixer (r, s), the layer's own; the chunk s divides n, so row (i, j) of
-    the basis makes the entries W[i, j s : (j + 1) s]. Both start frozen. The gate's placement: pre, B gate(A), as in
-    Eq. 4; post, gate(B A); temp, gate(B) A (CRISP Fig. 6).
+    The chunk s divides n, so row (i, j) of the basis makes the entries W[i, j s : (j + 1) s]. Both tensors start
+    frozen.
+
+    Args:
+        basis: B (m n / s, r), which a group of layers shares.
+        mixer: A (r, s), the layer's own.
+        in_features: n.
+        gate: silu, gelu, relu or none.
+        placement: pre, B gate(A), as in Eq. 4; post, gate(B A); temp, gate(B) A (CRISP Fig. 6).
     """
 
     def __init__(
@@ -49,7 +55,7 @@ class SharedBasisLinear(RecombinedLinear):
         return mixed.flatten(-2) @ basis.view(self.out_features, -1).T  # (..., m)
 
     def gated_mixer(self) -> Tensor:
-        """(r, s): what the basis is multiplied by."""
+        """What the basis is multiplied by, (r, s)."""
         return GATES[self.gate](self.mixer) if self.placement == "pre" else self.mixer
 
     def _gated_basis(self) -> Tensor:

@@ -1,6 +1,6 @@
-"""The methods: one file, or one folder, for each paper or library. A file that is put here is found by itself.
+"""The methods: one file or one folder for each paper or library. A new file here is found by itself.
 
-Every class below `Method` that is not `abstract` is an attribute of this package, and so of `recombine`.
+Every subclass of `Method` that is not `abstract` is an attribute of this package, and so of `recombine`.
 """
 
 from importlib import import_module

@@ -1,12 +1,11 @@
-"""Spends one budget over many layers.
+"""Divides one budget among many layers.
 
-`greedy` and `lagrangian`: each layer offers a list of options, a multiple-choice knapsack. `nearest`: each layer has a
-real number that is to be rounded.
+`greedy` and `lagrangian` solve a multiple-choice knapsack. Every layer has a list of options, such as the ranks 1, 2,
+... and then the dense layer itself. A list is two tensors (options,): costs, whole numbers of weights that each option
+stores, ascending; and losses, the error that each leaves, descending. Both functions return the index of the option
+that every layer takes, within the budget.
 
-A layer's options are two tensors, costs (whole numbers, ascending) and losses (descending). For ranks 1, 2, ... and
-then the dense layer itself, the cost is what each stores and the loss what each gets wrong. Both functions return the
-index of the option that every layer takes, within the budget; the first option of every layer is always affordable or
-refused.
+`round_to_budget` has one real rank for each layer and rounds them all.
 """
 
 import heapq
@@ -17,7 +16,13 @@ from recombine.errors import UsageError
 
 
 def greedy(costs: list[Tensor], losses: list[Tensor], budget: float) -> list[int]:
-    """One option at a time to the layer where it saves most loss per cost (JACTUS Alg. 1), while it still fits."""
+    """Raises one layer at a time by one option: the layer that saves most loss per weight (JACTUS Alg. 1).
+
+    A layer whose next option does not fit any more stays where it is.
+
+    Raises:
+        UsageError: the first options of all layers together cost more than the budget.
+    """
     chosen, left = [0] * len(costs), budget - least(costs, budget)
     heap: list[tuple[float, int]] = []
 
@@ -41,11 +46,17 @@ def greedy(costs: list[Tensor], losses: list[Tensor], budget: float) -> list[int
 
 
 def lagrangian(costs: list[Tensor], losses: list[Tensor], budget: float, fill: bool = True) -> list[int]:
-    """Each layer minimises loss + price * cost; the lowest price that the budget allows, by bisection.
+    """Gives every layer the option of least loss + price * cost, at one price for all (Lagrangian relaxation).
 
-    That is optimal for what it spends. The rest goes to the layers that are undecided at this price, each to the better
-    of its two options while it fits, and then to single options, greedily: the loss is within one layer's of the least.
-    Not fill: the rest stays unspent.
+    The price is the lowest that the budget allows, found by bisection. The choice is optimal for what it spends.
+    What is left of the budget goes first to the layers that have two equally good options at this price: each takes the
+    larger one while it fits. Then `greedy` spends the rest. The loss is within one layer's loss of the least.
+
+    Args:
+        fill: spend what the price leaves of the budget; otherwise it stays unspent.
+
+    Raises:
+        UsageError: the first options of all layers together cost more than the budget.
     """
     least(costs, budget)
     costs, losses = [c.double().cpu() for c in costs], [loss.double().cpu() for loss in losses]
@@ -78,21 +89,29 @@ def lagrangian(costs: list[Tensor], losses: list[Tensor], budget: float, fill: b
 
 
 def least(costs: list[Tensor], budget: float) -> float:
-    """The cost of every layer's first option, which the budget must allow."""
+    """The cost of the first options of all layers together.
+
+    Raises:
+        UsageError: it is more than the budget.
+    """
     total = sum(float(cost[0]) for cost in costs)
     if total > budget:
         raise UsageError(f"budget: {budget:.0f} weights are fewer than the {total:.0f} that the smallest choice stores")
     return total
 
 
-def nearest(ranks: Tensor, cost: Tensor, scale: Tensor, top: Tensor, budget: float) -> list[int]:
-    """Whole ranks nearest to real ones, after those have moved up or down together until they just fit the budget.
+def round_to_budget(ranks: Tensor, cost: Tensor, scale: Tensor, top: Tensor, budget: float) -> list[int]:
+    """Rounds real ranks to whole ones that spend the budget.
+
+    First all ranks move up or down together until they just fit. Then each is rounded down, and what is left goes to
+    the ranks nearest to their next whole number.
 
     Args:
         ranks: (layers,), float64.
-        cost: of one rank in each layer.
-        scale: how far each layer moves together with the others.
-        top: the largest rank of each; the least is 1.
+        cost: (layers,), weights that one rank of each layer stores.
+        scale: (layers,), how far each rank moves for one unit of the common move.
+        top: (layers,), the largest rank of each layer; the least is 1.
+        budget: weights that all layers together may store.
     """
 
     def moved(by: float) -> Tensor:

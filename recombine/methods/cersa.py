@@ -1,15 +1,15 @@
 """CERSA: cumulative energy-retaining subspace adaptation (arXiv 2605.08174, Eq. 1-4).
 
-W = U S V^T in float64. k_alpha and k_beta are the smallest ranks that hold the shares alpha and beta of the
-squared singular values (Eq. 2). Kept: U_p (m, k_alpha) and V_p (n, k_alpha), frozen; the core
-blockdiag(S_p, diag(s[k_beta:k_alpha])) with S_p (k_beta, k_beta) dense, starting as diag(s[:k_beta]).
-Trains: S_p alone. Stores k_alpha (m + n) + k_beta^2 + (k_alpha - k_beta) per layer.
+W = U S V^T in float64. k_alpha and k_beta are the smallest ranks that hold the shares alpha and beta of the energy, the
+sum of squared singular values (Eq. 2). W becomes U_p blockdiag(S_p, diag(s[k_beta:k_alpha])) V_p^T.
+U_p (m, k_alpha), V_p (n, k_alpha) and the diagonal are frozen. S_p (k_beta, k_beta) is dense and starts as
+diag(s[:k_beta]); it alone trains. A layer stores k_alpha (m + n) + k_beta^2 + (k_alpha - k_beta) weights.
 
-Its ablations: `targets` (Tab. 2), `part` with `trained_share=0.5` (Tab. 3), alpha and beta (Tab. 4, 10), `rank`
-for all layers alike (Tab. 5), `core` (Tab. 6).
+The paper's ablations are fields: `targets` (Tab. 2), `part` with `trained_share=0.5` (Tab. 3), alpha and beta (Tab. 4,
+10), `rank` for all layers alike (Tab. 5), `core` (Tab. 6).
 
-Paper: the text's rank of the trainable block reads k_alpha. Here: k_beta, which its Table 14 implies, with the
-frozen middle part a diagonal, which its memory of (0.95, 0.9) implies.
+Paper: in the text the trainable block has rank k_alpha. Here: k_beta, as its Table 14 implies. The frozen rest is a
+diagonal, as its memory at (0.95, 0.9) implies.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,15 @@ from recombine.runtime import progress
 
 @dataclass(kw_only=True)
 class Cersa(Spectral):
-    """Args:
-    alpha: share of the energy that is kept, in (0, 1].
-    beta: share that trains, at most alpha; None: alpha.
-    rank: k_alpha = k_beta = rank in every layer, instead of both shares.
-    trained_share: k_beta is this share of k_alpha, instead of `beta`.
-    part: the trained directions are those of the largest singular values (top) or of the smallest kept (bottom).
-    core: what trains is a dense matrix on those directions, or only its diagonal (array).
+    """Keeps the principal subspace of every weight and trains a core inside it (arXiv 2605.08174, Eq. 1-4).
+
+    Args:
+        alpha: share of the energy that is kept, in (0, 1].
+        beta: share of the energy whose directions train, at most alpha; None: alpha.
+        rank: k_alpha = k_beta = rank in every layer, instead of both shares.
+        trained_share: k_beta is this share of k_alpha, instead of `beta`.
+        part: top trains the directions of the largest singular values, bottom those of the smallest that are kept.
+        core: matrix trains a dense core on those directions, array only its diagonal.
     """
 
     targets: tuple[str, ...] = ("q", "k", "v")
@@ -70,7 +72,7 @@ class Cersa(Spectral):
         return [i / 1000 for i in range(bottom, top + 1)]
 
     def ranks(self, site: Site) -> tuple[int, int]:
-        """(k_alpha, k_beta)."""
+        """The ranks (k_alpha, k_beta) of a layer."""
         s = None if self.rank is not None else self.factors(site)[1]
         kept = energy_rank(s, self.alpha) if self.rank is None else self.rank
         if self.trained_share is not None:

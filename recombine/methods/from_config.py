@@ -1,4 +1,4 @@
-"""Methods out of configurations: a composed node, or the name of a YAML in conf/method."""
+"""Builds methods from the configuration: from a composed node, or from the name of a YAML in conf/method."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +14,14 @@ from recombine.runtime.user_code import load_class
 
 
 def from_config(cfg: DictConfig) -> Method:
-    """The method that a node of the configuration describes: `_target_`, its class, and the class's fields.
+    """The method that a node of the configuration describes.
+
+    Args:
+        cfg: `_target_` is the path of the class, such as recombine.methods.Crisp; the other keys are its fields.
 
     Raises:
-        UsageError: a field that the class does not have, a value of another type, or a class with a field that
-            result.json needs for itself.
+        UsageError: the class lacks a field, a value has another type, or result.json uses the name of one of the
+            class's fields for itself.
     """
     cls = load_class(cfg._target_, Method, "method._target_")
     if taken := MethodPart.__annotations__.keys() & OmegaConf.structured(cls).keys():
@@ -39,10 +42,12 @@ def from_name(name: str, fields: Mapping[str, Any], key: str) -> Method:
     """The method of conf/method/<name>.yaml with other values for some of its fields.
 
     Args:
-        key: of the configuration, which an error names: stage.reference.name.
+        name: such as lora.
+        fields: the other values, by field.
+        key: the key of the configuration that an error names, such as stage.reference.name.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file, or a field or value does not fit.
     """
     if (known := conf.load("method", name)) is None:
         raise UsageError(f"{key}={name}: there is no such method; take lora or full")

@@ -1,4 +1,4 @@
-"""W + left right with left = 0 at the start: the low-rank updates of WeCoLoRA and PC-LoRA."""
+"""W + left right, with left = 0 at the start: the low-rank updates of WeCoLoRA and PC-LoRA."""
 
 import math
 
@@ -8,7 +8,10 @@ from recombine.layers import DeltaLinear
 
 
 def low_rank(linear: nn.Linear, rank: int) -> DeltaLinear:
-    """W + left right with left = 0, so nothing changes yet; left and right train. rank is clipped to the layer."""
+    """The layer with the weight W + left right, whose left (m, k) and right (k, n) train.
+
+    left starts at 0, so the output is the same. right is Kaiming uniform, as in LoRA. k is `rank`, at most min(m, n).
+    """
     m, n = linear.weight.shape
     left = linear.weight.new_zeros(m, min(rank, m, n))
     right = linear.weight.new_empty(left.shape[1], n)
@@ -20,7 +23,7 @@ def low_rank(linear: nn.Linear, rank: int) -> DeltaLinear:
 
 
 def last_layers(model: nn.Module) -> dict[str, DeltaLinear]:
-    """The layers that the last method made."""
+    """The layers with a delta that the last method put in, by module name."""
     layers = {name: model.get_submodule(name) for name in model.recombined.targets}
-    made = model.recombined.steps[-1].layers
-    return {name: layer for name, layer in layers.items() if name in made and isinstance(layer, DeltaLinear)}
+    rewritten = model.recombined.steps[-1].layers
+    return {name: layer for name, layer in layers.items() if name in rewritten and isinstance(layer, DeltaLinear)}

@@ -8,9 +8,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from recombine import results
-from recombine.models import CONF
+from recombine.runtime import conf
 
-METHODS = CONF.parent / "method"
+METHODS = conf.CONF / "method"
 CHOICES = {"method": "method", "compressor": "method@compressor"}  # part of the configuration -> Hydra's group
 
 
@@ -23,12 +23,12 @@ def chosen_labels(cfg: DictConfig) -> dict[str, str]:
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     labels = {}
     for part in ("compressor", "method"):
-        if (config := cfg.get(part)) is None:
+        if (node := cfg.get(part)) is None:
             continue
-        word, cls = choices.get(CHOICES[part]), get_class(config._target_)
+        word, cls = choices.get(CHOICES[part]), get_class(node._target_)
         file = METHODS / f"{word}.yaml"  # a word without a file here is from a folder of the user's
         typed = word is not None and (not file.is_file() or get_class(OmegaConf.load(file)._target_) is cls)
-        labels[part] = word if typed else label_of(cls.__name__, OmegaConf.to_container(config, resolve=True))
+        labels[part] = word if typed else label_of(cls.__name__, OmegaConf.to_container(node, resolve=True))
     return labels
 
 
@@ -40,7 +40,7 @@ def label_of(name: str, fields: Mapping[str, Any]) -> str:
     Args:
         name: of the method's class.
     """
-    files = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in METHODS.glob("*.yaml")}
+    files = {word: conf.load("method", word) for word in (path.stem for path in METHODS.glob("*.yaml"))}
     words = [word for word, yaml in files.items() if yaml["_target_"].rpartition(".")[2] == name]
     if len(words) > 1:
         words = [word for word in words if kind_of(files[word]) == kind_of(fields)]

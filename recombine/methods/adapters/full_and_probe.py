@@ -1,4 +1,4 @@
-"""The two ends of every table: train the head alone, and train everything."""
+"""The two ends of every table: training the head alone, and training everything."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ from recombine.models import roles
 
 @dataclass(kw_only=True)
 class LinearProbe(Method):
-    """Trains the classification head; `targets` only says which layers the counts are relative to."""
+    """Trains the classification head alone. `targets` only names the layers that the counts are relative to."""
 
     target_types: ClassVar[tuple[type, ...]] = (nn.Module,)
 
@@ -26,7 +26,7 @@ class LinearProbe(Method):
 
 @dataclass(kw_only=True)
 class Full(LinearProbe):
-    """Full fine-tuning: trains every parameter."""
+    """Trains every parameter: full fine-tuning."""
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         dense = sum(site.module.weight.numel() for site in sites)

@@ -1,14 +1,15 @@
 """PC-LoRA: the pretrained weight fades out while a low-rank one learns to do without it (arXiv 2406.09117).
 
-y = f W x + left right x + b: left (m, k) = 0 and right (k, n) random (Kaiming uniform) train, and so does b; W is
-frozen. During the distillation f falls from 1 to 0 over the first share `decay` of the steps; u being the part of that
-which is done, f = 1 - sin(pi u / 2), 1 - u or cos(pi u / 2). W is dropped when the distillation ends: k (m + n) per
-layer are stored then, m n + k (m + n) until then. A retained budget limits the former, a memory budget the latter.
+y = f W x + left right x + b. The base weight W (m, n) is frozen. left (m, k), which starts at 0, right (k, n), which
+starts Kaiming uniform, and the bias b train. In the distillation f falls from 1 to 0 over the first share `decay` of
+the steps. With u the share of that fall that is done, f = 1 - sin(pi u / 2) (sine), 1 - u (linear) or cos(pi u / 2)
+(cosine). When the distillation ends W is dropped. A layer stores m n + k (m + n) weights until then, which a memory
+budget limits, and k (m + n) afterwards, which a retained budget limits.
 
-Paper: f multiplies the old bias as well, and a new one starts at 0 (`fade_bias`: before every step the one bias moves
-by as much, which is the same but for weight decay). Here: it trains from its pretrained value; what can be reached is
-the same. Norms train along in the distillation. The paper's decay share was not at hand: 0.8 and the sine are a
-reimplementation's, its random start LoRA's.
+Paper: f multiplies the old bias too, and a new one starts at 0 (`fade_bias=true`: the one bias moves by as much before
+every step, which is the same but for weight decay). Here: the bias trains from its pretrained value, which can reach
+the same. Norms train in the distillation too.
+Paper: its decay share was not at hand. Here: 0.8 and the sine, as in a reimplementation; right starts as in LoRA.
 """
 
 import math
@@ -31,12 +32,14 @@ SCHEDULES = {
 
 @dataclass(kw_only=True)
 class PcLora(Method):
-    """Args:
-    ratio: weights kept per layer in the end, k = ratio m n / (m + n).
-    rank: the same k for all layers instead of `ratio`.
-    decay: share of the distillation over which the pretrained weights fade out.
-    schedule: sine, linear or cosine.
-    fade_bias: the pretrained biases fade out too.
+    """Fades every base weight out while a low-rank weight learns to replace it (arXiv 2406.09117).
+
+    Args:
+        ratio: share of a layer's weights that is kept in the end, k = ratio m n / (m + n).
+        rank: the same k for all layers, instead of `ratio`.
+        decay: share of the distillation's steps over which the base weights fade out, in (0, 1].
+        schedule: of the factor f: sine, linear or cosine.
+        fade_bias: the pretrained biases fade out too.
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?")
@@ -62,6 +65,7 @@ class PcLora(Method):
         return [i / 1000 for i in range(1, 1001)]
 
     def layer_rank(self, linear: nn.Module) -> int:
+        """The rank k of a layer."""
         m, n = linear.weight.shape
         return max(1, int(self.ratio * m * n / (m + n))) if self.rank is None else self.rank
 

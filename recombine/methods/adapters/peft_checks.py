@@ -1,4 +1,4 @@
-"""What stands between the user and peft: options it would take in silence, and errors it raises in many kinds."""
+"""Checks around peft: options that it would ignore silently, and its many kinds of errors as one line."""
 
 import logging
 import warnings
@@ -20,7 +20,16 @@ NOT_IDENTITY = 1e-4  # relative change of a layer's output that rounding does no
 
 
 def check_config(config: str, rank: int | None, options: dict[str, Any], sites: list[Site]) -> None:
-    """Raises UsageError for a class that peft does not have, and for what that class does not know."""
+    """Checks the class of a peft method, its rank and the names of its options.
+
+    Args:
+        config: such as LoraConfig.
+        options: such as {"use_dora": True}.
+
+    Raises:
+        UsageError: peft has no such class, the class adapts no linear layers, it lacks an option, or it has no such
+            rank.
+    """
     import peft
 
     kinds = [k for k in dir(peft) if k.endswith("Config") and issubclass(getattr(peft, k), peft.PeftConfig)]
@@ -44,7 +53,12 @@ def check_config(config: str, rank: int | None, options: dict[str, Any], sites: 
 
 
 def check_options(options: dict[str, Any], targets: tuple[str, ...], sites: list[Site]) -> None:
-    """Raises UsageError for options that peft would take in silence and not do as it is told."""
+    """Checks the options that peft would accept without doing what they say.
+
+    Raises:
+        UsageError: feedforward_modules names a role that is no target, BOFT's extension cannot be built, or
+            init_lora_weights takes a part of a weight that a compressed layer does not hold.
+    """
     named = [target.removesuffix("?") for target in targets]
     for role in options.get("feedforward_modules") or ():
         if role not in named:
@@ -61,7 +75,11 @@ def check_options(options: dict[str, Any], targets: tuple[str, ...], sites: list
 
 @contextmanager
 def one_line(config: str, options: dict[str, Any]):
-    """What peft refuses becomes one line for the user."""
+    """Turns whatever peft raises inside the block into one line for the user.
+
+    Raises:
+        UsageError: peft raised.
+    """
     try:
         yield
     except Exception as error:  # peft raises nearly every kind
@@ -70,7 +88,7 @@ def one_line(config: str, options: dict[str, Any]):
 
 
 def narrowest(sites: list[Site]) -> int:
-    """The largest rank that every target layer can have; no compressed layer is built for it."""
+    """The largest rank that every target layer can have. No weight of a compressed layer is built for it."""
     return min(min(site.module.in_features, site.module.out_features) for site in sites)
 
 
@@ -84,7 +102,11 @@ def butterflies() -> bool:
 
 
 def warn_if_moved(config: str, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """Says so where the adapter is not the identity at the start. Outputs are by layer."""
+    """Logs a warning where the adapter changes a layer's output at the start.
+
+    Args:
+        before, after: outputs (8, out) of `output`, by module name, without and with the adapter.
+    """
     changes = {name: ((after[name] - y).norm() / y.norm().clamp(min=1e-30)).item() for name, y in before.items()}
     worst = max(changes, key=changes.get)
     if not changes[worst] <= NOT_IDENTITY:
@@ -93,6 +115,6 @@ def warn_if_moved(config: str, before: dict[str, Tensor], after: dict[str, Tenso
 
 
 def output(layer: nn.Module) -> Tensor:
-    """(8, out): of a layer on the same Gaussian inputs every time."""
+    """The output (8, out) of a layer for Gaussian inputs that are the same every time."""
     x = torch.randn(8, layer.in_features, generator=torch.Generator().manual_seed(0))
     return layer(x.to(next(layer.parameters())))

@@ -1,8 +1,11 @@
-"""The `peft` library as a method: LoRA (arXiv 2106.09685), DoRA (2402.09353), PiSSA (2404.02948), BOFT (2311.06243),
-IA3 (2205.05638), RoAD (2409.00119), VB-LoRA (2405.15179), HiRA (ICLR 2025) and its other adapters of linear layers.
+"""The adapters of the `peft` library as one method.
 
-A peft method is a YAML: `config` names a peft class, `options` are its arguments. Stored: the layer as it was (PiSSA:
-less what its adapter took over) and the adapter. Trains: what peft marks.
+They are LoRA (arXiv 2106.09685), DoRA (2402.09353), PiSSA (2404.02948), BOFT (2311.06243), IA3 (2205.05638),
+RoAD (2409.00119), VB-LoRA (2405.15179), HiRA (ICLR 2025) and peft's other adapters of linear layers. Each is a YAML:
+`config` names a peft class, `options` are its arguments.
+
+A layer stores its base weight (PiSSA: less the part that its adapter takes over) and the adapter. What peft marks
+trains.
 """
 
 import warnings
@@ -32,10 +35,13 @@ FACTORED = ("pissa", "olora")  # values of init_lora_weights that factor the wei
 
 @dataclass(kw_only=True)
 class Peft(Method):
-    """Args:
-    config: name of a peft configuration class, such as LoraConfig.
-    rank: the adapter's rank (peft's `r`), for those that have one.
-    options: every other argument of that class, except `target_modules`. `feedforward_modules` takes roles.
+    """Puts an adapter of the peft library on every target layer.
+
+    Args:
+        config: name of a peft configuration class, such as LoraConfig or BOFTConfig.
+        rank: the adapter's rank, peft's `r`; None for a class that has none.
+        options: other arguments of that class, such as {"lora_alpha": 16}; not `target_modules`, which `targets` sets.
+            `feedforward_modules` takes roles (IA3: ["down"]).
     """
 
     config: str = "LoraConfig"
@@ -46,7 +52,7 @@ class Peft(Method):
 
     @property
     def target_types(self) -> tuple[type, ...]:
-        """LoRA and DoRA add to whatever a layer computes; the others rewrite its weight."""
+        """LoRA and DoRA adapt compressed layers too; the others need a dense weight."""
         return (nn.Linear, RecombinedLinear) if self.config == "LoraConfig" else (nn.Linear,)
 
     def check(self, sites: list[Site]) -> None:
@@ -60,33 +66,47 @@ class Peft(Method):
         return range(1, 1 + narrowest(sites))
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        """Counted on layers without memory, so it is right for whatever peft builds."""
+        """(stored, trained) weights, counted on what peft builds for layers without memory."""
         ghosts = self.ghosts(sites)
         trained = sum(p.numel() for p in ghosts.parameters() if p.requires_grad)
         plain = sum(site.module.in_features * site.module.out_features for site in sites)
         return held(site.module for site in sites) + held([ghosts]) - plain, trained
 
     def ghosts(self, sites: list[Site]) -> nn.ModuleDict:
-        """The adapted layers without memory, run once: what peft refuses, it refuses here."""
-        ghosts, played = nn.ModuleDict(), {}
+        """The adapted layers on torch's meta device, without memory, run once.
+
+        Raises:
+            UsageError: peft refuses the options.
+        """
+        ghosts, roles_by_name = nn.ModuleDict(), {}
         for i, site in enumerate(sites):
             n, m, bias = site.module.in_features, site.module.out_features, site.module.bias is not None
-            ghosts[f"layer{i}"], played[f"layer{i}"] = nn.Linear(n, m, bias, device="meta"), site.role
+            ghosts[f"layer{i}"], roles_by_name[f"layer{i}"] = nn.Linear(n, m, bias, device="meta"), site.role
         with torch.random.fork_rng(devices=[]):
-            self.inject(ghosts, played, fresh=False, low_cpu_mem_usage=True)
+            self.inject(ghosts, roles_by_name, fresh=False, low_cpu_mem_usage=True)
         with one_line(self.config, self.options):
             for ghost in ghosts.eval().values():
                 ghost(torch.empty(1, ghost.in_features, device="meta"))
         return ghosts
 
     def inject(self, model: nn.Module, layers: dict[str, str], fresh: bool = True, **how) -> None:
-        """Puts adapters on the layers {name: role}, in place. Not fresh: their tensors are filled or only counted."""
+        """Puts adapters on layers of the model, in place.
+
+        Args:
+            layers: role of each, by module name.
+            fresh: the adapters keep their initial values; otherwise these are overwritten or only counted, so no
+                weight is factorised for them.
+            how: further arguments of peft's tuner.
+
+        Raises:
+            UsageError: peft refuses the options.
+        """
         import peft
 
         options = dict(self.options) if self.rank is None else {**self.options, "r": self.rank}
         if "feedforward_modules" in options:
-            played = options["feedforward_modules"] or ()
-            options["feedforward_modules"] = [name for name, role in layers.items() if role in played]
+            feedforward = options["feedforward_modules"] or ()
+            options["feedforward_modules"] = [name for name, role in layers.items() if role in feedforward]
         if not fresh and str(options.get("init_lora_weights")).startswith(FACTORED):
             options["init_lora_weights"] = True
         with one_line(self.config, self.options), warnings.catch_warnings():
@@ -104,8 +124,8 @@ class Peft(Method):
         warn_if_moved(self.config, before, after)
 
     def to_spec(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
-        played = roles.find(model, self.targets, nn.Module)
-        return {name: {"role": played[name]} for name in names}
+        roles_by_name = roles.find(model, self.targets, nn.Module)
+        return {name: {"role": roles_by_name[name]} for name in names}
 
     def from_spec(self, model: nn.Module, layers: dict[str, dict]) -> None:
         with torch.random.fork_rng(devices=[]):

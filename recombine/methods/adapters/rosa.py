@@ -1,11 +1,13 @@
 """RoSA: robust adaptation, a low-rank and a sparse delta at once (arXiv 2401.04679).
 
-W + (alpha / r) B A + S. Stored: W (m, n), left = B (m, r), right = A (r, n), and S by its `density` m n entries at
-fixed places: those of the layer's largest mean squared gradients. Trains: B, A and the entries, r (m + n) +
-round(density m n) a layer. B and S start at 0, A as in LoRA, so the model starts exactly as it was.
+The weight is W + (alpha / r) B A + S. The base weight W (m, n) is frozen. B (m, r) is `left` and A (r, n) is `right`.
+S has round(density m n) entries, where the layer's mean squared gradients are largest. B, A and the entries train:
+r (m + n) + round(density m n) weights for each layer, stored beside W. B and S start at 0 and A as in LoRA, so the
+model starts exactly as it was.
 
-Paper: LoRA warms up alone, gradients of that model make the mask, and in its code training then begins again with both
-parts at 0 (`warmup=64`, Adam on the calibration batches at `lr`). Here: the pretrained model's gradients make the mask.
+Paper: LoRA trains alone first, and the gradients of that model choose the entries. In its code training then begins
+again with both parts at 0 (`warmup=64`: Adam on the calibration batches at `lr`). Here: the gradients of the pretrained
+model choose the entries.
 """
 
 import math
@@ -24,11 +26,13 @@ from recombine.layers import DeltaLinear
 
 @dataclass(kw_only=True)
 class Rosa(Method):
-    """Args:
-    rank: of the low-rank part; 0: none.
-    alpha: its scale times the rank.
-    density: share of the weight's entries that the sparse part trains; 0: none, then nothing is calibrated.
-    warmup: steps that the low-rank part trains alone before the mask is made; it is drawn anew afterwards.
+    """Adds a low-rank and a sparse delta to every weight; both train (arXiv 2401.04679).
+
+    Args:
+        rank: of the low-rank delta; 0: there is none.
+        alpha: the low-rank delta is scaled by alpha / rank.
+        density: share of the weight's entries that the sparse delta trains; 0: there is none, and no data is needed.
+        warmup: steps that the low-rank delta trains alone before the entries are chosen; it starts anew afterwards.
     """
 
     rank: int = 8
@@ -59,7 +63,7 @@ class Rosa(Method):
             need_losses(self, losses)
 
     def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
-        """The warm-up: squared gradients of the model with low-rank parts that have trained for a while."""
+        """The warm-up: collects squared gradients of a model whose low-rank deltas have trained for a while."""
         if not self.warmup:
             return
         parts = [self.low_rank(site.module.weight) for site in sites]
@@ -85,7 +89,7 @@ class Rosa(Method):
                 hook.remove()
 
     def low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """left (m, r) = 0 and right (r, n), as LoRA starts."""
+        """left (m, r), which is 0, and right (r, n), Kaiming uniform, as LoRA starts."""
         right = nn.init.kaiming_uniform_(weight.new_empty(self.rank, weight.shape[1]), a=math.sqrt(5))
         return weight.new_zeros(len(weight), self.rank), right
 
@@ -94,7 +98,7 @@ class Rosa(Method):
         return range(least, 1 + min(min(site.module.weight.shape) for site in sites))
 
     def entries(self, site: Site) -> int:
-        """How many entries of the layer's weight the sparse part trains."""
+        """How many entries of the layer's weight the sparse delta trains."""
         return round(self.density * site.module.weight.numel())
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:

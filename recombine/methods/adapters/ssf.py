@@ -1,12 +1,13 @@
 """SSF: scaling and shifting your features (arXiv 2210.08823).
 
-y = gamma * Op(x) + beta after every linear layer, norm and the patch embedding. Stored: the model as it was, beside
-it gamma and beta (C,) for each layer, which alone train: 2 C a layer, 102,912 for ViT-S. Merges into weight and bias.
+y = gamma * Op(x) + beta after every linear layer, every norm and the patch embedding. gamma and beta (C,) of each layer
+alone train: 2 C weights for a layer with C outputs, 102,912 for ViT-S. They are stored beside the model and merge into
+weight and bias.
 
-Paper: gamma starts at N(1, 0.02^2), beta at N(0, 0.02^2) (`start=normal`). Here: at 1 and 0, so the model starts as
+Paper: gamma starts at N(1, 0.02^2) and beta at N(0, 0.02^2) (`start=normal`). Here: at 1 and 0, so the model starts as
 it was.
-Paper: vision models. Here: also language models, whose RMSNorms are scaled and not shifted, since they hold no bias.
-Merging gives a linear layer that had no bias (Llama's, Swin's reduction) one.
+Paper: vision models. Here: also language models, whose RMSNorms are scaled and not shifted, since they have no bias.
+A linear layer without a bias (Llama's, Swin's reduction) has one after merging.
 """
 
 from dataclasses import dataclass
@@ -22,9 +23,11 @@ from recombine.layers import ScaleShift
 
 @dataclass(kw_only=True)
 class Ssf(Method):
-    """Args:
-    targets: roles of linear layers, norms, embed (the patch embedding) and reduction (Swin's, between its stages).
-    start: identity, or normal, the paper's.
+    """Scales and shifts the output of every target layer (arXiv 2210.08823).
+
+    Args:
+        targets: roles of linear layers; also norm, embed (the patch embedding) and reduction (between Swin's stages).
+        start: identity leaves the model as it was; normal draws gamma and beta as the paper does.
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?", "reduction?", "norm", "embed?")

@@ -1,28 +1,32 @@
-"""CRISP's factors for what a layer outputs instead of what it weighs: alternating least squares on input moments.
+"""CRISP's factors fitted to a layer's outputs instead of its weights, by alternating least squares.
 
-min over B, G_1 ... G_g of sum_i E|W_i x - W'_i x|^2 / E|W_i x|^2; W'_i = B H_i, H_i = I (x) G_i (q r, n), q = n / s,
-and B is seen as (m, q r). With C_i = E[x x^T] of layer i, from calibration, both steps are linear:
-B = (sum W_i C_i H_i^T) (sum H_i C_i H_i^T)^-1, one Cholesky of q r; and G_i solves sum_ab B_a^T B_b G C_ba =
-sum_a B_a^T (W C)_a, by conjugate gradients. The start is the truncated SVD of the chunks weighed by their mean moment.
+The fit minimises sum_i E|W_i x - W'_i x|^2 / E|W_i x|^2 over B, G_1 ... G_g. Each layer counts by its relative error,
+so one with large activations does not outweigh the others. W'_i = B H_i with B seen as (m, q r), q = n / s, and
+H_i = I (x) G_i (q r, n). C_i = E[x x^T] of layer i comes from calibration. Both steps are then linear:
 
-Not in the paper. Each layer counts by its relative error, so one with large activations does not drown the others.
+    B = (sum_i W_i C_i H_i^T) (sum_i H_i C_i H_i^T)^-1             one Cholesky factorisation of size q r
+    sum_ab B_a^T B_b G_i C_ba = sum_a B_a^T (W_i C_i)_a            for G_i, by conjugate gradients
+
+The start is the truncated SVD of the chunks, weighed by their mean moment. Paper: has no such fit.
 """
 
 import torch
 from torch import Tensor
 
-STEPS = 4  # of conjugate gradients: more change the error in its sixth digit
+STEPS = 4  # of conjugate gradients; more of them change only the sixth digit of the error
 
 
 def fit_outputs(
     weights: list[Tensor], moments: list[Tensor], rank: int, chunk: int, alternations: int
 ) -> tuple[Tensor, Tensor]:
-    """The basis (m n / s, r) and [G_1 ... G_g] (r, g s), in float64.
+    """Fits the basis (m n / s, r) and [G_1 ... G_g] (r, g s) of a group, in float64.
 
     Args:
-        weights: the group's, all (m, n), in float64.
-        moments: E[x x^T] (n, n) of each, positive definite or 0.
-        alternations: of a G step and a B step, after a first B step.
+        weights: of the group's layers, all (m, n), in float64.
+        moments: E[x x^T] (n, n) of each layer, positive definite or 0.
+        rank: r.
+        chunk: s.
+        alternations: pairs of a G step and a B step, after a first B step.
     """
     moments = [c if c.any() else torch.eye(len(c)).to(c) for c in moments]  # a layer that never saw an input
     outputs = [w @ c for w, c in zip(weights, moments, strict=True)]
@@ -37,7 +41,7 @@ def fit_outputs(
 
 
 def start(weights: list[Tensor], moments: list[Tensor], shares: list, rank: int, chunk: int) -> list[Tensor]:
-    """G_i (r, s): the best if all chunks of an input had the same moment and were independent."""
+    """The first G_i (r, s), which are optimal if the chunks of an input are independent and have the same moment."""
     roots, pieces = [], []
     for w, c, share in zip(weights, moments, shares, strict=True):
         blocks = c.view(-1, chunk, c.shape[0] // chunk, chunk).diagonal(dim1=0, dim2=2)  # (s, s, q)
@@ -52,7 +56,7 @@ def start(weights: list[Tensor], moments: list[Tensor], shares: list, rank: int,
 
 
 def solve_basis(outputs: list[Tensor], moments: list[Tensor], shares: list, gated: list[Tensor]) -> Tensor:
-    """B (m, q, r), given the G_i (r, s) and W_i C_i (m, n)."""
+    """B (m, q, r), given the G_i (r, s), the W_i C_i (m, n) and each layer's weight in the sum (shares)."""
     (m, n), (r, s) = outputs[0].shape, gated[0].shape
     left, right = 0.0, 0.0
     for wc, c, share, g in zip(outputs, moments, shares, gated, strict=True):
@@ -65,7 +69,10 @@ def solve_basis(outputs: list[Tensor], moments: list[Tensor], shares: list, gate
 
 
 def solve_mixer(basis: Tensor, output: Tensor, moment: Tensor, gated: Tensor) -> Tensor:
-    """G (r, s), given B (m, q, r), from the G before; preconditioned by the mean diagonal blocks of B^T B and C."""
+    """G (r, s), given B (m, q, r), W C (m, n) and C (n, n), by conjugate gradients from the previous G.
+
+    They are preconditioned by the mean diagonal blocks of B^T B and C.
+    """
     (m, q, r), s = basis.shape, gated.shape[1]
     gram = (basis.flatten(1).T @ basis.flatten(1)).view(q, r, q, r)  # B_a^T B_b at [a, :, b]
     blocks = moment.view(q, s, q, s)  # C_ba at [b, :, a]

@@ -1,8 +1,9 @@
-"""The closed forms of CRISP: a truncated SVD through a small Gram matrix, and the gauge in which a gate is inverted.
+"""CRISP's closed form: a truncated SVD through a small Gram matrix, and the scaling in which the gate is inverted.
 
-With M = [M_1 ... M_g] (m n / s, g s), M_i = reshape(W_i, (m n / s, s)), and the eigenvectors V of M^T M, B = M V_r and
-[G_1 ... G_g] = V_r^T minimise |M - B G| (Eckart & Young 1936). A row of G is only defined up to its scale, so each is
-turned and scaled until it lies where the gate can be inverted.
+M = [M_1 ... M_g] (m n / s, g s) with M_i = reshape(W_i, (m n / s, s)). With the eigenvectors V of M^T M, B = M V_r and
+[G_1 ... G_g] = V_r^T minimise |M - B G| (Eckart & Young 1936). A row of G is defined only up to a factor, which the
+column of B takes up. So each row is scaled, and turned, until it lies where the gate can be inverted. That choice of
+factors is the gauge.
 """
 
 import torch
@@ -18,7 +19,11 @@ HIGHEST = {"silu": 8.0, "gelu": 8.0, "none": 1.0}  # and for rows without a nega
 
 
 def stack(group: list[Site], chunk: int) -> Tensor:
-    """M = [M_1 ... M_g], (m n / s, g s) in float64."""
+    """M = [M_1 ... M_g] (m n / s, g s) of a group, in float64.
+
+    Raises:
+        UsageError: a weight is not finite.
+    """
     for site in group:
         if not torch.isfinite(site.module.weight).all():
             raise UsageError(f"{site.name} has weights that are not finite: the checkpoint is damaged, load another")
@@ -32,13 +37,13 @@ def spectrum(m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def truncate(m: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B (m n / s, r) and G (r, g s) that minimise |M - B G|; rows of G orthonormal."""
+    """B (m n / s, r) and G (r, g s) that minimise |M - B G|. The rows of G are orthonormal."""
     rows = spectrum(m)[1][:, :rank].T
     return m @ rows.T, rows
 
 
 def random_orthogonal(m: Tensor, rank: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Orthonormal columns B and rows G of no meaning, scaled so that |B G| = |M|."""
+    """Random B (m n / s, r) and G (r, g s) with orthogonal columns and rows, scaled so that |B G| = |M| (Tab. 8)."""
     draw = [
         nn.init.orthogonal_(torch.empty(*shape, dtype=m.dtype), generator=rng)
         for shape in ((len(m), rank), (rank, m.shape[1]))
@@ -48,7 +53,13 @@ def random_orthogonal(m: Tensor, rank: int, rng: torch.Generator) -> tuple[Tenso
 
 
 def ungate(basis: Tensor, gated: Tensor, gate: str, gauge: str) -> tuple[Tensor, Tensor]:
-    """B and A with B gate(A) = basis . gated, in the gauge that puts gated's rows where the gate can be inverted."""
+    """B (u, r) and A (r, g s) with B gate(A) = basis . gated: scales the rows of gated, then inverts the gate.
+
+    Args:
+        gate: silu, gelu or none.
+        gauge: svd scales every row by itself, balanced all rows by the square root of their singular value and then by
+            one factor.
+    """
     size = gated.norm(dim=1, keepdim=True)
     top = gated.gather(1, gated.abs().argmax(1, keepdim=True))
     scale = torch.where(size > 0, 1 / size, 1.0) * torch.where(top < 0, -1.0, 1.0)  # largest entry of each row positive

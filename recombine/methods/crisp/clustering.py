@@ -1,14 +1,16 @@
 """CRISP Alg. 5, Stages 1 and 1b: fewer basis columns by importance-weighted k-means, then new coefficients.
 
-From an exact teacher W_i = B G_i: (1) importance w_k of every column, (2) k-means of the columns with their coefficient
-rows, (3) one column a cluster, the weighted mean rescaled to its members' mean power, (4) coefficients summed in each
-cluster, (1b) coefficients by least squares on the teacher's weights. No data.
+The teacher is exact, W_i = B G_i, and no data is needed. Stage 1 has four steps: the importance w_k of every column;
+k-means of the columns together with their coefficient rows; one column for each cluster, the weighted mean rescaled to
+its members' mean power; the coefficients summed within each cluster. Stage 1b finds the coefficients by least squares
+on the teacher's weights instead.
 
-Paper: w_k = |B_k| + lambda sum_i |A_ik|_1 (lambda not given, here 1), features [random projection of B; A], sums and
-least squares over ungated A. All change when B_k doubles and G_k halves, and the gate is then applied to what was
-fitted without it: silu(x) ~ x / 2 halves the weights. Here: w_k = |B_k|^2 |G_k|^2, features of balanced columns and
-rows, distances exact through their Gram matrix, G summed and solved and then ungated; `printed` is the paper's form.
-By Eckart and Young no clustering has a smaller weight error than `fit: closed` of the same rank.
+Paper: w_k = |B_k| + lambda sum_i |A_ik|_1 (lambda is not given, here 1); the features are a random projection of B and
+A; sums and least squares are over A before the gate (`printed=true`). All of these change when B_k doubles and G_k
+halves. The gate is then applied to what was fitted without it: silu(x) ~ x / 2 halves the weights.
+Here: w_k = |B_k|^2 |G_k|^2; the features are balanced columns and rows, with exact distances from their Gram matrix;
+sums and least squares are over G, which is ungated afterwards.
+By Eckart and Young no clustering has a smaller weight error than `fit=closed` at the same rank.
 """
 
 from dataclasses import dataclass
@@ -22,22 +24,34 @@ from recombine.errors import UsageError
 
 @dataclass
 class Cluster:
-    """teacher: the exact model is made by closed or mimicry. printed: importance, features, sums and least squares of
-    the ungated mixers, as Alg. 5 prints them. resolve: Stage 1b."""
+    """Fields of `method.cluster`: how Alg. 5 is run.
+
+    Args:
+        teacher: how the exact model is made: closed (the SVD) or mimicry.
+        printed: importance, features, sums and least squares of the mixers before the gate, as Alg. 5 prints them.
+        resolve: run Stage 1b.
+    """
 
     teacher: str = "closed"
     printed: bool = False
     resolve: bool = True
 
     def check(self) -> None:
+        """Raises UsageError for an unknown teacher."""
         if self.teacher not in ("closed", "mimicry"):
             raise UsageError(f"method.cluster.teacher={self.teacher}: must be closed or mimicry")
 
 
 def merge(basis: Tensor, rows: Tensor, goal: Tensor, rank: int, how: Cluster) -> tuple[Tensor, Tensor]:
-    """Basis (u, r) and coefficients (r, g s) for the weights `goal` (u, g s) from the teacher's (u, R) and (R, g s).
+    """A basis (u, r) and coefficients (r, g s) that stand for a teacher's.
 
-    The coefficients are those after the gate; if `printed`, those before it.
+    The coefficients, given and returned, are those after the gate; with `printed` those before it.
+
+    Args:
+        basis: the teacher's, (u, R).
+        rows: the teacher's coefficients, (R, g s).
+        goal: the weights, (u, g s).
+        rank: r.
     """
     if how.printed:
         importance = basis.norm(dim=0) + rows.abs().sum(1)
@@ -61,7 +75,10 @@ def merge(basis: Tensor, rows: Tensor, goal: Tensor, rank: int, how: Cluster) ->
 
 
 def kmeans(points: Tensor, weight: Tensor, count: int, rounds: int = 100) -> Tensor:
-    """Which of `count` clusters each of the points (R, d) is in (R,); Lloyd's, from the heaviest points."""
+    """The cluster (R,), in [0, count), of each of the points (R, d), by Lloyd's k-means.
+
+    The heaviest points, by weight (R,), are the first centres.
+    """
     centres = points[weight.argsort(descending=True, stable=True)[:count]]
     label = None
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""How CRISP shares bases: which layers share one, its size, and what that stores (see crisp.py)."""
+"""How CRISP shares bases: which layers share one, its size, and what that stores (see method.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,14 @@ from recombine.methods.crisp.closed_form import spectrum, stack
 
 @dataclass(kw_only=True)
 class SharedBases(Method, abstract=True):
-    """Args:
-    chunk: length s of the pieces that rows are cut into; divides the width of every target layer.
-    group_size: how many consecutive layers of a role share a basis.
-    basis_rank: columns r of a basis, at most group_size * chunk; None: that many, which is exact.
-    energy: the smallest basis_rank per group that keeps this share of the energy, instead of `basis_rank`.
+    """The part of CRISP that decides groups and sizes.
+
+    Args:
+        chunk: length s of the pieces that rows are cut into; it divides the width of every target layer.
+        group_size: how many consecutive layers of a role share a basis.
+        basis_rank: columns r of a basis, at most group_size * chunk; None: that many, which is exact.
+        energy: instead of `basis_rank`, the smallest rank of each group that keeps this share of the squared singular
+            values, in (0, 1].
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?")
@@ -54,9 +57,11 @@ class SharedBases(Method, abstract=True):
         return divisors(gcd(*(site.module.in_features for site in sites)))
 
     def groups(self, sites: list[Site]) -> list[list[Site]]:
+        """The layers that share a basis, group by group."""
         return consecutive(sites, lambda role: self.group_size)
 
     def group_rank(self, group: list[Site]) -> int:
+        """The columns r of a group's basis."""
         most = len(group) * self.chunk
         if self.energy is not None:
             return energy_rank(spectrum(stack(group, self.chunk))[0].sqrt(), self.energy)
@@ -71,4 +76,5 @@ class SharedBases(Method, abstract=True):
 
 
 def divisors(width: int) -> list[int]:
+    """All divisors of a number, ascending."""
     return [d for d in range(1, width + 1) if width % d == 0]

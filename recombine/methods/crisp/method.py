@@ -1,14 +1,15 @@
 """CRISP: a basis shared by a group of layers and a small gated mixer for each (CRISP Eq. 4, Alg. 1-6).
 
-W_i = reshape(B . G_i, (m, n)), G_i = silu(A_i). g consecutive layers of one role and shape share B
-(m n / s, r), frozen in adaptation; A_i (r, s) trains. Stored per group: r m n / s + g r s. Exact at r = g s.
+W_i = reshape(B . G_i, (m, n)), G_i = silu(A_i). A group of g consecutive layers of one role and shape shares the basis
+B (m n / s, r), which is frozen in adaptation. The mixer A_i (r, s) of each layer trains. A group stores
+r m n / s + g r s weights. It is exact at r = g s.
 
-Paper: neural mimicry fits B and A_i by gradient descent; r and s trade places in its Fig. 5. Here: a closed form
-(`crisp_closed`), of which mimicry is an approximation, and the names `basis_rank` (r) and `chunk` (s).
-
-Paper: a student starts from "the top-r eigenvectors of the teacher's A and B", which depend on their gauge. Here: from
-the same SVD at the student's rank, the truncation of the product B G of an exact teacher. There is no switch: what the
-words mean through a gate is not defined.
+Paper: neural mimicry fits B and A_i by gradient descent. Here: a closed form (closed_form.py), which mimicry
+approximates.
+Paper: r and s trade places in its Fig. 5. Here: r is `basis_rank` and s is `chunk`.
+Paper: a student starts from "the top-r eigenvectors of the teacher's A and B", which depend on their scaling. Here:
+from the same SVD at the student's rank, the truncation of the product B G of an exact teacher. No field asks for the
+paper's start, because it is not defined through a gate.
 """
 
 import logging
@@ -33,26 +34,29 @@ from recombine.runtime import progress
 
 log = logging.getLogger(__name__)
 
-# How a group's basis (m n / s, r) and mixers [A_1 ... A_g] (r, g s) are found: the field `fit`.
-# m (m n / s, g s): the group's weights, stacked.
+# The values of the field `fit`. Each function returns a group's basis (m n / s, r) and mixers [A_1 ... A_g] (r, g s).
+# m (m n / s, g s) holds the group's weights, stacked.
 
 
 def closed(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The truncated SVD of the weights."""
     return ungate(*truncate(m, rank), how.gate, how.gauge)
 
 
 def random(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random orthogonal factors at the weights' scale (Tab. 8)."""
     return ungate(*random_orthogonal(m, rank, rng), how.gate, how.gauge)
 
 
 def mimicry(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Gradient descent on the weights (Alg. 2)."""
     *factors, loss = mimic(weights_of(group), rank, how.chunk, how.gate, how.placement, how.mimicry, rng)
     log.info("%s and %d more: mimicry's loss %.3g", group[0].name, len(group) - 1, loss)
     return factors
 
 
 def cluster(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Alg. 5 from an exact teacher."""
+    """Clusters of the columns of an exact teacher (Alg. 5)."""
     if how.cluster.teacher == "mimicry":
         basis, mixers, _ = mimic(weights_of(group), m.shape[1], how.chunk, how.gate, "pre", how.mimicry, rng)
         basis, mixers = basis.double(), mixers.double()
@@ -64,8 +68,9 @@ def cluster(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Ge
 
 
 def aware(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    inputs = [how.stats[site.name].inputs for site in group]
-    moments = [shrink(one.xx, one.x4, one.tokens, floor=0.01) for one in inputs]
+    """Least squares on the layers' outputs for calibration data."""
+    statistics = [how.stats[site.name].inputs for site in group]
+    moments = [shrink(inputs.xx, inputs.x4, inputs.tokens, floor=0.01) for inputs in statistics]
     return ungate(*fit_outputs(weights_of(group), moments, rank, how.chunk, how.alternations), how.gate, how.gauge)
 
 
@@ -87,18 +92,25 @@ CHOICES = {
 
 @dataclass(kw_only=True)
 class Crisp(SharedBases):
-    """The size is `SharedBases`'s.
+    """Shares a basis among a group of layers and trains a gated mixer for each (CRISP Eq. 4, Alg. 1-6).
+
+    `SharedBases` has the fields that decide groups and sizes.
 
     Args:
-        gate: silu, gelu, relu or none; relu has no inverse, so only mimicry fits it.
-        placement: of the gate: pre (Eq. 4), post or temp (Fig. 6); only mimicry fits the last two.
-        gauge: svd scales every row of G alone (B's columns differ in norm), balanced all rows of a group alike.
-        fit: closed, the truncated SVD; aware, least squares on the layers' outputs (calibrates); cluster, Alg. 5;
-            random, orthogonal factors at the weights' scale (Tab. 8, without SVD); mimicry, gradient descent (Alg. 2).
-        alternations: of the aware fit.
-        refine: gradient steps after the fit on the weights and the task's loss (Alg. 5, Stage 2; calibrates).
+        gate: silu, gelu, relu or none. relu has no inverse, so only fit=mimicry takes it.
+        placement: of the gate: pre (Eq. 4), post or temp (Fig. 6). Only fit=mimicry takes the last two.
+        gauge: how rows of G are scaled before the gate is inverted: svd, each by itself, so that B's columns differ in
+            norm; balanced, by the square root of their singular value and one factor.
+        fit: closed, the truncated SVD; aware, least squares on the layers' outputs (needs calibration data); cluster,
+            Alg. 5; random, orthogonal factors at the weights' scale (Tab. 8, without SVD); mimicry, gradient descent
+            (Alg. 2).
+        alternations: of fit=aware: pairs of a step for the mixers and one for the basis.
+        cluster: fields of fit=cluster.
+        mimicry: fields of fit=mimicry.
+        refine: gradient steps after the fit, on the weights and the task's loss (Alg. 5, Stage 2; needs calibration
+            data).
         regulariser: of the mixers in training (Tab. 4): none, l2 |A|^2, orthogonal or spectral (top singular value).
-        strength: its weight.
+        strength: the regulariser's factor in the loss.
     """
 
     gate: str = "silu"

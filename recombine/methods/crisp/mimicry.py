@@ -1,13 +1,13 @@
 """Neural mimicry (RECAST; CRISP Alg. 2, Eq. 5): a basis and its mixers by gradient descent on the weights themselves.
 
-sum_i loss(T(B, A_i), W_i), each loss a mean over the entries of a weight; no data. In float32, best iterate kept.
-It ends at the truncated SVD that `crisp_closed.truncate` computes directly, and serves the ablations (Fig. 6-8,
-Tab. 4) and the gates and placements that have no closed form.
+It minimises sum_i loss(T(B, A_i), W_i), each loss a mean over the entries of a weight, in float32. No data is needed.
+The best iterate is kept. It converges to the truncated SVD, which `closed_form.truncate` computes directly. So it
+serves the ablations (Fig. 6-8, Tab. 4) and the gates and placements that have no closed form.
 
-Paper: rate 0.01, a step scheduler, up to 1000 steps, B and A_i from N(0, 0.01) in Alg. 2, orthogonal A_i in the text,
-optimiser not named. RECAST's code: RMSprop 0.1, Kaiming templates, a tenth of the rate every 200 steps. Here: Adam,
-the scheduler of RECAST, and 0.01 as the standard deviation of B: with 0.1, or Kaiming, 1000 steps are not enough.
-RECAST's is `optimizer=rmsprop lr=0.1 basis=kaiming`.
+Paper: rate 0.01, a step scheduler, up to 1000 steps; B and A_i from N(0, 0.01) in Alg. 2, orthogonal A_i in the text;
+the optimiser is not named. RECAST's code: RMSprop at 0.1, Kaiming templates, a tenth of the rate every 200 steps
+(`optimizer=rmsprop lr=0.1 basis=kaiming`). Here: Adam, RECAST's scheduler, and 0.01 as the standard deviation of B.
+With 0.1, or Kaiming, 1000 steps are not enough.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,16 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 
 @dataclass
 class Mimicry:
-    """loss: smooth_l1, huber, mse or l1. init: of the mixers, orthogonal, uniform, kaiming, xavier or normal; basis:
-    of the basis. optimizer: adam or rmsprop, with the rate lr, divided by 10 every `decay_every` of `steps` steps.
+    """Fields of `method.mimicry`: how the descent is run.
+
+    Args:
+        loss: between weights: smooth_l1, huber, mse or l1.
+        init: start of the mixers: orthogonal, uniform, kaiming, xavier or normal.
+        basis: start of the basis: one of the same.
+        optimizer: adam or rmsprop.
+        lr: learning rate.
+        steps: of the optimizer.
+        decay_every: steps after which the rate is divided by 10, again and again.
     """
 
     loss: str = "smooth_l1"
@@ -45,6 +53,7 @@ class Mimicry:
     decay_every: int = 200
 
     def check(self) -> None:
+        """Raises UsageError for an unknown name or a number that is not positive."""
         for name, known in (("loss", LOSSES), ("init", INITS), ("basis", INITS), ("optimizer", OPTIMIZERS)):
             if (value := getattr(self, name)) not in known:
                 raise UsageError(f"method.mimicry.{name}={value}: must be one of {', '.join(known)}")
@@ -56,7 +65,15 @@ class Mimicry:
 def mimic(
     weights: list[Tensor], rank: int, chunk: int, gate: str, placement: str, how: Mimicry, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, float]:
-    """The basis (m n / s, r), the mixers [A_1 ... A_g] (r, g s) and the loss reached; weights all (m, n)."""
+    """Fits the basis (m n / s, r) and the mixers [A_1 ... A_g] (r, g s) of a group; also returns the loss reached.
+
+    Args:
+        weights: of the group's layers, all (m, n).
+        rank: r.
+        chunk: s.
+        gate: silu, gelu, relu or none.
+        placement: of the gate: pre, post or temp.
+    """
     pieces = [weight.float().reshape(-1, chunk) for weight in weights]
     goal = torch.cat(pieces, 1)  # (m n / s, g s): equal shapes, so the sum of means is g times the mean
     basis = INITS[how.basis](torch.empty(len(goal), rank), rng).to(goal.device)
@@ -72,8 +89,8 @@ def mimic(
             value.backward()
             if value.item() < reached:
                 reached = value.item()
-                for kept, now in zip(best, (basis, mixer), strict=True):
-                    kept.copy_(now.detach())
+                for copy, factor in zip(best, (basis, mixer), strict=True):
+                    copy.copy_(factor.detach())
             optimizer.step()
             scheduler.step()
     return *best, reached

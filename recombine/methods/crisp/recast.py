@@ -1,10 +1,11 @@
 """RECAST: every weight is a mix of its group's templates (RECAST; CRISP Eq. 3), CRISP with chunk 1 and no gate.
 
-W_i = sum_t a_it T_t: templates T_t (m, n), r to a group, shared and frozen; the r coefficients a_i of a layer train.
-Stored per group: r m n + g r. Exact at r = g.
+W_i = sum_t a_it T_t. The r templates T_t (m, n) of a group are shared and frozen. The r coefficients a_i of each layer
+train. A group of g layers stores r m n + g r weights. It is exact at r = g.
 
-Paper: W_i = (1/K) sum_k sum_t a_ikt T_t with K coefficient sets. Here: the map is linear in a, so one set, their mean,
-makes the same weights, K times cheaper. RECAST groups all layers of a role into 6 groups of consecutive ones (2 of 12).
+Paper: W_i = (1/K) sum_k sum_t a_ikt T_t with K coefficient sets. Here: one set. The map is linear in a, so the mean of
+K sets makes the same weights, K times cheaper. As in the paper, a group is two consecutive layers of a role (12 layers
+make 6 groups).
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,13 @@ from recombine.methods.crisp.method import Crisp
 
 @dataclass(kw_only=True)
 class Recast(Crisp):
-    """The fields of Crisp, of which `basis_rank` counts a group's templates; None: group_size, which is exact."""
+    """Mixes the templates of a group by scalars that train (RECAST; CRISP Eq. 3).
+
+    The fields are Crisp's.
+
+    Args:
+        basis_rank: the number r of a group's templates; None: group_size, which is exact.
+    """
 
     chunk: int = 1
     gate: str = "none"
@@ -35,6 +42,6 @@ class Recast(Crisp):
         super().check(sites)
 
     def retained_weights(self, sites: list[Site]) -> int:
-        """The templates: one in a group of two is retained_50, which the few coefficients must not tip over."""
+        """The templates' weights: one template for two layers is retained_50, whatever the few coefficients add."""
         stored, coefficients = self.sizes(sites)
         return stored - coefficients

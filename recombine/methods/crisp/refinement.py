@@ -1,8 +1,10 @@
 """CRISP Alg. 5, Stage 2: a short gradient descent on bases and mixers, on the weights and on calibration batches.
 
-Each step: weight * sum_i |W_i - W'_i|^2 / |W_i|^2 / L + task * loss of one batch, L layers. Norms, biases and all else
-stay. Paper: sum |W - W'|^2 as it is (`relative=false`); weights, rate and steps not given. Here: relative, so that they
-suit any model.
+Each step descends weight * sum_i |W_i - W'_i|^2 / |W_i|^2 / L + task * (loss of one batch), for L layers. Norms,
+biases and everything else stay as they are.
+
+Paper: sum_i |W_i - W'_i|^2 as it is (`relative=false`). Its weights, rate and steps are not given. Here: relative
+errors, so that the same weights suit any model.
 """
 
 from dataclasses import dataclass
@@ -18,8 +20,15 @@ from recombine.layers import SharedBasisLinear
 
 @dataclass
 class Refine:
-    """steps of Adam at rate lr (0: none); weight and task weigh the two errors. relative: each layer's error of the
-    weights is divided by |W_i|^2 and by L."""
+    """Fields of `method.refine`: how the refinement is run.
+
+    Args:
+        steps: of Adam; 0: no refinement.
+        lr: learning rate.
+        weight: factor of the weights' error.
+        task: factor of the task's loss.
+        relative: each layer's error of the weights is divided by |W_i|^2 and by the number of layers.
+    """
 
     steps: int = 0
     lr: float = 1e-3
@@ -28,6 +37,7 @@ class Refine:
     relative: bool = True
 
     def check(self) -> None:
+        """Raises UsageError for a negative number."""
         for name in ("steps", "lr", "weight", "task"):
             if (value := getattr(self, name)) < 0:
                 raise UsageError(f"method.refine.{name}={value}: must not be negative")
@@ -35,7 +45,15 @@ class Refine:
 
 @torch.enable_grad()
 def refine(original: list[tuple[SharedBasisLinear, Tensor]], losses: Losses, how: Refine) -> None:
-    """Trains the layers' bases and mixers in place towards the original weights (m, n) and the task."""
+    """Trains the layers' bases and mixers, in place, towards the original weights and the task.
+
+    Args:
+        original: (layer, its original weight (m, n)) for all rewritten layers.
+        losses: yields the task's loss for one calibration batch after another.
+
+    Raises:
+        UsageError: a pass over the calibration data had no batch.
+    """
     parameters = {id(p): p for layer, _ in original for p in (layer.basis, layer.mixer)}.values()  # a basis once
     flags = [p.requires_grad for p in parameters]
     for p in parameters:

@@ -1,4 +1,4 @@
-"""What CRISP's training may add to its loss for the mixers (Tab. 4)."""
+"""Penalties on CRISP's mixers, which training may add to its loss (Tab. 4)."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,10 @@ from recombine.layers import SharedBasisLinear
 
 
 def not_orthogonal(layer: SharedBasisLinear) -> Tensor:
-    """|K - I|^2 / d with K = G G^T (r, r), or G^T G (s, s) if that is smaller, scaled to the trace d of I (d, d)."""
+    """How far a gated mixer G (r, s) is from orthogonal: |K - I|^2 / d.
+
+    K (d, d) is G G^T, or G^T G if that is smaller, scaled to the trace d.
+    """
     g = layer.gated_mixer()
     gram = g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g
     gram = gram / gram.diagonal().mean()

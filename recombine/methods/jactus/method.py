@@ -1,18 +1,19 @@
 """JACTUS: joint adaptation and compression with a task-aware union of subspaces (arXiv 2605.02829, Alg. 1).
 
-Calibration gives C_x = E[x x^T] and C_g = E[g g^T], g = dL/dy, each scaled to a mean eigenvalue of 1 and shrunk
-(Ledoit & Wolf 2004). Inside a union of subspaces of W, C_x and C_g (`jactus_union`), W_k of rank k minimises
-|C_g^1/2 (W - W_k) C_x^1/2|_F. Ranks are allocated over all layers by marginal gain per weight (`jactus_ranks`).
-Orthonormal left (m, k) and right (k, n) are frozen, a dense core (k, k) between them trains. Stored: k (m + n) + k^2;
-after training the core folds away, which leaves k (m + n).
+Calibration gives C_x = E[x x^T] and C_g = E[g g^T] with g = dL/dy. Each is shrunk (Ledoit & Wolf 2004) and scaled to a
+mean eigenvalue of 1. Inside a union of subspaces of W, C_x and C_g (union.py), the W_k of rank k minimises
+|C_g^1/2 (W - W_k) C_x^1/2|_F. Ranks are allocated over all layers by marginal gain per weight (rank_options.py).
+Orthonormal left (m, k) and right (k, n) are frozen; the dense core (k, k) between them trains. A layer stores
+k (m + n) + k^2 weights. After training the core folds away, which leaves k (m + n).
 
-Ablation: `sensitivity: none` looks at no gradients: C_g = I and no U_g, so with alpha = 1 W_k is the whitened SVD, and
-with `relative` and `allocation: lagrangian` ranks are chosen as BALF chooses them. Paper: both are not in it.
+Ablation: `sensitivity=none` uses no gradients, C_g = I without U_g. With alpha = 1, W_k is then the whitened SVD; with
+`relative=true` and `allocation=lagrangian`, ranks are chosen as in BALF. Paper: has neither.
 
-Paper (read from its abstract, figures and reviews; no code): the caption gives the gradient directions to the input
-side. Here: C_g weighs the output side, where g lives. Paper: no values of alpha, beta, gamma. Here: large, as only the
-calibration pays for a wide union, and .95, .99, .99 lose accuracy (experiments/LOG.md). Paper: every layer is factored.
-Here: a layer may stay dense where that is cheaper (`dense`), or not, as the paper has it: dense="none".
+The paper was read from its abstract, figures and reviews; its code was not at hand.
+Paper: the caption gives the gradient directions to the input side. Here: C_g weighs the output side, where g lives.
+Paper: no values of alpha, beta, gamma. Here: large ones, since only the calibration pays for a wide union. The values
+0.95, 0.99, 0.99 lose accuracy (experiments/LOG.md).
+Paper: every layer is factored (`dense=none`). Here: a layer may stay dense where that is cheaper.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from recombine.core.method import Site, need
 from recombine.methods.allocation import greedy, lagrangian
 from recombine.methods.jactus.rank_options import Prices
 from recombine.methods.jactus.subspaces import Subspaces
-from recombine.methods.jactus.union import cored, factored
+from recombine.methods.jactus.union import dense_with_core, factored
 from recombine.runtime import progress
 
 SPEND = {"greedy": greedy, "lagrangian": lagrangian}
@@ -37,16 +38,18 @@ CHOICES = {
 
 @dataclass(kw_only=True)
 class Jactus(Subspaces):
-    """What the unions are made of is `Subspaces`'s.
+    """Compresses each weight inside a task-aware union of subspaces and trains a core there (arXiv 2605.02829, Alg. 1).
+
+    `Subspaces` has the fields that say what the unions are made of.
 
     Args:
         ratio: share of the target layers' weights that is kept.
-        counted: stored counts the core's k^2 as well, deployed what is left once it is folded away.
-        allocation: greedy (the paper's) or lagrangian.
+        counted: what `ratio` counts: stored, the core's k^2 as well; deployed, what is left once the core folds away.
+        allocation: of ranks: greedy (the paper's) or lagrangian.
         relative: a layer's gains count as shares of their sum, not as they are.
-        dense: a layer left dense trains nothing (frozen), itself (full) or a core on its top directions
-            (core_on_top_k); none: no layer is left dense.
-        top_k: the size of that core.
+        dense: what a layer that stays dense trains: frozen, nothing; full, itself; core_on_top_k, a core on its top
+            directions. none: no layer stays dense.
+        top_k: the size k of the core under core_on_top_k.
     """
 
     ratio: float = 0.8
@@ -68,6 +71,7 @@ class Jactus(Subspaces):
 
     @property
     def prices(self) -> Prices:
+        """How layers are counted, by `counted`, `dense` and `top_k`."""
         return Prices(self.counted == "stored", self.dense, self.top_k)
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
@@ -76,10 +80,10 @@ class Jactus(Subspaces):
         return [i / 1000 for i in range(int(1000 * least) + 1, 1001)]
 
     def widest(self, site: Site) -> int:
-        return max(self.prices.most(*site.module.weight.shape), self.top_k)
+        return max(self.prices.max_rank(*site.module.weight.shape), self.top_k)
 
     def top(self, site: Site) -> int:
-        """The size of the core on a layer that stays dense."""
+        """The size of the core beside a layer that stays dense."""
         return min(self.top_k, len(self.whole(site).right))
 
     def ranks(self, sites: list[Site]) -> list[int | None]:
@@ -98,7 +102,7 @@ class Jactus(Subspaces):
     def retained_weights(self, sites: list[Site]) -> int:
         shapes = [site.module.weight.shape for site in sites]
         return sum(
-            self.prices.whole(*shape, self.top(site)) if k is None else self.prices.factored(*shape, k)
+            self.prices.dense_cost(*shape, self.top(site)) if k is None else self.prices.factored(*shape, k)
             for site, shape, k in zip(sites, shapes, self.ranks(sites), strict=True)
         )
 
@@ -117,10 +121,10 @@ class Jactus(Subspaces):
             del self._whole[site.name]
 
     def layer(self, site: Site, k: int | None) -> nn.Module:
-        """At rank k; None: the dense layer, under the rule for those."""
+        """The new layer at rank k; None: the dense layer, with what `dense` lets it train."""
         if k is not None:
             return factored(site.module, self.whole(site), k)
         if self.dense == "core_on_top_k":
-            return cored(site.module, self.whole(site), self.top(site))
+            return dense_with_core(site.module, self.whole(site), self.top(site))
         site.module.weight.requires_grad_(self.dense == "full")
         return site.module

@@ -1,4 +1,4 @@
-"""JACTUS's choices for one layer (see jactus.py): every rank, or the dense layer, with what it costs and loses."""
+"""JACTUS's options for one layer (see method.py): every rank, and the dense layer, with cost and loss of each."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 class Prices(NamedTuple):
-    """How a layer (m, n) is counted.
+    """How the weights of a layer (m, n) are counted.
 
-    cores: the k^2 of a core count. dense: the rule for layers that stay dense, as in `Jactus.dense`. top_k: the size of
-    the core that such a layer has under core_on_top_k.
+    Args:
+        cores: the k^2 weights of a core count.
+        dense: what a layer that stays dense trains, as in `Jactus.dense`: none, frozen, full or core_on_top_k.
+        top_k: the size of the core that such a layer has under core_on_top_k.
     """
 
     cores: bool
@@ -18,30 +20,36 @@ class Prices(NamedTuple):
     top_k: int
 
     def factored(self, m: int, n: int, k: int) -> int:
+        """Weights of the layer at rank k."""
         return k * (m + n) + (k * k if self.cores else 0)
 
-    def whole(self, m: int, n: int, core: int) -> int:
-        """Of the dense layer with a core of that size beside it."""
+    def dense_cost(self, m: int, n: int, core: int) -> int:
+        """Weights of the dense layer, with a core (core, core) beside it under core_on_top_k."""
         return m * n + (self.factored(m, n, core) if self.dense == "core_on_top_k" and self.cores else 0)
 
-    def most(self, m: int, n: int) -> int:
-        """The largest rank that is worth its weights."""
+    def max_rank(self, m: int, n: int) -> int:
+        """The largest rank that stores less than the dense layer; min(m, n) where no layer may stay dense."""
         if self.dense == "none":
             return min(m, n)
-        limit = self.whole(m, n, self.top_k)
+        limit = self.dense_cost(m, n, self.top_k)
         return max(k for k in range(1, min(m, n) + 1) if k == 1 or self.factored(m, n, k) < limit)
 
     def options(self, m: int, n: int, gains: Tensor, width: int, relative: bool) -> tuple[Tensor, Tensor]:
-        """Costs and losses of the ranks 1, 2, ... and, unless the rule is none, of the dense layer, which comes last.
+        """Costs and losses, two tensors (options,), of the ranks 1, 2, ... and then of the dense layer.
 
-        gains: the L_j^2 of the layer's union. width: the largest rank inside the union. relative: losses as shares.
+        The dense layer is no option under dense=none.
+
+        Args:
+            gains: the L_j^2 of the layer's union, descending.
+            width: the largest rank inside the union.
+            relative: losses are shares of the gains' sum.
         """
-        ranks = min(width, self.most(m, n))
+        ranks = min(width, self.max_rank(m, n))
         tail = (gains.sum() - gains.cumsum(0))[:ranks].cpu()
         if relative:
             tail = tail / gains.sum().cpu().clamp(min=torch.finfo(tail.dtype).tiny)
         costs = [self.factored(m, n, k) for k in range(1, ranks + 1)]
         if self.dense != "none":
-            costs.append(self.whole(m, n, min(self.top_k, width)))
+            costs.append(self.dense_cost(m, n, min(self.top_k, width)))
             tail = torch.cat([tail, tail.new_zeros(1)])
         return torch.tensor(costs), tail

@@ -1,4 +1,4 @@
-"""JACTUS's calibration: which subspaces of W, C_x and C_g a layer's union is made of (see jactus.py)."""
+"""JACTUS's calibration: the subspaces of W, C_x and C_g that make up a layer's union (see method.py)."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,14 @@ from recombine.methods.jactus.union import Covariance, Whole, covariance, union_
 
 @dataclass(kw_only=True)
 class Subspaces(Method, abstract=True):
-    """Args:
-    alpha, beta, gamma: shares of the energy of W, C_x and C_g that the union keeps, in (0, 1].
-    sensitivity: gradient weighs outputs by C_g; none weighs them alike.
-    gain: weight, or weight+grad, which turns the subspaces towards the gradient E[g x^T] as well.
-    eta: how much: the gradient's share relative to the weight's, both as Frobenius norms of the whitened matrices.
-    floor: least shrinkage of the covariances.
+    """The part of JACTUS that finds a layer's union of subspaces from calibration data.
+
+    Args:
+        alpha, beta, gamma: shares of the energy of W, C_x and C_g that the union keeps, in (0, 1].
+        sensitivity: gradient weighs outputs by C_g, none weighs them alike.
+        gain: weight, or weight+grad, which turns the subspaces towards the gradient E[g x^T] too.
+        eta: how far weight+grad turns them: the norm of the gradient's part relative to the weight's, both whitened.
+        floor: least shrinkage of the covariances, in (0, 1].
     """
 
     alpha: float = 0.99
@@ -42,11 +44,11 @@ class Subspaces(Method, abstract=True):
         return {"inputs"} | outputs | ({"cross"} if self.gain == "weight+grad" else set())
 
     def widest(self, site: Site) -> int:
-        """The largest rank of the layer that may be asked for."""
+        """The largest rank of the layer that may be needed."""
         raise NotImplementedError(type(self).__name__)
 
     def whole(self, site: Site) -> Whole:
-        """The layer's factors at the largest rank that may be asked for."""
+        """The layer's factors at the largest rank that may be needed, computed once."""
         if site.name not in self._whole:
             weight, stats = site.module.weight, self.stats[site.name]
             key, outputs = id(stats.inputs), None
@@ -56,6 +58,6 @@ class Subspaces(Method, abstract=True):
                 outputs = covariance(stats.gg, stats.g4, stats.tokens, self.floor)
             shares = (self.alpha, self.beta, self.gamma)
             turn = (stats.gx, self.eta) if self.gain == "weight+grad" else None
-            found = union_factors(weight.detach().double(), self._eigen[key], outputs, shares, turn)
-            self._whole[site.name] = found.cut(self.widest(site), weight.dtype)
+            factors = union_factors(weight.detach().double(), self._eigen[key], outputs, shares, turn)
+            self._whole[site.name] = factors.truncate(self.widest(site), weight.dtype)
         return self._whole[site.name]

@@ -1,7 +1,7 @@
 """Structural pruning: neurons, heads, channels or whole blocks are cut out, and ordinary, smaller modules stay.
 
-Any method can adapt what is left. A checkpoint says which parameters have another shape, which attributes of which
-modules have another value, and which blocks are left: loading prunes nothing again.
+Any method can adapt what is left. A checkpoint holds the new shapes of parameters, the new values of modules'
+attributes and the blocks that are left. So loading prunes nothing again.
 """
 
 import copy
@@ -18,16 +18,16 @@ from recombine.models import roles
 
 @dataclass(kw_only=True)
 class Structural(Method, abstract=True):
-    """What the methods that cut have in common. All but the head trains in distillation, the head in adaptation."""
+    """The base of the methods that cut. Everything but the head trains in distillation, the head in adaptation."""
 
     compresses: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
-        self.structure: dict[str, Any] | None = None  # what `rewrite` changed, for `describe`
+        self.structure: dict[str, Any] | None = None  # what `rewrite` changed, for `to_spec`
 
     def prune(self, model: nn.Module, sites: list[Site]) -> None:
-        """Cuts the model in place. Blocks that are not in `self.blocks` are gone by then."""
+        """Cuts the model, in place. Blocks that are not in `self.blocks` are gone by then."""
         raise NotImplementedError(type(self).__name__)
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
@@ -57,7 +57,11 @@ class Structural(Method, abstract=True):
 
 
 def comes_first(method: Method, model: nn.Module) -> None:
-    """Raises UsageError where another method was here before."""
+    """Checks that no other method was applied before.
+
+    Raises:
+        UsageError: the model is recombined already.
+    """
     if hasattr(model, "recombined"):
         raise UsageError(
             f"{type(method).__name__} cuts a pretrained model: apply it first, other methods to what is left"
@@ -65,7 +69,12 @@ def comes_first(method: Method, model: nn.Module) -> None:
 
 
 def outline(model: nn.Module) -> dict[str, dict]:
-    """All that pruning can change: shapes by parameter, numbers by module and attribute, and of a config."""
+    """Everything that pruning can change, as JSON can hold it.
+
+    Returns:
+        shapes: of parameters, by name. attributes: numbers, by "module.attribute". config: numbers of a Hugging Face
+        model's config, by key.
+    """
     return {
         "shapes": {name: list(p.shape) for name, p in model.named_parameters()},
         "attributes": {
@@ -79,18 +88,22 @@ def outline(model: nn.Module) -> dict[str, dict]:
 
 
 def numbers(thing: object) -> dict[str, Any]:
-    """The attributes that are numbers, or a tuple of numbers (as a list, which JSON keeps)."""
-    found = {}
+    """The attributes that are numbers or tuples of integers; a tuple becomes a list, as in JSON."""
+    values = {}
     for key, value in vars(thing).items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            found[key] = value
+            values[key] = value
         elif isinstance(value, tuple) and value and all(isinstance(v, int) for v in value):
-            found[key] = list(value)
-    return found
+            values[key] = list(value)
+    return values
 
 
 def reshape(model: nn.Module, structure: dict[str, Any]) -> None:
-    """Gives a pretrained model the structure of a pruned one; tensors of another shape are empty."""
+    """Gives a pretrained model the structure of a pruned one, in place; tensors of another shape are empty.
+
+    Args:
+        structure: blocks, shapes, attributes and config, as `Structural.rewrite` recorded them.
+    """
     if structure["blocks"] is not None:
         keep_blocks(model, structure["blocks"])
     if structure["config"]:
@@ -105,7 +118,10 @@ def reshape(model: nn.Module, structure: dict[str, Any]) -> None:
 
 
 def keep_blocks(model: nn.Module, kept: Collection[int]) -> None:
-    """Drops all other blocks, in place; the rest move up, and a Hugging Face model's config and cache follow."""
+    """Drops all blocks but those with the indices `kept`, in place.
+
+    The rest move up. A Hugging Face model's config and the blocks' places in its key-value cache follow.
+    """
     names = roles.block_names(model)
     for i in reversed(range(len(names))):
         if i not in kept:
@@ -120,7 +136,10 @@ def keep_blocks(model: nn.Module, kept: Collection[int]) -> None:
 
 
 def reconfigure(model: nn.Module, **values: int) -> None:
-    """Sets entries of a Hugging Face model's config, in a copy: other models may share the old one."""
+    """Sets entries of a Hugging Face model's config, such as num_hidden_layers=6.
+
+    The config is copied first, since other models may share the old one.
+    """
     old, new = model.config, copy.deepcopy(model.config)
     for key, value in values.items():
         setattr(new, key, value)

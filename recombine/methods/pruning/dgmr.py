@@ -1,14 +1,15 @@
 """DGMR: diversity-guided MLP reduction by Gram-Schmidt (arXiv 2506.08591).
 
-Of an MLP's rows W (h, d) the longest is picked, its direction is taken out of all others, then the one that is
-longest now, and so on. The picked neurons stay: rows of up and gate with their biases, columns of down. After d picks
-(or as many as W has independent rows) nothing is left, and a new round begins on the rows not yet picked, as they were.
-One round is a QR decomposition of W^T with column pivoting. Stores k (2 d) per MLP, or k (3 d) with a gate; all of it
-trains in distillation.
+Of an MLP's rows W (h, d) the longest is picked, and its direction is taken out of all others. Then the row that is
+longest now is picked, and so on. After d picks, or as many as W has independent rows, nothing is left; a new round
+begins on the rows not yet picked, as they were at first. One round is a QR decomposition of W^T with column pivoting.
+The picked neurons stay: rows of up and gate with their biases, columns of down. An MLP with k neurons stores k (2 d)
+weights, or k (3 d) with a gate. All of them train in distillation.
 
-Paper: the rounds are of its code, which prunes MLPs without a gate. Here: with a gate a neuron's row is [gate, up],
-since a neuron is redundant only if another one has both. Biases are not ranked, as in that code. A row of which less
-than 1e-5 is new counts as old, where that code would divide by the rounding error.
+Paper: the rounds come from its code, which prunes MLPs without a gate. Here: with a gate a neuron's row is [gate, up],
+since a neuron is redundant only if another one has both. As in that code, biases are not ranked.
+Paper's code: divides by the rounding error of a row that the picks already span. Here: a row counts as spanned if less
+than 1e-5 of its length is new.
 """
 
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ NEW = 1e-10  # share of a row's squared length below which it lies in the span o
 
 @dataclass(kw_only=True)
 class Dgmr(MlpPruning):
-    """Args:
-    ratio: share of the target layers' weights that is kept, the same of every MLP.
+    """Keeps the neurons whose rows are the most diverse, by Gram-Schmidt (arXiv 2506.08591).
+
+    Args:
+        ratio: share of the target layers' weights that is kept; every MLP keeps the same share of its neurons.
     """
 
     def choose(self, mlps: list[Mlp], counts: list[int]) -> list[Tensor]:
@@ -35,7 +38,7 @@ class Dgmr(MlpPruning):
 
 
 def gram_schmidt(w: Tensor, count: int) -> Tensor:
-    """Indices (count,) of the rows of w (h, d, float64) in the order in which they are picked."""
+    """Picks `count` rows of w (h, d), float64; their indices (count,) in the order of the picks."""
     length = w.square().sum(1)  # (h,)
     free = torch.ones_like(length, dtype=torch.bool)
     picked: list[int] = []

@@ -1,16 +1,17 @@
 """Isomorphic pruning of a ViT: parts are ranked only against parts of the same form (arXiv 2407.04616).
 
-A part is all that falls together, as torch-pruning's dependency graph finds it: an MLP's neuron (row of up, column of
-down), a head or one of its dimensions (rows of q, k, v, column of o), a channel of the embedding (a row or a column of
-every layer). It scores the mean, over its slices of weights, of sum |w dL/dw| with the loss's gradient summed over the
-calibration batches; scores are divided by their mean in each block. Then the lowest share goes: of the neurons of all
-blocks together, of all heads (the mean of their dimensions), of all head dimensions (the mean over heads, since all
-heads of a block must stay alike) and of the embedding's channels. Every block keeps at least one of each. What stays is
-an ordinary, smaller ViT; all of it trains in distillation.
+A part is everything that must be cut together, as torch-pruning's dependency graph finds it. There are four forms: an
+MLP's neuron (a row of up, a column of down); a head, or one of its dimensions (rows of q, k, v, columns of o); a
+channel of the embedding (a row or a column of every layer). A part's score is the mean, over its slices of weights, of
+sum |w dL/dw|, with the gradient summed over the calibration batches. Scores are divided by their mean in each block.
 
-Paper: the shares 0.5, 0.5 and 0.25 (of head dimensions), rounded to even numbers (`round_to=2`). Here: the same
-shares, no rounding, and for a budget all three scaled by one factor. torch-pruning leaves a block whole that would lose
-all of a kind; here it keeps the best.
+The lowest share of each form is cut, over all blocks together. A head scores the mean of its dimensions. A head
+dimension scores the mean over the heads of its block, since these must stay alike. Every block keeps at least one part
+of each form. What stays is an ordinary, smaller ViT, all of which trains in distillation.
+
+Paper: the shares are 0.5, 0.5 and 0.25 (of head dimensions), rounded to even numbers (`round_to=2`). Here: the same
+shares without rounding; a budget scales all three by one factor.
+Paper's library, torch-pruning: a block that would lose all parts of a form stays whole. Here: it keeps the best one.
 """
 
 import math
@@ -30,14 +31,17 @@ STEP = 1000  # the common factor is a multiple of 1 / STEP
 
 @dataclass(kw_only=True)
 class Isomorphic(Structural):
-    """Args:
-    ratio: share of the target layers' weights that is kept: the three shares below are scaled by the smallest common
-        factor that leaves no more. None: they hold as they stand.
-    channels: share that is cut of the MLPs' neurons and, with `width`, of the embedding's channels.
-    heads: share of the heads that is cut.
-    head_dims: share of the heads' dimensions that is cut.
-    round_to: of neurons, head dimensions and channels a multiple of this stays, the next lower one.
-    width: cut the embedding too, as the paper does; then block outputs of teacher and student cannot be compared.
+    """Cuts neurons, heads, head dimensions and channels of a ViT, each ranked by form (arXiv 2407.04616).
+
+    Args:
+        ratio: share of the target layers' weights that is kept. The three shares below are scaled by the smallest
+            common factor that leaves no more. None: they hold as they stand.
+        channels: share that is cut of the MLPs' neurons and, with `width`, of the embedding's channels.
+        heads: share of the heads that is cut.
+        head_dims: share of the heads' dimensions that is cut.
+        round_to: the number of neurons, head dimensions or channels that stays is rounded down to a multiple of this.
+        width: cut the embedding too, as the paper does. Block outputs of teacher and student then differ in width, so
+            a distillation cannot compare them.
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down")
@@ -72,7 +76,7 @@ class Isomorphic(Structural):
         self.split = fused_qkv.fuse(model)  # until `rewrite` is done
         self.parts = find_parts(model, sites, losses)
         if self.ratio is not None:
-            least = self.ranked(self.most).weights() / dense(sites)
+            least = self.ranked(self.largest_factor).weights() / dense(sites)
             need(self.ratio >= least, self, "ratio", f"must be at least {least:.5f}, where one of each kind is left")
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
@@ -82,9 +86,10 @@ class Isomorphic(Structural):
         return self.plan(sites).weights(), 0
 
     def plan(self, sites: list[Site]) -> Kept:
+        """What stays, by `ratio` or by the shares as they stand."""
         if self.ratio is None:
             return self.ranked(STEP)
-        low, high = -1, self.most  # low keeps too much
+        low, high = -1, self.largest_factor  # low keeps too much
         while high - low > 1:
             middle = (low + high) // 2
             fits = self.ranked(middle).weights() <= self.ratio * dense(sites)
@@ -92,8 +97,8 @@ class Isomorphic(Structural):
         return self.ranked(high)
 
     @property
-    def most(self) -> int:
-        """The factor at which the last of the three shares is 1."""
+    def largest_factor(self) -> int:
+        """The factor, in units of 1 / STEP, at which the smallest of the three shares reaches 1."""
         return math.ceil(STEP / min(share for share in (self.channels, self.heads, self.head_dims) if share))
 
     def ranked(self, factor: int) -> Kept:
@@ -121,4 +126,5 @@ class Isomorphic(Structural):
 
 
 def dense(sites: list[Site]) -> int:
+    """Weights of the target layers as they are."""
     return sum(site.module.weight.numel() for site in sites)

@@ -1,4 +1,4 @@
-"""What of a ViT falls together when a slice is cut, and what it scores (see isomorphic.py)."""
+"""The parts of a ViT that must be cut together, and their scores (see isomorphic.py)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from recombine.models import roles
 
 
 class Part(NamedTuple):
-    """Slices of one kind in one place: the layer they are cut from first, how, and what each scores."""
+    """Slices of one form in one place: the layer they are cut from first, torch-pruning's way to cut it, the scores."""
 
     layer: nn.Module
     pruner: Callable
@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Indices of what stays: channels of the embedding, and for each block its neurons, heads and head dimensions."""
+    """Indices of what stays: channels of the embedding; neurons, heads and head dimensions of each block."""
 
     channels: Tensor
     neurons: list[Tensor]
@@ -31,7 +31,7 @@ class Kept(NamedTuple):
     dims: list[Tensor]
 
     def weights(self) -> int:
-        """Of q, k, v, o, up and down."""
+        """Weights that are left of q, k, v, o, up and down."""
         inner = (4 * len(h) * len(d) + 2 * len(n) for n, h, d in zip(self.neurons, self.heads, self.dims, strict=True))
         return len(self.channels) * sum(inner)
 
@@ -46,7 +46,13 @@ class Parts(NamedTuple):
     forms: list[tuple[int, int]]  # of each block: heads, dimensions of a head
 
     def ranked(self, width: float, neurons: float, heads: float, dims: float, multiple: int) -> Kept:
-        """What stays when these shares are cut of the embedding's channels and of the three kinds in the blocks."""
+        """What stays when the lowest shares are cut.
+
+        Args:
+            width: share of the embedding's channels that is cut.
+            neurons, heads, dims: shares of the blocks' neurons, heads and head dimensions that are cut.
+            multiple: of channels, neurons and head dimensions a multiple of this stays.
+        """
         # (heads, dimensions of a head)
         scores = [part.score.view(form) for part, form in zip(self.attentions, self.forms, strict=True)]
         return Kept(
@@ -57,7 +63,7 @@ class Parts(NamedTuple):
         )
 
     def prune(self, kept: Kept) -> None:
-        """Cuts all else out of the layers, in place."""
+        """Cuts everything else out of the layers, in place."""
         inner = [
             (heads[:, None] * form[1] + dims).flatten()
             for heads, dims, form in zip(kept.heads, kept.dims, self.forms, strict=True)
@@ -69,7 +75,14 @@ class Parts(NamedTuple):
 
 
 def find_parts(model: nn.Module, sites: list[Site], losses: Losses) -> Parts:
-    """The parts, with their scores on the calibration batches. qkv is one layer."""
+    """The parts of a ViT, with their scores on the calibration batches.
+
+    Args:
+        model: whose qkv are fused layers.
+
+    Raises:
+        UsageError: the model is no plain timm ViT, or the losses give it no finite gradient.
+    """
     import torch_pruning as tp
 
     o, up = ([site.module for site in sites if site.role == role] for role in ("o", "up"))
@@ -94,25 +107,36 @@ def find_parts(model: nn.Module, sites: list[Site], losses: Losses) -> Parts:
 
 
 def attentions(model: nn.Module) -> list[Attention]:
-    """The attention of every block."""
+    """The attention module of every block.
+
+    Raises:
+        UsageError: the model is not timm's plain ViT.
+    """
     owners = [name.rpartition(".")[0] for name in roles.find(model, ("o",), nn.Module)]
-    found = [model.get_submodule(name) for name in owners]
+    layers = [model.get_submodule(name) for name in owners]
     # beside qkv and o, a norm of q and k or a gate would hold weights: what torch-pruning finds would not do
-    plain = all(type(a) is Attention and sum(map(has_weights, a.children())) == 2 for a in found)
+    plain = all(type(a) is Attention and sum(map(has_weights, a.children())) == 2 for a in layers)
     if not plain or has_weights(getattr(model, "attn_pool", None) or nn.Identity()):
-        kind = f"{type(model).__name__} with {type(found[0]).__name__}"
+        kind = f"{type(model).__name__} with {type(layers[0]).__name__}"
         raise UsageError(f"Isomorphic prunes timm's plain ViT only, not {kind}: take another compressor")
-    return found
+    return layers
 
 
 def has_weights(module: nn.Module) -> bool:
+    """Whether the module has any parameter."""
     return next(module.parameters(), None) is not None
 
 
 def best(scores: list[Tensor], share: float, multiple: int = 1) -> list[Tensor]:
-    """Ranks all places' scores together and drops the lowest share; the indices that stay, at least one in each.
+    """Ranks the scores of all places together and drops the lowest share.
 
-    multiple: of what stays in a place so many more go that it is a multiple of this, if more than this is left.
+    Args:
+        scores: of each place, (slices,).
+        share: that is dropped, in [0, 1].
+        multiple: further slices go, until a place that has more than this left has a multiple of it.
+
+    Returns:
+        The indices that stay in each place, at least one.
     """
     lengths = [len(score) for score in scores]
     everything = torch.cat(scores)
@@ -128,15 +152,19 @@ def best(scores: list[Tensor], share: float, multiple: int = 1) -> list[Tensor]:
 
 @contextmanager
 def gradients(model: nn.Module, losses: Losses) -> Iterator[None]:
-    """The loss's gradients, summed over the batches, are in the parameters for as long as the block runs."""
+    """Holds the loss's gradients, summed over the batches, in the parameters while the block runs.
+
+    Raises:
+        UsageError: there is no gradient, or one is not finite.
+    """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         with eval_frozen(model), torch.enable_grad():
             model.requires_grad_(True).zero_grad()
             for loss in losses():
                 loss.backward()
-            found = [p.grad for p in model.parameters() if p.grad is not None]
-            if not found or not all(grad.isfinite().all() for grad in found):
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            if not grads or not all(grad.isfinite().all() for grad in grads):
                 raise UsageError(
                     "Isomorphic: losses= gave this model no finite gradient: use its own loss, other batches"
                 )

@@ -1,4 +1,4 @@
-"""What DGMR and PruneNet share: the same share of the neurons of every MLP goes, and ordinary linear layers stay."""
+"""Pruning of MLPs, for DGMR and PruneNet: every MLP loses the same share of its neurons; linear layers stay linear."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from recombine.models import roles
 
 
 class Mlp(NamedTuple):
-    """The layers of one MLP: neuron i is row i of up, and of gate where there is one, and column i of down."""
+    """The layers of one MLP. Neuron i is row i of up, row i of gate where there is one, and column i of down."""
 
     up: nn.Linear
     down: nn.Linear
@@ -22,6 +22,7 @@ class Mlp(NamedTuple):
 
     @property
     def into(self) -> list[nn.Linear]:
+        """The layers that a neuron reads its inputs through."""
         return [self.up] if self.gate is None else [self.gate, self.up]
 
     @property
@@ -32,9 +33,11 @@ class Mlp(NamedTuple):
 
 @dataclass(kw_only=True)
 class MlpPruning(Structural, abstract=True):
-    """Args:
-    ratio: share of all target layers' weights that is kept. Targets outside the MLPs stay as they are, so the MLPs
-        pay for them: of ViT-B's q, k, v, o, up and down at 0.5, a quarter of the neurons is left.
+    """The base of the methods that cut neurons out of MLPs.
+
+    Args:
+        ratio: share of all target layers' weights that is kept. Targets outside of the MLPs stay as they are, so the
+            MLPs lose more: with ViT-B's q, k, v, o, up and down at 0.5, a quarter of the neurons is left.
     """
 
     targets: tuple[str, ...] = ("up", "down", "gate?")
@@ -43,7 +46,7 @@ class MlpPruning(Structural, abstract=True):
     budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
 
     def choose(self, mlps: list[Mlp], counts: list[int]) -> list[Tensor]:
-        """The indices of the neurons that stay, so many in each MLP."""
+        """The indices of the neurons that stay, counts[i] of them in MLP i, ascending."""
         raise NotImplementedError(type(self).__name__)
 
     def check(self, sites: list[Site]) -> None:
@@ -69,11 +72,12 @@ class MlpPruning(Structural, abstract=True):
         return [i / 1000 for i in range(math.ceil(1000 * self.least(sites)), 1001)]
 
     def mlps(self, sites: list[Site]) -> list[Mlp]:
+        """The MLPs among the target layers."""
         up, down, gate = ([site.module for site in sites if site.role == role] for role in ("up", "down", "gate"))
         return [Mlp(*layers) for layers in zip(up, down, gate or [None] * len(up), strict=True)]
 
     def weights(self, sites: list[Site]) -> tuple[int, int]:
-        """(of all targets, of the MLPs)."""
+        """Weights (of all target layers, of the MLPs among them)."""
         total = sum(site.module.weight.numel() for site in sites)
         return total, sum(mlp.neuron * mlp.up.out_features for mlp in self.mlps(sites))
 
@@ -117,5 +121,5 @@ def cut(linear: nn.Linear, kept: Tensor, dim: int) -> None:
 
 
 def rows(mlp: Mlp) -> Tensor:
-    """What a neuron reads, a row each, in float64: (h, d), or of a gated MLP [gate, up] (h, 2 d)."""
+    """The input weights of every neuron, in float64: (h, d), or [gate, up] (h, 2 d) of a gated MLP."""
     return torch.cat([linear.weight.detach().double() for linear in mlp.into], 1)

@@ -1,17 +1,19 @@
 """PruneNet: a policy learns from the weights alone which neurons of the MLPs to keep (arXiv 2501.15296).
 
-One policy for all MLPs of a shape scores the rows of the state W (h, d): a = sigmoid((W P^T + b) s), with
-P (h, d), b (h,) and s (h,). k rows are drawn without replacement, with probabilities in proportion to a. The reward is
-1 / KS, the Kolmogorov-Smirnov distance between the singular values of W and of the drawn rows. The drawn neurons stay:
-rows of up and gate, columns of down. Stores k (2 d) per MLP, or k (3 d) with a gate; all of it trains in distillation.
+One policy for all MLPs of a shape scores the rows of the state W (h, d), which is the gate's weight where there is one
+and else up's: a = sigmoid((W P^T + b) s), with P (h, d), b (h,) and s (h,). k rows are drawn without replacement, with
+probabilities in proportion to a. The reward is 1 / KS, with KS the Kolmogorov-Smirnov distance between the singular
+values of W and those of the drawn rows. The drawn neurons stay: rows of up and gate, columns of down. An MLP stores
+k (2 d) weights, or k (3 d) with a gate. All of them train in distillation.
 
-The state is the gate where there is one, else up; twenty episodes, AdamW at 1e-3 and a discount of 0.99 per layer, as
-in the authors' code. Paper: adds relaxed Bernoulli noise to a, takes sum(log a) of the drawn rows as their
-log-probability and the bare reward, and at last draws once more (`estimator=paper`). Here: the log-probability of a
-draw without replacement (Plackett-Luce), the reward less its mean so far, and at last the best of all slices met, among
-them the k highest scores: no worse than the random slices it began with. 1 / KS is at most the number of singular
-values, where the paper's code says 99999, and gradients are clipped to 1, which that code does too late to matter.
-Both: no KL term, which is optional there, and a result that depends on the seed alone.
+Twenty episodes, AdamW at 1e-3 and a discount of 0.99 per layer are those of the authors' code. There is no KL term,
+which is optional in it. The result depends on the seed alone.
+Paper: relaxed Bernoulli noise is added to a; sum(log a) of the drawn rows counts as their log-probability; the reward
+is taken as it is; the last policy draws once more (`estimator=paper`). Here: the log-probability of a draw without
+replacement (Plackett-Luce); the reward less its mean so far; the best of all slices met, among them the k highest
+scores. So the result is no worse than the random slices it began with.
+Paper's code: 1 / KS is at most 99999, and gradients are clipped too late to matter. Here: 1 / KS is at most the number
+of singular values, and gradients are clipped to 1.
 """
 
 from collections import defaultdict
@@ -27,12 +29,14 @@ from recombine.methods.pruning.prunenet_policy import search
 
 @dataclass(kw_only=True)
 class PruneNet(MlpPruning):
-    """Args:
-    ratio: share of the target layers' weights that is kept, the same of every MLP.
-    episodes: how often every layer is sliced while the policy learns.
-    policy_lr: learning rate of the policy.
-    seed: of the policy's weights and its draws.
-    estimator: of the policy's gradient, exact or paper.
+    """Keeps the neurons that a learnt policy draws from each MLP (arXiv 2501.15296).
+
+    Args:
+        ratio: share of the target layers' weights that is kept; every MLP keeps the same share of its neurons.
+        episodes: how often rows are drawn from every layer while the policy learns.
+        policy_lr: learning rate of the policy.
+        seed: of the policy's weights and its draws.
+        estimator: of the policy's gradient: exact (Plackett-Luce, with a baseline) or paper (the authors' code).
     """
 
     episodes: int = 20

@@ -1,4 +1,4 @@
-"""PruneNet's policy and its two ways to learn which rows to keep (see prunenet.py)."""
+"""PruneNet's policy, and the two estimators by which it learns which rows to keep (see prunenet.py)."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ ZERO = 1e-7  # share of the largest singular value below which one is 0
 
 
 class Policy(nn.Module):
-    """State W (h, d) -> z (h,), of which sigmoid(z) is each row's weight in the draw."""
+    """Scores rows: state W (h, d) -> z (h,). A row's weight in the draw is sigmoid(z)."""
 
     def __init__(self, h: int, d: int):
         super().__init__()
@@ -24,7 +24,16 @@ class Policy(nn.Module):
 
 @torch.enable_grad()
 def search(states: list[Tensor], k: int, episodes: int, lr: float, seed: int, estimator: str = "exact") -> list[Tensor]:
-    """The k rows (k,), ascending, that stay of each state (h, d)."""
+    """Learns a policy for states of one shape; returns the indices (k,), ascending, of the rows that stay of each.
+
+    Args:
+        states: each (h, d).
+        k: how many rows stay.
+        episodes: how often rows are drawn from every state.
+        lr: learning rate.
+        seed: of the policy's weights and its draws.
+        estimator: exact or paper.
+    """
     if k == len(states[0]):
         return [torch.arange(k)] * len(states)
     with torch.random.fork_rng(devices=[]):
@@ -49,7 +58,13 @@ def exact(
     distance: Callable[[int, Tensor], float],
     rng: torch.Generator,
 ) -> list[Tensor]:
-    """REINFORCE with a draw's own probability and a baseline; the best slices met."""
+    """REINFORCE with the exact probability of a draw and a baseline; returns the best slices met.
+
+    Args:
+        states: each (h, d), float32.
+        distance: (place of a state, row indices (k,)) -> KS.
+        rng: of the draws.
+    """
     best: list[tuple[float, Tensor]] = [(0.0, torch.empty(0))] * len(states)
     total = [0.0] * len(states)
 
@@ -80,7 +95,10 @@ def exact(
 
 
 def paper(policy, optimizer, states, k, episodes, distance, rng) -> list[Tensor]:
-    """As the authors' code: noisy weights, sum of their logarithms, bare rewards; the last policy draws once more."""
+    """The estimator of the authors' code; the last policy draws once more. Arguments as those of `exact`.
+
+    Weights are noisy, the log-probability is the sum of their logarithms, and the reward has no baseline.
+    """
 
     def weights(w: Tensor) -> Tensor:
         """log o (h,), o = sigmoid(logit(a) + logit(eps)): relaxed Bernoulli."""
@@ -102,14 +120,17 @@ def paper(policy, optimizer, states, k, episodes, distance, rng) -> list[Tensor]
 
 
 def spectrum(w: Tensor) -> Tensor:
-    """Singular values (min(h, d),), ascending, by the smaller Gram matrix; those below ZERO of the largest are 0."""
+    """Singular values (min(h, d),), ascending, by the smaller Gram matrix.
+
+    Those below ZERO times the largest are set to 0.
+    """
     w = w.double()
     values = torch.linalg.eigvalsh(w.T @ w if len(w) >= w.shape[1] else w @ w.T).clamp(min=0).sqrt()
     return values.where(values > ZERO * values[-1], 0.0)
 
 
 def ks_distance(a: Tensor, b: Tensor) -> float:
-    """Largest gap between the empirical distributions of two ascending samples."""
+    """The Kolmogorov-Smirnov distance of two ascending samples: the largest gap of their empirical distributions."""
     both = torch.cat([a, b])
     below = [torch.searchsorted(sample, both, right=True).double() / len(sample) for sample in (a, b)]
     return float((below[0] - below[1]).abs().max())

@@ -1,12 +1,12 @@
 """WeCoLoRA: copy every other block, then distil into low-rank updates (arXiv 2404.09326).
 
-Blocks 0, r, 2 r, ... of the teacher, r = `keep_every`, are the student. Each of their linear layers becomes
-W + left right, left (m, k) = 0, right (k, n) random (Kaiming uniform), scale 1; left and right alone train, in
-distillation and, where no other method comes next, in adaptation. Stores m n + k (m + n) per layer that is left. Before
-another method adapts, left right is added into W.
+The student is blocks 0, r, 2 r, ... of the teacher, with r = `keep_every`. The weight of each of their linear layers
+becomes W + left right, where left (m, k) starts at 0 and right (k, n) Kaiming uniform. left and right alone train, in
+distillation and, where no other method is applied next, in adaptation. Each remaining layer stores m n + k (m + n)
+weights. Before another method adapts the model, left right is added into W.
 
-Paper: rank 128 on every linear layer of a ViT. Here: clipped to what a layer can have. Where a model has stages
-(Swin), every stage counts its own blocks, so that each keeps its first.
+Paper: rank 128 on every linear layer of a ViT. Here: the rank is at most the layer's narrower side. Where a model has
+stages (Swin), every stage counts its own blocks, so that each keeps its first.
 """
 
 from dataclasses import dataclass
@@ -21,9 +21,11 @@ from recombine.models import roles
 
 @dataclass(kw_only=True)
 class WeCoLora(Structural):
-    """Args:
-    keep_every: one block of so many is copied; the only knob of the size, so there is none for a budget.
-    rank: of the updates, at most the narrower side of a layer.
+    """Keeps some of the blocks and trains low-rank updates of their layers (arXiv 2404.09326).
+
+    Args:
+        keep_every: one of every so many blocks is copied. It alone sets the size, so no budget can.
+        rank: of the updates; at most the narrower side of a layer.
     """
 
     keep_every: int = 2

@@ -1,15 +1,16 @@
 """BALF: budgeted activation-aware low-rank factorisation (arXiv 2509.25136).
 
-Every layer is factored as in SVD-LLM, W' = U_k U_k^T W, or stays dense. The ranks are chosen together: with s the
-spectrum of W E[x x^T]^1/2, a rank k costs k (m + n) weights and loses sum(s[k:]^2) / sum(s^2), the share of the
-layer's output energy; dense costs m n and loses nothing. One price per weight, found by bisection, spends the budget
-(a multiple-choice knapsack by Lagrangian relaxation). From k = m n / (m + n) on, dense is cheaper and better.
+Every layer is factored as in SVD-LLM, W' = U_k U_k^T W, or stays dense. The ranks of all layers are chosen together.
+With s the spectrum of W E[x x^T]^1/2, a rank k costs k (m + n) weights and loses the share sum(s[k:]^2) / sum(s^2) of
+the layer's output energy. The dense layer costs m n and loses nothing; from k = m n / (m + n) on it is cheaper and
+better. One price per weight, found by bisection, spends the budget: a multiple-choice knapsack by Lagrangian
+relaxation.
 
-Stored: left (m, k) and right (k, n), or the layer as it was. Trains: nothing.
+A layer stores left (m, k) and right (k, n), or stays as it was. Nothing trains.
 
-Paper: in its code, what the last price leaves of the budget stays unspent (`fill=false`). Here: it is given out.
-The paper's convolutions and its budget in FLOPs, which for linear layers differs only by the tokens each sees, are
-left out.
+Paper: in its code, what the last price leaves of the budget stays unspent (`fill=false`). Here: it is spent.
+Paper: convolutions, and a budget in FLOPs. Here: linear layers, and a budget in weights; for linear layers the two
+budgets differ only by the number of tokens that each layer sees.
 """
 
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ from recombine.methods.svd.weighted import truncated
 
 @dataclass(kw_only=True)
 class Whitened(Spectral, abstract=True):
-    """Whitened SVD with ranks of its own for every layer.
+    """The base of whitened SVDs in which every layer has a rank of its own.
 
     Args:
-        ratio: weights kept, of all target layers together.
+        ratio: share of the weights of all target layers together that is kept.
     """
 
     ratio: float = 0.5
@@ -51,16 +52,17 @@ class Whitened(Spectral, abstract=True):
         return {"inputs"}
 
     def decompose(self, site: Site) -> tuple[Tensor, Tensor]:
-        """U (m, k) up to the rank that saves weights, s (N,)."""
+        """U (m, k), with k the largest rank that saves weights, and s (N,)."""
         u, s = weighted_svd(site.module.weight, self.stats[site.name].inputs.xx)
-        return u[:, : most(site)].clone(), s
+        return u[:, : max_rank(site)].clone(), s
 
 
 def dims(site: Site) -> tuple[int, int]:
+    """The shape (m, n) of a layer's weight."""
     return tuple(site.module.weight.shape)
 
 
-def most(site: Site) -> int:
+def max_rank(site: Site) -> int:
     """The largest rank that stores less than the dense layer; 0 where there is none."""
     m, n = dims(site)
     return (m * n - 1) // (m + n)
@@ -68,10 +70,10 @@ def most(site: Site) -> int:
 
 @dataclass(kw_only=True)
 class Balf(Whitened):
-    """Ranks, or dense, by a knapsack over the shares of output energy.
+    """Chooses a rank for every layer, or leaves it dense, by a knapsack over output energies (arXiv 2509.25136).
 
     Args:
-        fill: give out what one price for all layers leaves of the budget.
+        fill: spend what one price for all layers leaves of the budget.
     """
 
     fill: bool = True
@@ -81,14 +83,14 @@ class Balf(Whitened):
         return sum(m * n if k is None else k * (m + n) for (m, n), k in zip(map(dims, sites), ranks, strict=True)), 0
 
     def ranks(self, sites: list[Site]) -> list[int | None]:
-        """The rank of every layer; None: dense."""
+        """The rank of every layer; None: it stays dense."""
         costs, losses = zip(*map(self.options, sites), strict=True)
         picks = lagrangian(costs, losses, self.ratio * sum(float(cost[-1]) for cost in costs), fill=self.fill)
-        return [None if i == most(site) else i + 1 for i, site in zip(picks, sites, strict=True)]
+        return [None if i == max_rank(site) else i + 1 for i, site in zip(picks, sites, strict=True)]
 
     def options(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Costs and losses of the ranks 1, 2, ... and of the dense layer, which comes last."""
-        (m, n), k = dims(site), most(site)
+        """Costs and losses, two tensors (options,), of the ranks 1, 2, ... and then of the dense layer."""
+        (m, n), k = dims(site), max_rank(site)
         tail = self.factors(site)[1].cpu().square().flip(0).cumsum(0).flip(0)  # (N,): at k what rank k loses
         share = tail[1 : k + 1] / tail[0].clamp(min=torch.finfo(tail.dtype).tiny)
         costs = torch.cat([(m + n) * torch.arange(1, k + 1, dtype=tail.dtype), tail.new_tensor([m * n])])

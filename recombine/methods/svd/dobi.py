@@ -1,21 +1,21 @@
 """Dobi-SVD: truncation points learnt on activations (arXiv 2502.02723).
 
-While the ranks are learnt, a layer gives y = P diag(t) P^T W x + b, t_i = (1 + tanh(beta (k - i))) / 2, i = 1, 2, ...,
-with one real number k per layer and P the eigenvectors of E[W x x^T W^T]. Adam moves all k on the task loss plus
-weight * |kept - ratio|, kept the share of the weights that ranks k store, from the same ratio in every layer. Then the
-ranks are rounded under the exact budget and W' = P_k P_k^T W, which is the whitened optimum, as in SVD-LLM.
+While the ranks are learnt, a layer gives y = P diag(t) P^T W x + b with the gate t_i = (1 + tanh(beta (k - i))) / 2,
+i = 1, 2, ... Each layer has one real number k. P holds the eigenvectors of E[W x x^T W^T]. Adam moves all k, from the
+same ratio in every layer, on the task loss plus weight * |kept - ratio|, where kept is the share of the weights that
+ranks k store. Then the ranks are rounded under the exact budget, and W' = P_k P_k^T W, the whitened optimum, as in
+SVD-LLM. A layer stores left (m, k) and right (k, n). Nothing trains.
 
-Stored: left (m, k), right (k, n). Trains: nothing.
-
-Paper: while k is learnt P is the SVD of each batch's activations, differentiated with care for close singular values,
-and incremental PCA pools it afterwards (`basis=batch`, with PCA on all batches at once). Here: P is pooled over the
-calibration batches from the start, so only the k need gradients. Paper: Adam moves k (`unit=rank`). Here: it moves
-k (m + n) / (m n), the layer's own ratio, so one step size fits all widths. Paper's code: `beta=10`, so that only the
-one direction next to k gives k its gradient, over thousands of steps. Here: 0.1, some 20 directions, so that tens of
-steps are enough (on DINOv2-S at half its size, 32 steps lower the calibration loss from 1.33 to 0.90 instead of to
-1.27).
-Paper: k may pass the rank from which dense is smaller, which remapped (quantised) storage makes worthwhile. Here: that
-storage is not used, and k stops there.
+Paper: P is the SVD of each batch's activations, differentiated with care for close singular values, and incremental PCA
+pools it afterwards (`basis=batch`, with PCA on all batches at once). Here: P is pooled over the calibration batches
+from the start, so only the k need gradients.
+Paper: Adam moves k (`unit=rank`). Here: it moves the layer's own ratio, k (m + n) / (m n), so that one step size fits
+all widths.
+Paper's code: `beta=10`, so that only the direction next to k gives k a gradient, over thousands of steps. Here: 0.1,
+some 20 directions, so that tens of steps are enough. On DINOv2-S at half its size, 32 steps lower the calibration loss
+from 1.33 to 0.90; with 10 they lower it to 1.27.
+Paper: k may pass the rank from which dense is smaller, since remapped (quantised) storage makes that worthwhile. Here:
+that storage is not used, and k stops there.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,21 +29,23 @@ from torch import Tensor, nn
 
 from recombine.core.calibration import Losses, eval_frozen, passes
 from recombine.core.method import Site, need
-from recombine.methods.allocation import nearest
-from recombine.methods.svd.balf import Whitened, dims, most
+from recombine.methods.allocation import round_to_budget
+from recombine.methods.svd.balf import Whitened, dims, max_rank
 from recombine.methods.svd.soft_truncation import Truncation
 from recombine.methods.svd.weighted import truncated
 
 
 @dataclass(kw_only=True)
 class DobiSvd(Whitened):
-    """Args:
-    steps: of Adam, one calibration batch each; 0 keeps the same ratio in every layer.
-    step_size: of Adam, in the unit of what it moves.
-    unit: Adam moves each layer's own ratio, or its rank.
-    basis: of the soft truncation: pooled over all batches, or of each batch, with gradients through it.
-    beta: sharpness of the truncation, per rank.
-    weight: of the distance to the budget.
+    """Learns the rank of every layer by gradient descent, then truncates (arXiv 2502.02723).
+
+    Args:
+        steps: of Adam, one calibration batch each; 0 keeps the same ratio in every layer.
+        step_size: of Adam, in the unit of what it moves.
+        unit: what Adam moves: ratio, each layer's own, or rank.
+        basis: of the soft truncation: pooled over all batches, or batch, each batch's own, with gradients through it.
+        beta: sharpness of the truncation, per rank.
+        weight: factor of the distance to the budget in the loss.
     """
 
     steps: int = 30
@@ -82,12 +84,16 @@ class DobiSvd(Whitened):
                 optimizer.step()
                 moved.data.copy_(moved.data.clamp(min=0).minimum(1 / unit))
         ranks = moved.detach() * unit * dense / cost
-        top = torch.tensor([most(site) for site in sites], dtype=torch.float64)
-        self._ranks = nearest(ranks, cost, dense / cost, top, self.ratio * float(dense.sum()))
+        top = torch.tensor([max_rank(site) for site in sites], dtype=torch.float64)
+        self._ranks = round_to_budget(ranks, cost, dense / cost, top, self.ratio * float(dense.sum()))
 
     @contextmanager
     def softly(self, sites: list[Site], share: Callable[[], Tensor]) -> Iterator[None]:
-        """Truncates what the layers give, as far as share() (layers,), a ratio each, says."""
+        """Truncates the layers' outputs softly while the block runs.
+
+        Args:
+            share: returns the current ratio of every layer, (layers,).
+        """
 
         def hook(site: Site, i: int):
             m, n = dims(site)

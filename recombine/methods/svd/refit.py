@@ -1,11 +1,11 @@
-"""A second fit of low-rank layers, to the inputs that compressed layers give them: SVD-LLM's and Basis Sharing's.
+"""A second fit of low-rank layers to the inputs that compressed blocks give them, for SVD-LLM and Basis Sharing.
 
-Block after block: M = E[x x^T] of its layers' inputs, as the compressed blocks before it make them and its own layers,
-still dense, pass them on. Of W' = left right, right stays and left is fitted to what the dense layer would give,
+It goes from block to block. M = E[x x^T] of a layer's inputs is measured with the blocks before it compressed and its
+own block still dense. Of W' = left right, right stays and left is fitted to the dense layer's outputs,
 
     left' = argmin E|W x - left' right x|^2 = left + (W - left right) M right^T (right M right^T)^+,
 
-where directions that M does not reach keep what they were. One pass over the calibration batches for every block.
+where directions that M does not reach stay as they were. Every block takes one pass over the calibration batches.
 """
 
 from itertools import groupby
@@ -21,7 +21,14 @@ from recombine.models import roles
 
 @torch.no_grad()
 def refit(model: nn.Module, sites: list[Site], layers: dict[str, FactoredLinear], losses: Losses) -> None:
-    """Puts the layers, by site name, in the sites' places, with their left factors fitted again."""
+    """Puts the factored layers into the model, in place, with their left factors fitted again.
+
+    Args:
+        layers: of all sites, by site name.
+
+    Raises:
+        UsageError: no calibration batch reached a layer.
+    """
     blocks = [f"{name}." for name in roles.block_names(model)]
 
     def block(site: Site) -> str | None:

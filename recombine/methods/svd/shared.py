@@ -1,14 +1,14 @@
 """One basis for several layers: Basis Sharing (arXiv 2410.03765) and data-free joint rank-k (arXiv 2402.16319).
 
 The weights W_i (m_i, n) of a group stand in one stack W (sum m_i, n), of which the best rank k is kept:
-W_i ~ left_i right, in the papers' convention (in, out) S [W_1^T ... W_g^T] = U Sigma V^T. Stored per group:
-right (k, n), one parameter of all its layers, and left_i (m_i, k) of each; k (n + sum m_i) <= ratio n sum m_i.
-Trains: nothing.
+W_i ~ left_i right. In the papers' convention (in, out) that is S [W_1^T ... W_g^T] = U Sigma V^T. A group stores
+right (k, n), one parameter of all its layers, and left_i (m_i, k) of each. k is the largest with
+k (n + sum m_i) <= ratio n sum m_i. Nothing trains.
 
-Basis Sharing groups consecutive layers of one role and weighs inputs with S S^T = E[x x^T] summed over the group.
+Basis Sharing groups consecutive layers of one role. It weighs inputs with S S^T = E[x x^T], summed over the group.
 Paper: at high ratios the coefficients left_i are fitted again to the inputs that the compressed layers give (`refit`).
-Here: to the original model's inputs.
-DFJR groups q with k, and gate with up, of one block, and looks at no data.
+Here: they are fitted to the original model's inputs.
+DFJR groups q with k, and gate with up, of one block. It uses no data.
 """
 
 from collections import defaultdict
@@ -28,14 +28,14 @@ from recombine.runtime import progress
 
 @dataclass(kw_only=True)
 class SharedSvd(Truncated, abstract=True):
-    """What both have in common; the layers of a group read inputs of one width."""
+    """The base of both methods. The layers of a group read inputs of one width."""
 
     def moment(self, group: list[Site]) -> Tensor | None:
-        """E[x x^T] (n, n) of the group's inputs, times any number; None: the identity."""
+        """E[x x^T] (n, n) of the group's inputs, up to a factor; None: the identity."""
         return None
 
     def factored(self, sites: list[Site]) -> dict[str, FactoredLinear]:
-        """The layers, by site name."""
+        """The factored layers, by site name."""
         layers = {}
         for group in progress.of(self.groups(sites), "factors", "groups"):
             weights = [site.module.weight for site in group]
@@ -54,11 +54,13 @@ class SharedSvd(Truncated, abstract=True):
 
 @dataclass(kw_only=True)
 class BasisSharing(SharedSvd):
-    """Args:
-    group_size: how many consecutive layers of a role share a basis.
-    shared: the roles that do; the others are factored layer by layer.
-    whiten: weigh the inputs by their second moments; without it no data is looked at.
-    refit: fit the coefficients again, block after block, to the inputs that the compressed blocks give.
+    """Shares one basis among consecutive layers of a role (Basis Sharing, arXiv 2410.03765).
+
+    Args:
+        group_size: how many consecutive layers of a role share a basis.
+        shared: the roles that share, such as ["q", "k", "v"]; layers of the others are factored one by one.
+        whiten: weigh the inputs by their second moments; without it no data is used.
+        refit: fit the coefficients again, block after block, to the inputs that the compressed blocks give.
     """
 
     group_size: int = 2
@@ -91,10 +93,13 @@ class BasisSharing(SharedSvd):
 
 @dataclass(kw_only=True)
 class Dfjr(SharedSvd):
-    """Data-free joint rank-k approximation (arXiv 2402.16319)."""
+    """Shares one basis between q and k, and between gate and up, of a block (arXiv 2402.16319)."""
 
     def groups(self, sites: list[Site]) -> list[list[Site]]:
-        """A block has one layer of every role, so the i-th q and the i-th k are of one block."""
+        """The layers that share a basis, group by group.
+
+        A block has one layer of every role, so the i-th q and the i-th k are of one block.
+        """
         joint, seen = defaultdict(list), defaultdict(int)
         for site in sites:
             partner = {"k": "q", "up": "gate"}.get(site.role, site.role)

@@ -8,15 +8,17 @@ CLOSE = 1e-10  # share of the largest eigenvalue below which a gap counts as tha
 
 
 class Truncation(torch.autograd.Function):
-    """y (T, m) -> U diag(s t) V^T of y = U diag(s) V^T, with the gate t (k,) for its k largest singular values.
+    """Scales the singular values of y: y = U diag(s) V^T (T, m) -> U diag(s t) V^T, with the gate t.
 
-    That is y V diag(t) V^T, V the eigenvectors of C = y^T y with eigenvalues l. By Daleckii and Krein
-    d(V diag(t) V^T) = V (K * V^T dC V) V^T with K_ij = (t_i - t_j) / (l_i - l_j) and K_ii = 0, as t goes by place and
-    not by size. Singular vectors are not differentiated themselves, so T < m and zero columns need no care.
+    The result is y V diag(t) V^T, with V the eigenvectors of C = y^T y and l its eigenvalues. By Daleckii and Krein
+    d(V diag(t) V^T) = V (K * V^T dC V) V^T with K_ij = (t_i - t_j) / (l_i - l_j) and K_ii = 0, since t depends on the
+    place of a singular value and not on its size. Singular vectors themselves are not differentiated, so T < m and
+    zero columns need no care.
     """
 
     @staticmethod
     def forward(ctx, y: Tensor, gate: Tensor) -> Tensor:
+        """y (T, m) and the gate t (k,) of its k largest singular values -> (T, m); the other values become 0."""
         values, vectors = torch.linalg.eigh(y.double().T @ y.double())
         values, vectors = values.flip(0), vectors.flip(1)
         whole = torch.cat([gate.double(), values.new_zeros(len(values) - len(gate))])
@@ -27,6 +29,7 @@ class Truncation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients (T, m) of y and (k,) of the gate."""
         y, values, vectors, gate = ctx.saved_tensors
         inner = vectors.T @ (y.double().T @ grad.double()) @ vectors
         gap = values[:, None] - values

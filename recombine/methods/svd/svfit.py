@@ -1,10 +1,10 @@
 """SVFit: the singular vectors stay, the largest singular values train (arXiv 2409.05926).
 
-W = U diag(s) V^T with all N = min(m, n) directions: U (m, N), V (N, n) and s (N,) are stored. Trains: the `rank`
-largest entries of s, N at most.
+W = U diag(s) V^T with all N = min(m, n) directions. A layer stores U (m, N), V (N, n) and s (N,). The `rank` largest
+entries of s train, N at most.
 
-Paper: the rest of W is kept as a residual matrix. Here: as the other singular values, which is the same W and what
-CERSA's Table 14 counts.
+Paper: the rest of W is kept as a residual matrix. Here: it is kept as the other singular values. W is the same, and
+CERSA's Table 14 counts it so.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,10 @@ from recombine.methods.svd.truncated import Spectral, directions
 
 @dataclass(kw_only=True)
 class Svfit(Spectral):
-    """Args:
-    rank: how many of the largest singular values train.
+    """Trains the largest singular values of every weight (arXiv 2409.05926).
+
+    Args:
+        rank: how many of them train; all where a layer has fewer.
     """
 
     targets: tuple[str, ...] = ("q", "v")

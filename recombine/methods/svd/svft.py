@@ -1,12 +1,13 @@
 """SVFT: the singular vectors stay, a sparse matrix between them trains (arXiv 2405.19597).
 
-U (diag(s) + sigmoid(g) M) V^T with W = U diag(s) V^T, all N = min(m, n) directions: U (m, N), V (N, n) and s (N,) are
-stored, and beside them the scalar g and the entries of M (N, N) on a fixed sparsity pattern, which alone train: in a
-band of d diagonals on each side N (2 d + 1) - d (d + 1).
+The weight is U (diag(s) + sigmoid(g) M) V^T, with W = U diag(s) V^T in all N = min(m, n) directions. A layer stores
+U (m, N), V (N, n), s (N,), the scalar g and the entries of M (N, N) on a fixed sparsity pattern. g and the entries of M
+alone train; a band of d diagonals on each side has N (2 d + 1) - d (d + 1) entries.
 
-Paper: top-k takes the largest u_i . v_j (`pattern=top_k_signed`). Here: the largest in magnitude, as a singular pair
-has no sign of its own. The paper's code draws M (Kaiming normal over its e entries, of variance 2 / e;
-`start=kaiming`). Here: M = 0, so the model starts as it was.
+Paper: top-k takes the largest u_i . v_j (`pattern=top_k_signed`). Here: the largest in magnitude, since a singular pair
+has no sign of its own.
+Paper: its code draws M from a Kaiming normal over its e entries, of variance 2 / e (`start=kaiming`). Here: M = 0, so
+the model starts as it was.
 """
 
 from collections.abc import Sequence
@@ -24,11 +25,13 @@ from recombine.methods.svd.truncated import Spectral, directions
 
 @dataclass(kw_only=True)
 class Svft(Spectral):
-    """Args:
-    pattern: where M may differ from 0: plain (the diagonal), banded, or random, top_k or top_k_signed with as many
-        entries as banded.
-    band: diagonals on each side of the main one; plain does not read it.
-    start: of M: zero, or kaiming, where the model does not start as it was.
+    """Trains a sparse matrix between the singular vectors of every weight (arXiv 2405.19597).
+
+    Args:
+        pattern: where M may differ from 0: plain (the diagonal), banded, or random, top_k or top_k_signed with as many
+            entries as banded.
+        band: diagonals on each side of the main one; plain does not read it.
+        start: of M: zero leaves the model as it was; kaiming draws M as the paper's code does.
     """
 
     targets: tuple[str, ...] = ("q", "v")
@@ -56,7 +59,7 @@ class Svft(Spectral):
         return range(min(directions(site) for site in sites))
 
     def entries(self, site: Site) -> int:
-        """How many entries of M train."""
+        """The number of entries of M that train."""
         k, d = directions(site), 0 if self.pattern == "plain" else self.band
         return k * (2 * d + 1) - d * (d + 1)
 
@@ -85,7 +88,7 @@ class Svft(Spectral):
 
 
 def diagonals(u: Tensor, vh: Tensor) -> Tensor:
-    """(N, N): the nearer to the main diagonal the larger, so that the largest make a band."""
+    """Scores (N, N) that are larger nearer to the main diagonal, so that the largest make a band."""
     i = torch.arange(len(vh), device=vh.device)
     return -(i[:, None] - i).abs()
 

@@ -1,7 +1,7 @@
 """Truncated SVD, the plainest compressor: W ~ U_k S_k V_k^T (Eckart & Young 1936).
 
-Stored: left = U_k S_k^1/2 (m, k), right = S_k^1/2 V_k^T (k, n). Trains: nothing, or with `train_core` the
-k singular values ("SVD Eigenvalues" of CRISP, Tab. 2), then left = U_k, tail = s, right = V_k^T.
+A layer stores left = U_k S_k^1/2 (m, k) and right = S_k^1/2 V_k^T (k, n), and nothing trains. With `train_core` it
+stores left = U_k, tail = s (k,) and right = V_k^T, and the k singular values train (CRISP Tab. 2, "SVD Eigenvalues").
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from recombine.runtime import progress
 
 @dataclass(kw_only=True)
 class Spectral(Method, abstract=True):
-    """What the methods that factor each weight alone have in common: one SVD a layer, computed once."""
+    """The base of the methods that factor weights: the SVD of each layer is computed once."""
 
     compresses: ClassVar[bool] = True
 
@@ -26,13 +26,13 @@ class Spectral(Method, abstract=True):
         self._factors: dict[str, tuple[Tensor, ...]] = {}  # by site, for one model, until the layer is rewritten
 
     def factors(self, site: Site) -> tuple[Tensor, ...]:
-        """What `decompose` gives, in float64."""
+        """What `decompose` gives for a layer, in float64, computed once."""
         if site.name not in self._factors:
             self._factors[site.name] = self.decompose(site)
         return self._factors[site.name]
 
     def decompose(self, site: Site) -> tuple[Tensor, ...]:
-        """U (m, N), s (N,), Vh (N, n)."""
+        """The SVD of a layer's weight: U (m, N), s (N,), Vh (N, n) with N = min(m, n)."""
         return svd(site.module.weight)
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
@@ -43,11 +43,13 @@ class Spectral(Method, abstract=True):
 
 @dataclass(kw_only=True)
 class Truncated(Spectral, abstract=True):
-    """The same share of every matrix, which may be the weights of a group of layers in one stack.
+    """The base of the methods that keep the same share of every matrix.
+
+    A matrix is a layer's weight, or the weights of a group of layers in one stack.
 
     Args:
-        ratio: weights kept per matrix (m, n), k = ratio m n / (m + n).
-        rank: the same k for all matrices instead of `ratio`.
+        ratio: share of the weights of a matrix (m, n) that is kept, k = ratio m n / (m + n).
+        rank: the same k for all matrices, instead of `ratio`.
     """
 
     ratio: float = 0.5
@@ -66,10 +68,11 @@ class Truncated(Spectral, abstract=True):
         return [i / 1000 for i in range(1, 1001)]
 
     def groups(self, sites: list[Site]) -> list[list[Site]]:
-        """The layers that are factored together."""
+        """The layers that are factored together, group by group."""
         return [[site] for site in sites]
 
     def group_rank(self, group: list[Site]) -> int:
+        """The rank k of a group's matrix."""
         m, n = shape(group)
         return max(1, int(self.ratio * m * n / (m + n))) if self.rank is None else self.rank
 
@@ -78,22 +81,24 @@ class Truncated(Spectral, abstract=True):
 
 
 def shape(group: list[Site]) -> tuple[int, int]:
-    """(m, n) of the group's weights, one upon the other."""
+    """The shape (m, n) of a group's weights in one stack."""
     return sum(site.module.weight.shape[0] for site in group), group[0].module.weight.shape[1]
 
 
 def directions(site: Site) -> int:
-    """N = min(m, n), the number of singular values."""
+    """The number of a layer's singular values, N = min(m, n)."""
     return min(site.module.weight.shape)
 
 
 @dataclass(kw_only=True)
 class Svd(Truncated):
-    """Args:
-    ratio: weights kept per layer, k = ratio m n / (m + n).
-    rank: the same k for all layers instead of `ratio`.
-    energy: the smallest k that keeps this share of the squared singular values, instead of `ratio`.
-    train_core: train the k singular values.
+    """Truncates the SVD of every weight (Eckart & Young 1936).
+
+    Args:
+        ratio: share of a layer's weights that is kept, k = ratio m n / (m + n).
+        rank: the same k for all layers, instead of `ratio`.
+        energy: instead of `ratio`, the smallest k of each layer that keeps this share of the squared singular values.
+        train_core: the k singular values train.
     """
 
     energy: float | None = None

@@ -1,21 +1,24 @@
 """SVD that weighs the inputs of a layer: FWSVD (arXiv 2207.00112), ASVD (2312.05821), SVD-LLM (2403.07378).
 
-With D = W - W' and W' of rank k, each minimises tr(D M D^T) for its own M (n, n):
+With D = W - W' and W' of rank k, each method minimises tr(D M D^T) for its own M (n, n):
 
     FWSVD     M = diag(sum_i F_ij), F = E[(dL/dW)^2]     SVD(I^1/2 W) in the paper's convention, W (in, out)
     ASVD      M = diag(E|x_j|^(2 alpha))                 SVD(W S) S^-1, S = diag(E|x_j|^alpha)
     SVD-LLM   M = E[x x^T]                               SVD(W S) S^-1, S S^T = M: the least output error
 
-Stored: left (m, k), right (k, n) with left right = U_k U_k^T W, U the left singular vectors of W M^1/2. That is the
-papers' W' without their S^-1, so inputs that never vary, or all of them, may be zero. Trains: nothing.
+A layer stores left (m, k) and right (k, n) with left right = U_k U_k^T W, where U are the left singular vectors of
+W M^1/2. That is the papers' W' without their S^-1, so some inputs, or all, may be zero. Nothing trains.
 
-FWSVD's rows are inputs: the paper writes y = x W with W (in, out) and gives every row of W, the weights that multiply
-one input, the sum of their Fisher information; of an nn.Linear's weight (out, in) those are the columns. Paper: F is
-the mean over samples (`calibration.batch_size=1`). Here: over calibration batches.
-ASVD. Paper: ranks by a search over sensitivities. Here: the same ratio for every layer, as where others compare it.
+FWSVD. The paper writes y = x W with W (in, out). It gives every row of W, the weights that multiply one input, the sum
+of their Fisher information. Of an nn.Linear's weight (out, in) those are the columns.
+Paper: F is the mean over samples (`calibration.batch_size=1`). Here: it is the mean over calibration batches.
+
+ASVD. Paper: ranks come from a search over sensitivities. Here: the same ratio for every layer, as other papers compare
+it.
+
 SVD-LLM. Paper: at high ratios its first version fits left again to the inputs that compressed layers give (`refit`).
-Here: all layers are fitted to the original model's inputs. Its LoRA on U, then on V, is the pair
-method@compressor=svd_llm method=lora, with LoRA on the whole layer.
+Here: all layers are fitted to the original model's inputs.
+Paper: LoRA on U, then on V. Here: LoRA on the whole layer (method@compressor=svd_llm method=lora).
 """
 
 from dataclasses import dataclass
@@ -32,7 +35,7 @@ from recombine.runtime import progress
 
 @dataclass(kw_only=True)
 class WeightedSvd(Truncated, abstract=True):
-    """What the three have in common.
+    """The base of the three methods.
 
     Args:
         refit: fit the left factors again, block after block, to the inputs that the compressed blocks give.
@@ -41,11 +44,11 @@ class WeightedSvd(Truncated, abstract=True):
     refit: bool = False
 
     def moment(self, site: Site) -> Tensor:
-        """M (n, n), or its diagonal (n,)."""
+        """The layer's M (n, n), or its diagonal (n,)."""
         raise NotImplementedError(type(self).__name__)
 
     def decompose(self, site: Site) -> tuple[Tensor, Tensor]:
-        """U (m, N), s (N,)."""
+        """U (m, N) and s (N,) of W M^1/2."""
         return weighted_svd(site.module.weight, self.moment(site))
 
     def recombine(self, site: Site) -> FactoredLinear:
@@ -60,7 +63,7 @@ class WeightedSvd(Truncated, abstract=True):
 
 
 def truncated(site: Site, u: Tensor) -> FactoredLinear:
-    """The layer with the weight u u^T W, u (m, k)."""
+    """The layer with the weight u u^T W, for an orthonormal u (m, k)."""
     weight = site.module.weight
     left, right = project(u, weight)
     return FactoredLinear(left.to(weight), right.to(weight), bias=site.module.bias)
@@ -68,7 +71,7 @@ def truncated(site: Site, u: Tensor) -> FactoredLinear:
 
 @dataclass(kw_only=True)
 class Fwsvd(WeightedSvd):
-    """Fisher-weighted SVD."""
+    """Weighs each input by the Fisher information of its weights (FWSVD)."""
 
     def statistics_needed(self) -> set[str]:
         return {"fisher"}
@@ -79,8 +82,10 @@ class Fwsvd(WeightedSvd):
 
 @dataclass(kw_only=True)
 class Asvd(WeightedSvd):
-    """Args:
-    alpha: power of the mean magnitude of an input; 0 is the plain SVD.
+    """Weighs each input by a power of its mean magnitude (ASVD).
+
+    Args:
+        alpha: that power; 0 is the plain SVD.
     """
 
     alpha: float = 0.5
@@ -98,7 +103,7 @@ class Asvd(WeightedSvd):
 
 @dataclass(kw_only=True)
 class SvdLlm(WeightedSvd):
-    """Truncation-aware whitening."""
+    """Weighs the inputs by their second moments, which gives the least output error (SVD-LLM)."""
 
     def statistics_needed(self) -> set[str]:
         return {"inputs"}
