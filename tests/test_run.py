@@ -186,6 +186,7 @@ def line(capsys, monkeypatch, tmp_path, *arguments) -> str:
         (["method=svd", "method.rank=4", "budget=energy_95"], ["method.rank=4", "energy_95", "drop"]),
         (["data=folder", "data.root=nowhere", "data.task=null"], ["nowhere"]),
         (["data=folder"], ["data.root"]),
+        (["data=folder", "data.root=2024"], ["no folder 2024"]),
         (["+tariner.epochs=3", CHUNK], ["tariner", "did you mean trainer"]),
         (["=3"], ["command line"]),
         (["~method"], ["method=None", "group of keys"]),
