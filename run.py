@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import hydra
@@ -11,7 +12,7 @@ from omegaconf import DictConfig
 import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.runner.announce import say_what_loads
-from recombine.runtime import budget_words, help, logs, threads
+from recombine.runtime import budget_words, conf, help, logs, threads
 
 DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
 failures: list[Exception] = []
@@ -20,10 +21,10 @@ failures: list[Exception] = []
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float:
     """One run of a composed configuration; Hydra calls it. Returns the validation score."""
-    say_what_loads(cfg, HydraConfig.get().runtime.choices)
-    from recombine.runner import ranks  # imports torch
-
     try:
+        say_what_loads(cfg, HydraConfig.get().runtime.choices)
+        from recombine.runner import ranks  # imports torch
+
         return ranks.task(cfg)
     except EXPECTED as error:  # Hydra would print lines of its own
         failures.append(error)
@@ -41,9 +42,14 @@ def cli() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors of its own and exits
     try:
         budget_words.refuse_two_keys(arguments)
+        conf.refuse_unknown_keys(arguments)
         main()
     except EXPECTED as error:
         failures.append(error)
+    except Exception as error:
+        if not raised_by_hydra(error):
+            raise
+        failures.append(UsageError(f"the command line cannot be read: {one_line(error)}; correct it"))
     finally:
         if not DEBUG:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -52,6 +58,13 @@ def cli() -> int:
     for error in failures:
         print(f"run.py: {one_line(error)}", file=sys.stderr)
     return 2 if failures else 0
+
+
+def raised_by_hydra(error: Exception) -> bool:
+    """Whether Hydra could not compose what was typed. Some of that it refuses by plain ValueErrors, with a trace."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    began = any(frame.f_code is main.__wrapped__.__code__ for frame in frames)
+    return not began and frames[-1].f_globals["__name__"].startswith(("hydra.", "omegaconf."))
 
 
 def show_help(arguments: list[str]) -> int:

@@ -119,3 +119,16 @@ def test_the_rule_is_seen_to_be_broken(tmp_path):
         "def f():\n    from recombine.runner import grid\n    import recombine.stages.adapt\n"
     )
     assert imports(file) == {"recombine.runner.grid", "recombine.stages.adapt"}
+
+
+def test_what_is_public_begins_with_a_summary():
+    """Every public class and function of a module has a docstring whose first line says what it is."""
+    silent = []
+    for name, path in MODULES.items():
+        if name.partition(".")[0] != "recombine":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                if (ast.get_docstring(node) or "Args").startswith(("Args", "Raises:", "Returns:")):
+                    silent.append(f"{name}.{node.name}")
+    assert not silent

@@ -188,7 +188,7 @@ class TokenModule(DataModule):
         self.tokenizer = tokenizer()
 
     def require_tokenizer(self) -> None:
-        """Raises UsageError before `attach_model`."""
+        """Refuses with a UsageError before `attach_model`."""
         if self.tokenizer is None:
             raise UsageError(
                 f"data {self.name!r} has no tokenizer: call "
@@ -197,14 +197,14 @@ class TokenModule(DataModule):
 
 
 def require_int(least: int, **settings: Any) -> None:
-    """Raises UsageError for a setting that is neither None nor a whole number from `least`."""
+    """Refuses with a UsageError for a setting that is neither None nor a whole number from `least`."""
     for key, value in settings.items():
         if value is not None and (not isinstance(value, int) or value < least):
             raise UsageError(f"data.{key}={value!r} is no whole number from {least}: give one")
 
 
 def require_known(what: str, name: Any, known: Collection[str], more: str = "") -> None:
-    """Raises UsageError for a name that is not among the known ones, with the one that is closest."""
+    """Refuses with a UsageError for a name that is not among the known ones, with the one that is closest."""
     if name not in known:
         close = get_close_matches(str(name), known, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""

@@ -16,7 +16,7 @@ from recombine.errors import UsageError
 
 
 def greedy(costs: list[Tensor], losses: list[Tensor], budget: float) -> list[int]:
-    """Raises one layer at a time by one option: the layer that saves most loss per weight (JACTUS Alg. 1).
+    """Gives one layer at a time its next option: the layer that saves most loss per weight (JACTUS Alg. 1).
 
     A layer whose next option does not fit any more stays where it is.
 

@@ -16,6 +16,7 @@ from recombine.runtime.conf import need_clone
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command line; arguments: None for the process's own. Returns the exit code, 2 for bad input."""
     parser = argparse.ArgumentParser(
         "python -m recombine.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -35,6 +35,7 @@ def command(line: str) -> Markup:
 
 
 def link(address: str, content: str) -> Markup:
+    """A link to an address, for example "table.csv"."""
     return tag("a", content, href=address)
 
 

@@ -84,6 +84,8 @@ class Item(NamedTuple):
 
 
 class Mean(NamedTuple):
+    """A mean over seeds and its sample standard deviation; None: of one seed."""
+
     value: float
     spread: float | None
 

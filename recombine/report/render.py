@@ -95,6 +95,7 @@ def fold(widths: list[int], n: int, width: int) -> list[list[int]]:
 
 
 def markdown(table: Table) -> str:
+    """A table in Markdown, with its title above and its notes below."""
     lines = lines_of(table, lambda best: f"**{best}**", "*paper*")
     n = len(table.axes)
     rule = ["---"] * n + ["---:"] * (len(lines[0]) - n)

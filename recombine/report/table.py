@@ -47,8 +47,10 @@ class Layout:
 
     @classmethod
     def read(cls, report: Mapping[str, Any], cells: Sequence[Mapping[str, str]]) -> "Layout":
-        """Raises:
-        UsageError: the report names a key or an axis that does not exist, or measures nothing.
+        """The layout that an experiment's `report` asks for, on the labels of its cells.
+
+        Raises:
+            UsageError: the report names a key or an axis that does not exist, or measures nothing.
         """
         if unknown := set(report) - set(KEYS):
             raise UsageError(f"report.{unknown.pop()}: there is no such key; it takes {', '.join(KEYS)}")

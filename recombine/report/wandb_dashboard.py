@@ -36,14 +36,17 @@ class Panel(NamedTuple):
 
 
 def bars(*keys: str) -> list[Panel]:
+    """A bar chart for each key of the summary, for example "test/acc"."""
     return [Panel("bars", key) for key in keys]
 
 
 def curves(*keys: str) -> list[Panel]:
+    """A curve over the training steps for each metric, for example "val/loss"."""
     return [Panel("curves", key) for key in keys]
 
 
 def against(y: str, *keys: str, log: bool = False) -> list[Panel]:
+    """Runs as points, y over each of the keys; log: the horizontal axis is logarithmic."""
     return [Panel("points", y, x, log) for x in keys]
 
 
@@ -153,6 +156,7 @@ def questions(config: DictConfig) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command line; arguments: None for the process's own. Returns the exit code, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m recombine.report.wandb_dashboard", description=__doc__.split("\n")[0]
     )

@@ -17,7 +17,7 @@ def say_what_loads(cfg: Mapping, choices: Mapping[str, str | None]) -> None:
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if not cfg["trainer"]["progress"] or rank != "0":
         return
-    method = " after ".join(part for part in (choices["method"], choices.get("method@compressor")) if part)
+    method = " after ".join(part for part in (choices.get("method"), choices.get("method@compressor")) if part)
     data, task = choices["data"], cfg["data"].get("task")
     line = (
         f"{method} on {choices['model']}, data {data}{f' ({task})' if task else ''}, "

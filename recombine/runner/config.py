@@ -4,11 +4,12 @@ What is below the runner gets plain values and typed settings, never the configu
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from recombine import results
 from recombine.core.budget import Budget
@@ -31,6 +32,16 @@ from recombine.training.loggers import LoggerSettings
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
 T = TypeVar("T")
+KIND_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    bool: "true or false",
+    list: "a list",
+    tuple: "a list",
+    type(None): "null",
+}
+GROUPS = ("model", "data", "method", "stage", "optim", "trainer", "logger", "calibration", "harness", "analyse")
 
 
 @dataclass(frozen=True)
@@ -95,17 +106,57 @@ def resolve(cfg: DictConfig) -> RunSpec:
     )
 
 
-def typed(cls: type[T], values: Mapping[str, Any], key: str) -> T:
+def typed(cls: type[T], values: Any, key: str) -> T:
     """A settings class from the values of a node; lists become tuples.
 
     Raises:
-        UsageError: a key that the class does not have.
+        UsageError: the node is no group of keys, or it has a key that the class does not have, or a value of a kind
+            that the class does not take there.
     """
-    known = [field.name for field in fields(cls)]
-    for name, value in values.items():
+    known = get_type_hints(cls)
+    for name, value in group(values, key).items():
         if name not in known:
             raise UsageError(f"{key}.{name}={value}: there is no such key; {key} has {', '.join(known)}")
+        if not fits(value, known[name]):
+            raise UsageError(f"{key}.{name}={value}: must be {' or '.join(map(kind_word, kinds(known[name])))}")
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def group(node: Any, key: str) -> Mapping[str, Any]:
+    """The node, which has to be a group of keys.
+
+    Raises:
+        UsageError: it is one value.
+    """
+    if not isinstance(node, Mapping | DictConfig):
+        raise UsageError(f"{key}={node}: must be a group of keys, not one value; say {key}.<key>=<value>")
+    return node
+
+
+def kinds(hint: Any) -> tuple[type, ...]:
+    """The classes that an annotation names: int | list[int] -> (int, list)."""
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return tuple(get_origin(part) or part for part in parts)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of the annotated kind.
+
+    A whole number is a float, but true and false are no numbers. A number passes for a word: whoever knows the words
+    refuses it and lists them.
+    """
+    known = set(kinds(hint))
+    if isinstance(value, bool):
+        return bool in known
+    known |= {int} if float in known else set()
+    known |= {int, float} if str in known else set()
+    known |= {list} if tuple in known else set()
+    return isinstance(value, tuple(known))
+
+
+def kind_word(kind: type) -> str:
+    """A kind of value as a user would call it."""
+    return KIND_WORDS.get(kind, "a group of keys")
 
 
 def stage_settings(values: Mapping[str, Any]) -> StageSettings:
@@ -114,7 +165,7 @@ def stage_settings(values: Mapping[str, Any]) -> StageSettings:
     if "distil" in values:
         values["distil"] = typed(DistillationSettings, values["distil"], "stage.distil")
     if "reference" in values:
-        reference = dict(values["reference"])
+        reference = dict(group(values["reference"], "stage.reference"))
         values["reference"] = from_name(reference.pop("name"), reference, "stage.reference.name")
     return typed(STAGE_SETTINGS.get(values["name"], StageSettings), values, "stage")
 
@@ -173,8 +224,11 @@ def validate_config(cfg: DictConfig) -> None:
     number = lambda x: isinstance(x, int | float) and x >= 0  # noqa: E731
     whole = lambda x: isinstance(x, int) and x >= 1  # noqa: E731
     share = lambda x: x is None or isinstance(x, int | float) and 0 < x <= 1  # noqa: E731
+    for key in GROUPS:
+        group(OmegaConf.select(cfg, key), key)
     require("seed", lambda x: isinstance(x, int) and 0 <= x < 2**32, "a whole number from 0 to 2^32 - 1")
     if "distil" in cfg.stage:
+        group(cfg.stage.distil, "stage.distil")
         require("stage.distil.epochs", lambda x: isinstance(x, int) and x >= 0, "a whole number from 0")
     Budget.parse(cfg.budget)
     require("optim.name", lambda x: x in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
@@ -186,6 +240,9 @@ def validate_config(cfg: DictConfig) -> None:
     require("harness.limit", lambda x: x is None or whole(x), "a whole number from 1, or null for all documents")
     for key in ("samples", "batch_size"):
         require(f"calibration.{key}", whole, "a whole number from 1")
+    require("probe", lambda x: isinstance(x, bool), "true or false")
+    names = lambda x: isinstance(x, ListConfig) and all(isinstance(name, str) for name in x)  # noqa: E731
+    require("analyse.elsewhere", names, "a list of tasks; say analyse.elsewhere=[task]")
     require("analyse.subspaces", share, "a share of the energy in (0, 1], or null")
     require("analyse.maps", lambda x: x is None or whole(x), "a whole number from 1, or null")
     require("trainer.epochs", whole, "a whole number from 1")
@@ -195,4 +252,4 @@ def validate_config(cfg: DictConfig) -> None:
         require("stage.bits", lambda x: x is None or isinstance(x, int) and 2 <= x <= 16, why)
     if cfg.stage.name == "evaluate":
         why = "the file of a checkpoint, which result.json of a run names, or null for the original model"
-        require("stage.checkpoint", lambda x: x is None or Path(x).is_file(), f"{why} (no such file)")
+        require("stage.checkpoint", lambda x: x is None or Path(str(x)).is_file(), f"{why} (no such file)")

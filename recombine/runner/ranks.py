@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.accelerators import CPUAccelerator
 from omegaconf import DictConfig, OmegaConf
 
 import recombine.runtime.naming  # noqa: F401  resolvers
@@ -32,6 +33,7 @@ from recombine.training import distributed
 from recombine.training.settings import TrainerSettings
 from recombine.training.trainer import build_trainer
 
+RANKS_A_CORE = 4  # on a CPU, where Lightning would start any number
 GRACE = 10.0  # seconds in which ranks may end by themselves once one has
 
 
@@ -87,6 +89,9 @@ def to_start(trainer) -> int:
             f"trainer.num_nodes={trainer.num_nodes}: a run starts processes on its own machine only; "
             "set hydra/launcher=slurm_multinode, or start it with srun or torchrun"
         )
+    most = RANKS_A_CORE * len(os.sched_getaffinity(0))
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.world_size > most:  # GPUs Lightning has counted
+        raise UsageError(f"trainer.devices={trainer.world_size}: at most {most} on the cores of this machine")
     return trainer.world_size
 
 

@@ -17,14 +17,16 @@ def load_class(path: str, base: type, key: str) -> type:
     Raises:
         UsageError: the module cannot be imported, or has no such class.
     """
-    file, _, name = path.rpartition(".")
+    file, _, name = str(path).rpartition(".")
+    if not file:
+        raise UsageError(f"{key}={path}: is no path of a class: give module.Class")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last: it hides nothing
     try:
         cls = getattr(import_module(file), name, None)
     except Exception as error:  # whatever the module raises while it is imported
         reason = (str(error).splitlines() or [""])[0]
-        why = f"importing {file or 'it'} in {os.getcwd()} fails ({type(error).__name__}: {reason})"
+        why = f"importing {file} in {os.getcwd()} fails ({type(error).__name__}: {reason})"
         raise UsageError(f"{key}={path}: {why}: correct it") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         what = "has no" if cls is None else "has another kind of"

@@ -123,7 +123,7 @@ def remove_stale(folder: Path) -> None:
 
 
 def require_disk_space(folder: Path, needed: int) -> None:
-    """Raises OSError where fewer than ``needed`` bytes are free."""
+    """Refuses with an OSError where fewer than ``needed`` bytes are free."""
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(errno.ENOSPC, f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
 

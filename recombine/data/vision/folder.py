@@ -54,7 +54,7 @@ class Folder(VisionData):
 
     def __init__(self, *, root: str | Path, task: str | None = None, **kwargs):
         super().__init__(task=task, **kwargs)
-        self.root = Path(root).expanduser() / (task or "")
+        self.root = Path(str(root)).expanduser() / (task or "")
         if not self.root.is_dir():
             raise UsageError(f"no folder {self.root}: set data.root (and data.task) to where the pictures are")
         self._listing: Listing | None = None

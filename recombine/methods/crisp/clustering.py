@@ -37,7 +37,7 @@ class Cluster:
     resolve: bool = True
 
     def check(self) -> None:
-        """Raises UsageError for an unknown teacher."""
+        """Refuses with a UsageError for an unknown teacher."""
         if self.teacher not in ("closed", "mimicry"):
             raise UsageError(f"method.cluster.teacher={self.teacher}: must be closed or mimicry")
 

@@ -53,7 +53,7 @@ class Mimicry:
     decay_every: int = 200
 
     def check(self) -> None:
-        """Raises UsageError for an unknown name or a number that is not positive."""
+        """Refuses with a UsageError for an unknown name or a number that is not positive."""
         for name, known in (("loss", LOSSES), ("init", INITS), ("basis", INITS), ("optimizer", OPTIMIZERS)):
             if (value := getattr(self, name)) not in known:
                 raise UsageError(f"method.mimicry.{name}={value}: must be one of {', '.join(known)}")

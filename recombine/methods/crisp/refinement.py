@@ -37,7 +37,7 @@ class Refine:
     relative: bool = True
 
     def check(self) -> None:
-        """Raises UsageError for a negative number."""
+        """Refuses with a UsageError for a negative number."""
         for name in ("steps", "lr", "weight", "task"):
             if (value := getattr(self, name)) < 0:
                 raise UsageError(f"method.refine.{name}={value}: must not be negative")
