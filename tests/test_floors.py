@@ -128,7 +128,7 @@ def test_what_is_public_begins_with_a_summary():
         if name.partition(".")[0] != "recombine":
             continue
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-                if (ast.get_docstring(node) or "Args").startswith(("Args", "Raises:", "Returns:")):
-                    silent.append(f"{name}.{node.name}")
+            public = isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+            if public and (ast.get_docstring(node) or "Args").startswith(("Args", "Raises:", "Returns:")):
+                silent.append(f"{name}.{node.name}")
     assert not silent

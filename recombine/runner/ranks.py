@@ -27,7 +27,7 @@ import recombine.runtime.naming  # noqa: F401  resolvers
 from recombine import data, results
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.runner import pipeline
-from recombine.runner.config import typed
+from recombine.runner.typed_settings import typed
 from recombine.runtime.logs import quiet_libraries
 from recombine.training import distributed
 from recombine.training.settings import TrainerSettings
