@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-MIB = 2**20
+from helpers import MIB
+
 WORK = 64 * MIB  # one layer's: a float64 SVD of (1536, 576) with its copies takes 40
 PROGRAM = """
 import ctypes, json, re, sys

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 BLOCKS = {  # what stands behind a fence -> its text, less the fence's indent
     match[3]: re.sub(rf"(?m)^{match[1]}", "", match[4])

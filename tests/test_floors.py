@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
+
 FLOORS = (  # docs/design.md; a floor imports only floors below it
     ("errors", "linalg", "layers"),
     ("runtime", "result_schema"),

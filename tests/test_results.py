@@ -1,7 +1,8 @@
-"""result.json holds what its schema says, no part overrides another, and a run is called what the user typed."""
+"""result.json: which configurations differ, and scores that are no number."""
 
 import inspect
 import json
+import math
 import sys
 import types
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from omegaconf import OmegaConf
 
 import recombine
 import run
+from helpers import CONF, ROOT
 from recombine import result_schema, results
 from recombine.result_schema import Result
 from recombine.runner import labels, pipeline, ranks, summary
 from scripts import make_docs
 
-ROOT = Path(__file__).parents[1]
 TINY = ["trainer=cpu", "trainer.progress=false", "trainer.epochs=1", "data.limit=32", "calibration.samples=32"]
 VIT, LANGUAGE = ["model=tiny_vit", *TINY], ["model=tiny_llama", "data=text", "data.max_length=32", "data.limit=8"]
 RUNS = {
@@ -42,7 +43,7 @@ RUNS = {
 
 
 def execute(folder: Path, *overrides: str) -> dict:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         ranks.main(compose("config", overrides), folder)
     return json.loads((folder / "result.json").read_text())
 
@@ -140,9 +141,6 @@ def test_the_pages_made_from_the_code_are_up_to_date(tmp_path, monkeypatch, caps
     assert make_docs.main([]) == 0 and make_docs.main(["--check"]) == 0
 
 
-# What a run is called
-
-
 @dataclass(kw_only=True)
 class Mine(recombine.Cersa):
     """A user's own method, outside of recombine.methods."""
@@ -204,3 +202,21 @@ def test_a_method_that_no_file_describes_is_called_by_its_class():
 ])  # fmt: skip
 def test_data_is_called_as_a_reader_knows_it(data, title):
     assert summary.data_title(data) == title
+
+
+def test_other_configurations_are_told_apart():
+    one = {"method": {"rank": 4}, "calibration": {"data": {"name": None}}, "trainer": {"devices": 1}}
+    assert results.config_difference(one, one | {"trainer": {"devices": 2}, "new": 1}) is None
+    assert results.config_difference(one, one | {"method": {"rank": 8}}) == "method.rank=4 there, 8 here"
+    pair = one | {"compressor": {"rank": 2}}
+    assert results.config_difference(one, pair) == "compressor=None there, compressor.rank=2 here"
+    assert results.config_difference(pair, one) == "compressor.rank=2 there, compressor=None here"
+    text = one | {"calibration": {"data": "text"}}
+    assert results.config_difference(text, one) == "calibration.data=text there, calibration.data.name=None here"
+
+
+def test_a_score_that_is_no_number_does_not_lose_the_result(tmp_path):
+    whole = {"config": {}, "metric": "acc", "val": {"acc": float("nan")}, "test": {"loss": float("inf"), "acc": 0.5}}
+    found = results.read(results.write(tmp_path / "result.json", whole))
+    assert found["val"] == {"acc": None} and found["test"] == {"loss": None, "acc": 0.5}
+    assert math.isnan(results.score(found))

@@ -1,0 +1,82 @@
+"""Budgets are met and used; one that cannot be met names the nearest that can."""
+
+from dataclasses import replace
+
+import pytest
+
+import recombine
+from helpers import ALL, SPLIT
+from recombine import BasisSharing, Cersa, Crisp, Dfjr, Dgmr, Full, Peft, PruneNet, Recast, Rosa, Svd, Svfit, Svft
+from recombine.core.budget import Budget
+from recombine.core.rewrite import find_sites
+from recombine.models import roles
+from zoo import build
+
+BUDGETS = [
+    (Crisp(chunk=16), "retained_50", "retained"),
+    (Crisp(chunk=16), "retained_20", "retained"),
+    (Svd(), "retained_50", "retained"),
+    (Dgmr(), "retained_50", "retained"),
+    (Dgmr(targets=ALL), "retained_50", "retained"),
+    (PruneNet(episodes=1), "retained_20", "retained"),
+    (Dfjr(), "retained_50", "retained"),
+    (Dfjr(), "memory_0.4mb", "memory_mib"),
+    (BasisSharing(whiten=False), "retained_30", "retained"),
+    (Cersa(), "retained_60", "retained"),
+    (Crisp(chunk=16), "trainable_5k", "trained_without_head"),
+    (Cersa(), "trainable_5k", "trained_without_head"),
+    (Peft(), "trainable_5k", "trained_without_head"),
+    (Svfit(), "trainable_200", "trained_without_head"),
+    (Svft(), "trainable_5k", "trained_without_head"),
+    (Rosa(density=0.0), "trainable_20k", "trained_without_head"),
+    (Svft(), "memory_0.65mb", "memory_mib"),
+    (Crisp(chunk=16), "memory_0.4mb", "memory_mib"),
+    (Recast(group_size=4), "retained_60", "retained"),
+    (Recast(group_size=4), "trainable_0.1k", "trained_without_head"),
+    (Svd(), "memory_0.4mb", "memory_mib"),
+    (Cersa(), "memory_0.65mb", "memory_mib"),
+    (Peft(), "memory_0.65mb", "memory_mib"),
+]
+
+
+@pytest.mark.parametrize("method, word, measure", BUDGETS, ids=[f"{type(m).__name__}-{w}" for m, w, _ in BUDGETS])
+def test_budget_is_met_and_used(method, word, measure):
+    model = recombine.apply(build("tiny_vit"), method, word)
+    limit, knob = Budget.parse(word).value, method.budget_fields[word.split("_")[0]]
+    assert getattr(recombine.count(model), measure) <= limit
+    chosen = model.recombined.steps[0].fields
+    choices = list(method.budget_values(knob, find_sites(build("tiny_vit"), method)))
+    if chosen[knob] != choices[-1]:  # the next larger value is over the limit
+        larger = choices[choices.index(chosen[knob]) + 1]
+        over = recombine.apply(build("tiny_vit"), replace(method, **{knob: larger}))
+        assert getattr(recombine.count(over), measure) > limit
+
+
+def test_energy_budget_keeps_the_energy():
+    for method in (Svd(targets=SPLIT), Cersa(targets=SPLIT), Crisp(targets=SPLIT, chunk=16)):
+        original = build("tiny_vit")
+        roles.split_fused(original, SPLIT)
+        model = recombine.apply(build("tiny_vit"), method, "energy_90")
+        kept = [1 - (model.get_submodule(n).dense_weight() - original.get_submodule(n).weight).square().sum()
+                / original.get_submodule(n).weight.square().sum() for n in model.recombined.targets]  # fmt: skip
+        if isinstance(method, Crisp):
+            kept = [sum(kept) / len(kept)]  # holds per group
+        assert min(kept) >= 0.9 - 1e-3
+
+
+@pytest.mark.parametrize(
+    "method, word, says",
+    [
+        (Crisp(chunk=16), "retained_1", "nearest"),
+        (Svd(), "retained_1", "nearest"),
+        (Peft(), "trainable_10", "nearest"),
+        (Peft(), "retained_50", "trainable, memory"),
+        (Full(), "retained_50", "none"),
+        (Svd(), "shrink_50", "retained_50"),
+        (Svd(), "retained_150", "at most 100"),
+    ],
+)
+def test_budget_that_cannot_be_met_names_the_nearest(method, word, says):
+    with pytest.raises(recombine.UsageError) as error:
+        recombine.apply(build("tiny_vit"), method, word)
+    assert says in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,28 @@
+"""The layers' FLOPs are those that torch counts."""
+
+import pytest
+import torch
+
+from recombine.layers import FactoredLinear, SharedBasisLinear
+
+
+@pytest.mark.parametrize("tokens", [1, 10, 10000])
+def test_flops_rule_counts_what_runs(tokens):
+    """The rule's numbers are those torch counts (2 FLOPs a multiplication), forward, both ways."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layers = [
+        FactoredLinear(torch.randn(12, 5), torch.randn(5, 8), torch.randn(5, 5)),
+        SharedBasisLinear(torch.randn(24, 3), torch.randn(3, 4), 8),
+    ]
+    x = torch.randn(tokens, 8)
+    for layer in layers:
+        layer.train()
+        structured, dense, build = layer.flops(tokens, False)
+        with FlopCounterMode(display=False) as counted:
+            layer.factored_forward(x)
+        inner = 25 * tokens if isinstance(layer, FactoredLinear) else 0  # folded away in eval
+        assert counted.get_total_flops() == 2 * (structured + inner)
+        with FlopCounterMode(display=False) as counted:
+            torch.nn.functional.linear(x, layer.dense_weight())
+        assert counted.get_total_flops() == 2 * (dense + build)

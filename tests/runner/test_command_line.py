@@ -1,0 +1,112 @@
+"""Every bad input is one line; a finished run is not run again; --help teaches."""
+
+import subprocess
+import sys
+
+import pytest
+
+import recombine
+from helpers import ROOT
+from helpers.command import CHUNK, execute, line
+from recombine import results
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["method=crips"], ["method=crips", "did you mean crisp?", "lora"]),
+        (["experiment=strt"], ["experiment=strt", "did you mean start?", "--help"]),
+        (["metod.chunk=16"], ["metod.chunk", "did you mean method?"]),
+        (["method.chnk=16"], ["method.chnk", "did you mean chunk?", "+method.chnk=16"]),
+        (["method.chunk"], ["method.chunk=..."]),
+        (["model=vit_s"], ["vit_s", "vit_s16", "dinov2_s14"]),
+        (["data=vtabb"], ["vtabb", "offline", "folder"]),
+        (["budget=retained_0"], ["retained_0", "more than 0"]),
+        (["budget=retained_500"], ["retained_500", "at most 100"]),
+        (["budget=retaind_50"], ["retaind_50", "did you mean budget=retained_50"]),
+        (["budget=half"], ["half", "none, retained_50, trainable_150k, energy_95, memory_1200mb"]),
+        (["stage=adaptt"], ["adaptt", "adapt", "joint"]),
+        (["data.task=dsprite_loc"], ["dsprite_loc", "dsprites_loc"]),
+        (["method.basis_rank=0", CHUNK], ["basis_rank=0", "from 1 to"]),
+        (["method.basis_rank=eight", CHUNK], ["basis_rank", "eight"]),
+        (["method.basis_rank=2.5", CHUNK], ["basis_rank", "2.5"]),
+        (["method.basis_rank=1000", CHUNK], ["basis_rank=1000", "32"]),
+        (["method.chunk=7"], ["chunk=7", "48", "divide"]),
+        (["method=cersa", "method.alpha=1.2"], ["alpha=1.2", "(0, 1]"]),
+        (["method=cersa", "method.alpha=0.8", "method.beta=0.9"], ["beta=0.9", "0.8"]),
+        (["+method.rnak=3"], ["rnak", "chunk"]),
+        (["method.rnak=3"], ["rnak"]),
+        (["method=svd", "budget=retained_0.01"], ["retained_0.01", "nearest", "retained_"]),
+        (["method=lora", "budget=retained_50"], ["retained_50", "trainable"]),
+        (["budget=retained"], ["size is missing", "retained_50"]),
+        (["budget=retained", "budget.value=0.37"], ["budget.value=0.37", "budget=retained_37"]),
+        (["optim.name=sdg", CHUNK], ["sdg", "adamw, adam, sgd"]),
+        (["method.targets=[gate]", CHUNK], ["gate", "qkv"]),
+        (["stage=joint", "method=lora"], ["joint", "does not compress"]),
+        (["stage=evaluate"], ["stage.checkpoint"]),
+        (["stage=evaluate", "stage.checkpoint=nowhere.safetensors"], ["nowhere.safetensors", "no such file"]),
+        (["optim.schedule=exp", CHUNK], ["exp", "cosine"]),
+        (["optim.head=zero", CHUNK], ["zero", "probe"]),
+        (["optim.lr=fast", CHUNK], ["optim.lr=fast", "number"]),
+        (["trainer.epochs=0", CHUNK], ["trainer.epochs=0", "from 1"]),
+        (["trainer.patience=0", CHUNK], ["trainer.patience=0", "null"]),
+        (["trainer.precision=7", CHUNK], ["trainer.precision=7", "bf16-mixed"]),
+        (["trainer.accelerator=abacus", CHUNK], ["trainer", "abacus"]),
+        (["data.batch_size=big", CHUNK], ["batch_size", "big"]),
+        (["data.task=all", "stage=retrofit", CHUNK], ["data.task=all", "retrofit"]),
+        (["method=svd", "method.rank=4", "budget=energy_95"], ["method.rank=4", "energy_95", "drop"]),
+        (["data=folder", "data.root=nowhere", "data.task=null"], ["nowhere"]),
+        (["data=folder"], ["data.root"]),
+        (["data=folder", "data.root=2024"], ["no folder 2024"]),
+        (["+tariner.epochs=3", CHUNK], ["tariner", "did you mean trainer"]),
+        (["=3"], ["command line"]),
+        (["~method"], ["method=None", "group of keys"]),
+        (["model=null"], ["command line"]),
+        (["analyse=null", CHUNK], ["analyse=None", "group of keys"]),
+        (["stage=joint", "stage.distil=3", CHUNK], ["stage.distil=3", "group of keys"]),
+        (["stage=profile", "stage.reference=lora", CHUNK], ["stage.reference=lora", "group of keys"]),
+        (["trainer.checkpoint_minutes=soon", CHUNK], ["checkpoint_minutes=soon", "a number"]),
+        (["trainer.devices=99", CHUNK], ["trainer.devices=99", "cores"]),
+        (["optim.clip=tight", CHUNK], ["optim.clip=tight", "a number or null"]),
+        (["harness.tasks=piqa", CHUNK], ["harness.tasks=piqa", "a list or null"]),
+        (["analyse.elsewhere=dsprites_ori", CHUNK], ["analyse.elsewhere=dsprites_ori", "a list"]),
+        (["stage=evaluate", "stage.checkpoint=3", CHUNK], ["stage.checkpoint=3", "no such file"]),
+        (["method._target_=null"], ["method._target_=None", "module.Class"]),
+        (["method._target_=Mine"], ["method._target_=Mine", "module.Class"]),
+        (["method._target_=recombine.methods.cersa.Cersa.inner"], ["Cersa.inner"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_bad_input_is_one_line(arguments, words, capsys, monkeypatch, tmp_path):
+    message = line(capsys, monkeypatch, tmp_path, *arguments)
+    for word in words:
+        assert word in message, message
+
+
+def test_output_folder_that_cannot_be_made(tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    assert str(tmp_path / "out") in line(capsys, monkeypatch, tmp_path, "method=linear_probe")
+    with (
+        pytest.raises(recombine.UsageError, match="cannot be written"),
+        results.lock_folder(tmp_path / "out" / "deeper"),
+    ):
+        pass
+
+
+def test_a_finished_run_is_not_run_again_and_no_two_processes_share_a_folder(tmp_path, capsys):
+    first = execute(tmp_path, "method=linear_probe")
+    capsys.readouterr()
+    assert execute(tmp_path, "method=linear_probe", "trainer.progress=true") == first  # how it is shown does not count
+    assert "finished before" in capsys.readouterr().out
+    with pytest.raises(recombine.UsageError, match=r"another configuration \(optim.lr=None there, 0.1 here\)"):
+        execute(tmp_path, "method=linear_probe", "optim.lr=0.1")
+    with results.lock_folder(tmp_path / "new"), pytest.raises(recombine.UsageError, match="another process runs here"):
+        execute(tmp_path / "new", "method=linear_probe")
+
+
+def test_help_teaches():
+    command = [sys.executable, "run.py", "--help"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for group in ("method: ", "model: ", "data: ", "budget: ", "stage: "):
+        assert group in out
+    assert out.count("python run.py") >= 5 and "result.json" in out

@@ -1,0 +1,53 @@
+"""Grids of an experiment, and how the command line narrows them."""
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from recombine.errors import UsageError
+from recombine.runner import grid
+
+GRID = {
+    "method": {"LoRA": {"method": "lora", "method.rank": 4}, "CERSA (α = 0.9)": {"method": "cersa"}},
+    "data.task": ["a", "b"],
+    "seed": [0, 1],
+}
+
+
+def test_a_grid_is_the_product_of_its_axes_with_the_last_axis_slowest():
+    cells = grid.cells(GRID)
+    assert len(cells) == 8 and [c.labels["seed"] for c in cells] == ["0"] * 4 + ["1"] * 4
+    assert cells[0].labels == {"method": "LoRA", "data.task": "a", "seed": "0"}
+    assert cells[0].overrides == ("method=lora", "method.rank=4", "data.task=a", "seed=0")
+    assert len({c.folder for c in cells}) == 8
+
+
+def test_the_command_line_narrows_a_grid():
+    assert {c.labels["seed"] for c in grid.cells(GRID, ["seed=7,8"])} == {"7", "8"}
+    assert len(grid.cells(GRID, ["seed=0", "trainer.epochs=3"])) == 4
+    assert all("trainer.epochs=3" in c.overrides for c in grid.cells(GRID, ["trainer.epochs=3"]))
+    assert {c.labels["seed"] for c in grid.cells(GRID, ["++seed=5"])} == {"5"}
+    assert all("~data.limit" in c.overrides for c in grid.cells(GRID, ["~data.limit"]))
+    kept = grid.cells(GRID, only=["CERSA (α = 0.9)", "b"])
+    assert [list(c.labels.values()) for c in kept] == [["CERSA (α = 0.9)", "b", "0"], ["CERSA (α = 0.9)", "b", "1"]]
+    # a narrowed grid has the folders of the whole one
+    assert {c.folder for c in grid.cells(GRID, ["seed=0"])} < {c.folder for c in grid.cells(GRID)}
+
+
+@pytest.mark.parametrize("axes, overrides, only, why", [
+    (GRID, ["method=svd"], None, r"method=svd: the labels of grid.method set method; choose some of them with only"),
+    (GRID, [], ["LoRa"], r"only=LoRa: no axis of the grid has this label; they are LoRA, CERSA"),
+    ({"seed": []}, [], None, r"grid.seed=\[\]: must be a list of values, or labels"),
+    ({"x": {"A": {"seed": 1}, "B": {"seed": 1}}}, [], None, r"grid: two cells are seed=1; their overrides must differ"),
+    ({}, ["optim.lr=interval(0,1)"], None, r"optim.lr=interval\(0,1\): a grid takes lists of values"),
+])  # fmt: skip
+def test_bad_grids_are_one_line(axes, overrides, only, why):
+    with pytest.raises(UsageError, match=why):
+        grid.cells(axes, overrides, only)
+
+
+@pytest.mark.parametrize(
+    "value", ["a", 1, -2.5, 1e-4, True, None, "α = 0.9", "it's", "a,b", [1, "x y"], {"a": [1]}, ""]
+)
+def test_overrides_say_what_the_yaml_said(value):
+    parsed = OverridesParser.create().parse_override(f"key={grid.quoted(value)}").value()
+    assert str(parsed) == str(value) if isinstance(value, list | dict) else parsed == value

@@ -1,0 +1,145 @@
+"""Two ranks on gloo: the same weights and scores as one, one run or a sweep, and one end for both."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+from helpers import CONF, ROOT
+from recombine.errors import UsageError
+from recombine.methods.adapters.ssf import Ssf
+from recombine.runner import ranks
+from recombine.training import distributed
+
+TINY = [
+    *("model=tiny_vit", "trainer=cpu", "trainer.progress=false", "data.limit=33", "data.batch_size=8"),
+    *("trainer.epochs=2", "trainer.checkpoint_minutes=0"),  # 33 = 4 * 8 + 1: the last batch is too small for two
+]
+JOINT = ["stage=joint", "budget=retained_50", "method=crisp", "method.chunk=16", "stage.distil.epochs=1"]
+TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
+
+
+def execute(folder: Path, *overrides: str) -> dict:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        ranks.main(compose("config", [*TINY, *overrides]), folder)
+    return json.loads((folder / "result.json").read_text())
+
+
+def command(*overrides: str, flags: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, str(ROOT / "run.py"), *flags, *TINY, *overrides]
+
+
+def same(one: Path, two: Path) -> None:
+    """Equal but for the order of sums."""
+    a, b = (json.loads((folder / "result.json").read_text()) for folder in (one, two))
+    for split in ("val", "test"):
+        assert a[split].keys() == b[split].keys()
+        for key, value in a[split].items():
+            assert b[split][key] == pytest.approx(value, rel=1e-4), (split, key)
+    assert a["best_epoch"] == b["best_epoch"] and a["linear_probe"] == b["linear_probe"]
+    a, b = (load_file(folder / "best.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("joint") / "one"
+    execute(folder, *JOINT)
+    return folder
+
+
+def test_two_ranks_are_one(joint, tmp_path):
+    """Killed on the way and started again, at that: nothing of the ranks outlives the process that started them."""
+    whole = subprocess.Popen(command(*JOINT, *TWO, f"hydra.run.dir={tmp_path}"), stderr=subprocess.DEVNULL)
+    while not list(tmp_path.rglob("best-*.ckpt")):
+        assert whole.poll() is None
+        time.sleep(0.02)
+    ranks = children(whole.pid)
+    assert len(ranks) == 2
+    whole.kill()
+    whole.wait()
+    for _ in range(100):
+        time.sleep(0.1)
+        if not any(Path(f"/proc/{pid}").exists() for pid in ranks):
+            break
+    else:
+        pytest.fail("a rank outlived the run")
+    subprocess.run(command(*JOINT, *TWO, f"hydra.run.dir={tmp_path}"), check=True, stdout=subprocess.DEVNULL)
+    same(joint, tmp_path)
+    assert "distil" in json.loads((tmp_path / "result.json").read_text())
+    assert not (tmp_path / ".state").exists() and not (tmp_path / ".ranks").exists()
+
+
+def test_told_to_stop_two_ranks_leave_one_state(tmp_path):
+    """Lightning's own handler would have one rank wait for the other for ever."""
+    long = ["method=lora", "method.rank=4", "probe=false", "trainer.epochs=900", f"hydra.run.dir={tmp_path}"]
+    told = subprocess.Popen(command(*long, *TWO), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.rglob("best-*.ckpt")):
+        assert told.poll() is None
+        time.sleep(0.02)
+    told.terminate()
+    said = told.communicate(timeout=60)[1]
+    assert told.returncode == 128 + signal.SIGTERM
+    step = int(re.search(r"stopped by SIGTERM at step (\d+) of best", said)[1])
+    assert list(tmp_path.rglob(f"best-{step:08}-*.ckpt")) and not list(tmp_path.rglob("result.json"))
+
+
+def test_a_sweep_of_runs_on_two_ranks_each(tmp_path):
+    """In Lightning's own way each second rank would repeat the whole sweep."""
+    words = ["method=lora", "method.rank=4", "+method.options.use_rslora=true", "probe=false", "trainer.epochs=1"]
+    given = [f"hydra.sweep.dir={tmp_path}/sweep", "seed=0,1"]
+    subprocess.run(command(*words, *TWO, *given, flags=("-m",)), check=True, stdout=subprocess.DEVNULL)
+    results = sorted((tmp_path / "sweep").rglob("result.json"))
+    assert [json.loads(path.read_text())["seed"] for path in results] == [0, 1]
+    assert [json.loads(path.read_text())["method"]["label"] for path in results] == ["lora", "lora"]
+    for seed, path in enumerate(results):
+        execute(tmp_path / str(seed), *words, f"seed={seed}")
+        same(tmp_path / str(seed), path.parent)
+
+
+@dataclass(kw_only=True)
+class Fails(Ssf):
+    """SSF that fails in one rank only."""
+
+    def penalty(self, model) -> float:
+        if distributed.rank() == 1:
+            raise RuntimeError("the second rank has a bad day")
+        return 0.0
+
+
+def test_an_error_in_one_rank_is_one_line_and_ends_both(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        execute(tmp_path, "method=ssf", "probe=false", f"method._target_={__name__}.Fails", *TWO)
+    line = str(caught.value)
+    assert "rank 1 of 2: RuntimeError: the second rank has a bad day" in line and "\n" not in line
+    assert "in penalty" in (tmp_path / ".ranks" / "trace.txt").read_text() and not children(os.getpid(), "ranks")
+
+
+def test_a_killed_rank_is_named():
+    codes = [1, -signal.SIGKILL]
+    with pytest.raises(UsageError, match="rank 1 of 2 was killed by SIGKILL"):
+        ranks.collect_results(Path("/nowhere"), codes)
+
+
+def test_several_machines_need_a_launcher(tmp_path):
+    with pytest.raises(UsageError, match="trainer.num_nodes=2.*slurm_multinode"):
+        execute(tmp_path, *TWO, "trainer.num_nodes=2")
+
+
+def children(pid: int, word: str = "") -> list[int]:
+    """The processes that a process started and that live."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    found = [int(child) for task in tasks for child in task.read_text().split()]
+    return [child for child in found if word in Path(f"/proc/{child}/cmdline").read_text()]

@@ -1,0 +1,171 @@
+"""Interruption: a run that was killed and started again ends as one that was not, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from helpers import CONF
+from recombine import results
+from recombine.runner import ranks
+from recombine.training import resume
+
+TINY = [
+    *("model=tiny_vit", "trainer=cpu", "trainer.progress=false", "data.limit=64", "data.batch_size=8"),
+    *("trainer.epochs=2", "trainer.checkpoint_minutes=0"),  # a state after every step
+]
+PROCESSES = multiprocessing.get_context("forkserver")  # imports once, then every run is a process of its own
+PROCESSES.set_forkserver_preload(
+    ["tests.conftest", "recombine.runner.ranks", "recombine.data.vision.offline", "recombine.training.loggers"]
+)
+
+
+def work(folder: Path, overrides: list[str], kill: tuple[str, int, int] | None) -> None:
+    """A run; kill: (name, n, signal) comes just before the n-th file of a name that starts so is put in its place."""
+    torch.set_num_threads(1)
+    placed: list[str] = []
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "os.rename":
+            placed.append(Path(arguments[1]).name)
+            if kill and placed[-1].startswith(kill[0]) and sum(p.startswith(kill[0]) for p in placed) == kill[1]:
+                os.kill(os.getpid(), kill[2])
+
+    sys.addaudithook(watch)
+    with (folder.parent / f"{folder.name}.log").open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        ranks.main(compose("config", [*TINY, *overrides]), folder)
+    (folder.parent / f"{folder.name}.placed").write_text("\n".join(placed))
+
+
+def run(folder: Path, *overrides: str, kill: tuple[str, int, int] | None = None, after: float | None = None) -> int:
+    """The exit code of a run in a process of its own; after: seconds of work before SIGKILL."""
+    process = PROCESSES.Process(target=work, args=(folder, overrides, kill))
+    process.start()
+    process.join(after)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+def outcome(folder: Path) -> tuple[dict, bytes]:
+    """What must not depend on interruptions."""
+    result = json.loads((folder / "result.json").read_text())
+    for key in ("seconds", "images_per_second", "environment", "command", "checkpoint"):
+        result.pop(key, None)
+    return result, (folder / "best.safetensors").read_bytes()
+
+
+def log(folder: Path) -> str:
+    return (folder.parent / f"{folder.name}.log").read_text()
+
+
+CASES = {
+    "joint": ["stage=joint", "budget=retained_50", "method=crisp", "method.chunk=16", "stage.distil.epochs=2"],
+    "pair": ["stage=joint", "method@compressor=svd", "compressor.rank=8", "method=lora", "stage.distil.epochs=1"],
+    "draws": ["method=lora", "method.rank=4", "data.augment=crop", "probe=false", "trainer.patience=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """case -> the folder of a run that nothing interrupted, and the files that it put in place, in order."""
+    done = {}
+
+    def of(case: str) -> tuple[Path, list[str]]:
+        if case not in done:
+            folder = tmp_path_factory.mktemp(case) / "whole"
+            assert run(folder, *CASES[case]) == 0, log(folder)
+            done[case] = folder, (folder.parent / "whole.placed").read_text().split("\n")
+        return done[case]
+
+    return of
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_anywhere(case, whole, tmp_path):
+    (expected, placed), broken, draw = whole(case), tmp_path / "run", random.Random(case)
+    for part in ("distilled", "best") if case != "draws" else ("rewritten", "best"):
+        some = draw.randint(1, max(1, sum(name.startswith(part) for name in placed) // 2))
+        assert run(broken, *CASES[case], kill=(part, some, signal.SIGKILL)) == -signal.SIGKILL
+    assert run(broken, *CASES[case], after=draw.uniform(0.5, 3)) in (0, -signal.SIGKILL)  # between any two files too
+    assert run(broken, *CASES[case]) == 0, log(broken)
+    assert outcome(broken) == outcome(expected)
+    assert not [p for p in broken.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_leaves_a_state_of_the_very_step(number, whole, tmp_path):
+    expected, _ = whole("joint")
+    slow = [*CASES["joint"], "trainer.checkpoint_minutes=60"]
+    assert run(tmp_path / "run", *slow, kill=("distilled.safetensors", 1, number)) == 128 + number
+    assert f"stopped by {number.name} at step 8 of distilled" in log(tmp_path / "run")
+    assert len(list((tmp_path / "run").rglob("distilled-00000008-*.ckpt"))) == 1
+    assert run(tmp_path / "run", *slow) == 0
+    assert outcome(tmp_path / "run")[1] == outcome(expected)[1]
+
+
+def test_what_is_finished_is_not_done_again(tmp_path):
+    """Killed before result.json: early stopping had ended the fit, and the next process trains no step."""
+    slow = "optim.lr_head=1e-12"  # validation stays the same
+    case = ["method=linear_probe", "probe=false", "trainer.epochs=9", "trainer.patience=2", slow]
+    assert run(tmp_path / "run", *case, kill=("result.json", 1, signal.SIGKILL)) == -signal.SIGKILL
+    states = {p.name for p in (tmp_path / "run").rglob("best-*.ckpt")}
+    assert any(name.startswith("best-00000024-") for name in states)  # three epochs of eight steps
+    assert run(tmp_path / "run", *case) == 0
+    assert not [n for n in (tmp_path / "run.placed").read_text().split("\n") if n.startswith(("best-", "rewritten"))]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["best_epoch"] == 0
+
+
+def test_a_damaged_state_is_named_and_the_one_before_used(whole, tmp_path):
+    expected, _ = whole("joint")
+    assert run(tmp_path / "run", *CASES["joint"], kill=("best-", 5, signal.SIGKILL)) == -signal.SIGKILL
+    (_, newest), (rewritten,) = (sorted((tmp_path / "run").rglob(p)) for p in ("best-*.ckpt", "rewritten.safetensors"))
+    for path in (newest, rewritten):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    before = len(log(tmp_path / "run"))
+    assert run(tmp_path / "run", *CASES["joint"]) == 0
+    lines = [line for line in log(tmp_path / "run")[before:].splitlines() if ": damaged" in line]
+    assert len(lines) == 2 and str(rewritten) in lines[0] and str(newest) in lines[1] and "state before" in lines[1]
+    assert outcome(tmp_path / "run") == outcome(expected)
+
+
+def test_another_configuration_begins_anew(tmp_path):
+    first, other, same = (
+        resume.state_folder(tmp_path, configured(*words))
+        for words in (["seed=1"], ["seed=2"], ["seed=1", "trainer.devices=2", "trainer.progress=true"])
+    )
+    assert first == same != other
+
+
+def configured(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return results.settings(compose("config", [*TINY, *overrides]))
+
+
+def test_a_state_is_not_unpickled(tmp_path):
+    """A file with the right checksum that carries code is refused by torch, not run."""
+
+    class Code:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"loops": Code()}, tmp_path / "state")
+    path = tmp_path / f"best-00000001-{resume.digest(tmp_path / 'state')}.ckpt"
+    (tmp_path / "state").rename(path)
+    assert resume.TrainingState(tmp_path, "best", 5).find() == path
+    with pytest.raises(pickle.UnpicklingError):
+        resume.loop_position(path)
+    assert not (tmp_path / "ran").exists()
