@@ -72,15 +72,13 @@ def test_every_block_has_a_name():
 
 def test_a_method_takes_three_places(clone, tmp_path):
     write(clone, "recombine/methods/halved.py", "conf/method/halved.yaml")
-    matrix = next(path for path in (clone / "tests").rglob("test_*.py") if "\nROWS = {" in path.read_text())
+    matrix = clone / "tests" / "helpers" / "rows.py"
     text = matrix.read_text()
-    assert text.count("from recombine import (") == 1
-    matrix.write_text(
-        text.replace("\nROWS = {\n", "\nROWS = {\n    " + BLOCKS["row of the contract matrix"]).replace(
-            "from recombine import (", "from recombine import (\n    Halved,"
-        )
-    )
-    rows = command(clone, "-m", "pytest", "-q", "-p", "no:cacheprovider", matrix, "-k", "test_contract and halved")
+    assert text.count("from recombine import (") == text.count("\nROWS = {\n") == 1
+    text = text.replace("\nROWS = {\n", "\nROWS = {\n    " + BLOCKS["row of the contract matrix"])
+    matrix.write_text(text.replace("from recombine import (", "from recombine import (\n    Halved,"))
+    contract = next(path for path in (clone / "tests").rglob("test_*.py") if "def test_contract(" in path.read_text())
+    rows = command(clone, "-m", "pytest", "-q", "-p", "no:cacheprovider", contract, "-k", "test_contract and halved")
     assert "4 passed" in rows  # one a family
     result = execute(clone, tmp_path / "out", "method=halved", "model=tiny_vit", "data.limit=32")
     assert result["method"]["label"] == "halved" and result["method"]["name"] == "Halved"

@@ -140,3 +140,7 @@ def test_fields_are_the_config():
     model = recombine.apply(build("tiny_vit"), Cersa(alpha=0.9))
     step = model.recombined.steps[0]
     assert (step.method, step.fields) == ("Cersa", asdict(Cersa(alpha=0.9)))
+
+
+def test_every_method_has_a_row():
+    assert {type(row.method).__name__ for row in ROWS.values()} == set(recombine.methods.__all__)
