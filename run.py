@@ -16,13 +16,14 @@ from recombine.runtime import budget_words, conf, help, logs, threads
 
 DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
 failures: list[Exception] = []
+cores: list[str | None] = [None]  # how many torch takes, in words; None: all
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="config")
 def main(cfg: DictConfig) -> float:
     """One run of a composed configuration; Hydra calls it. Returns the validation score."""
     try:
-        say_what_loads(cfg, HydraConfig.get().runtime.choices)
+        say_what_loads(cfg, HydraConfig.get().runtime.choices, cores[0])
         from recombine.runner import ranks  # imports torch
 
         return ranks.task(cfg)
@@ -37,7 +38,7 @@ def cli() -> int:
     arguments = sys.argv[1:]
     if any(flag in arguments for flag in help.FLAGS):
         return show_help(arguments)
-    threads.wait_asleep()
+    cores[0] = threads.settle()
     logs.quiet_libraries()  # for the sweeps, which load some in this process
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors of its own and exits
     try:

@@ -1,6 +1,6 @@
 """How a training loop fares beside other work: torch's threads as OpenMP sets them up, and as runtime/threads.py does.
 
-    python scripts/bench_busy.py [--spins 300 1000 3000] [--rounds 4]
+    python scripts/bench_busy.py [--rounds 4]
 
 A sample is a process that trains a small ViT with random weights. The rivals take turns, alone and beside a process
 that burns one core. A sample is cut into windows of some steps. Those in which anybody else took more than a tenth of
@@ -20,38 +20,40 @@ from recombine.runtime import threads
 
 FOREIGN = 0.1  # cores that others may take during a window
 STEPS = 4  # of a window
-TODAY = "OpenMP's own"
+TODAY, OURS = "OpenMP's own", "settled"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--spins", nargs="*", type=int, default=[threads.SPINS], help="spin counts to try")
     parser.add_argument("--rounds", type=int, default=4, help="samples of every rival, alone and beside the other")
     parser.add_argument("--windows", type=int, default=8, help="windows that count, of a sample")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds that a sample waits for them")
     parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)  # the busy process, or 0
+    parser.add_argument("--rival", default=TODAY, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
+        if args.rival == OURS:
+            threads.settle()
         return print(*train(args.windows, args.patience, args.child))
-    rivals = {TODAY: {}} | {f"{n} spins": {"GOMP_SPINCOUNT": str(n)} for n in args.spins}
+    rivals = (TODAY, OURS)
     seconds: dict[tuple[str, bool], list[float]] = {(name, busy): [] for name in rivals for busy in (False, True)}
     for done in range(1, args.rounds + 1):
         for busy in (False, True):
             with subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else open(os.devnull) as other:
-                for name, environment in rivals.items():
-                    seconds[name, busy] += sample(environment, args, other.pid if busy else 0)
+                for name in rivals:
+                    seconds[name, busy] += sample(name, args, other.pid if busy else 0)
                 if busy:
                     other.kill()
         print(f"after {done} of {args.rounds} rounds, load {os.getloadavg()[0]:.1f}", flush=True)
         table(seconds, list(rivals))
 
 
-def sample(environment: dict[str, str], args: argparse.Namespace, other: int) -> list[float]:
+def sample(rival: str, args: argparse.Namespace, other: int) -> list[float]:
     """Seconds of the windows of one process that count."""
     clean = {key: value for key, value in os.environ.items() if key not in threads.ANSWERED}
-    knobs = {"--windows": args.windows, "--patience": args.patience, "--child": other}
-    command = [sys.executable, "-W", "ignore", __file__, *(str(part) for pair in knobs.items() for part in pair)]
-    done = subprocess.run(command, env=clean | environment, stdout=subprocess.PIPE, text=True, check=True)
+    options = {"--windows": args.windows, "--patience": args.patience, "--child": other, "--rival": rival}
+    command = [sys.executable, "-W", "ignore", __file__, *(str(part) for pair in options.items() for part in pair)]
+    done = subprocess.run(command, env=clean, stdout=subprocess.PIPE, text=True, check=True)
     return [float(value) for value in done.stdout.split()]
 
 

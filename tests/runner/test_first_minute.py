@@ -13,7 +13,6 @@ import tempfile
 import termios
 import threading
 import time
-from unittest import mock
 
 import httpx
 import pytest
@@ -140,29 +139,38 @@ def test_bars_of_libraries_follow_the_progress_key(capsys):
     assert "afterwards" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("given", "then"),
-    [
-        ({}, {"GOMP_SPINCOUNT": str(threads.SPINS)}),
-        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
-        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
-    ],
-)
-def test_what_the_user_says_of_waiting_threads_holds(given, then):
-    clean = {key: value for key, value in os.environ.items() if key not in threads.ANSWERED}
-    with mock.patch.dict(os.environ, clean | given, clear=True):
-        threads.wait_asleep()
-        assert {name: os.environ[name] for name in threads.ANSWERED if name in os.environ} == then
+CHOICE = """
+import os, json
+from recombine.runtime import threads
+words = threads.settle()
+print(json.dumps([words, {name: os.environ[name] for name in threads.ANSWERED if name in os.environ}]))
+"""
 
 
-def test_the_openmp_of_torch_takes_the_spin_count(tmp_path):
-    """libgomp prints what it was told as it is loaded: the variable is set before torch is."""
-    arguments = [*TINY, "trainer.progress=false", "stage=retrofit", f"hydra.run.dir={tmp_path}/out"]
+def settled(given: dict[str, str], busy: int) -> list:
+    """What a new process chooses beside `busy` others that each burn a core: [words, variables]."""
     clean = {key: value for key, value in os.environ.items() if key not in threads.ANSWERED}
-    environment = clean | {"OMP_DISPLAY_ENV": "verbose", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "run.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", CHOICE], cwd=ROOT, env=clean | given, capture_output=True, text=True
+        )
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
     assert done.returncode == 0, done.stderr
-    if "GOMP_SPINCOUNT" not in done.stderr:
-        pytest.skip("this torch brings another OpenMP than GNU's")
-    assert f"GOMP_SPINCOUNT = '{threads.SPINS}'" in done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/loadavg")
+def test_a_busy_machine_gets_fewer_threads_which_sleep():
+    cores = len(os.sched_getaffinity(0))
+    words, variables = settled({}, busy=os.cpu_count() + 1)
+    assert variables == {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} or cores == 1 and not variables
+    assert cores == 1 or words == f"1 of {cores} cores, as other work runs"
+
+
+@pytest.mark.parametrize("given", [{"OMP_NUM_THREADS": "2"}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_what_the_user_says_of_threads_holds(given):
+    assert settled(given, busy=os.cpu_count() + 1) == [None, given]
