@@ -2,6 +2,7 @@
 
 import fcntl
 import http.server
+import json
 import logging
 import os
 import pty
