@@ -66,7 +66,7 @@ def solve(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -
     Raises:
         UsageError: the method has no field for that kind of budget, or its smallest value is already too large.
     """
-    name, field = type(method).__name__.lower(), method.budget_fields.get(budget.kind)
+    name, field = method.label, method.budget_fields.get(budget.kind)
     if field is None:
         can = ", ".join(method.budget_fields) or "none"
         raise UsageError(f"budget={budget}: {name} cannot be held to a {budget.kind} budget; it knows: {can}")
@@ -97,7 +97,7 @@ def largest(method: Method, field: str, model: nn.Module, sites: list[Site], bud
         return measure()
 
     if (least := at(values[0])) > budget.value:
-        name, near = type(method).__name__.lower(), Budget(budget.kind, least * 1.0001)  # rounded up: it can be typed
+        name, near = method.label, Budget(budget.kind, least * 1.0001)  # rounded up: it can be typed
         raise UsageError(f"budget={budget}: cannot be met, the nearest that {name} can is {near} ({field}={values[0]})")
     low, high = 0, len(values)  # values[low] fits; from high on nothing does
     while high - low > 1:

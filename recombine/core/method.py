@@ -68,6 +68,7 @@ class Method:
         cls.abstract = abstract
 
     def __post_init__(self):
+        self.label = type(self).__name__.lower()  # how messages call it; the runner knows what the user typed
         self.stats: dict[str, Stats] = {}  # what `statistics_needed` asked for, by site name, of one model
         self.blocks: list[int] | None = None  # the blocks that `rewrite` leaves, if not all
 

@@ -101,7 +101,8 @@ def prepare(
     Raises:
         UsageError: as in `apply`; the model is unchanged then.
     """
-    method = replace(method)  # the caller's keeps its fields, and no factors of this model
+    label, method = method.label, replace(method)  # the caller's keeps its fields, and no factors of this model
+    method.label = label
     budget = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
     sites = find_sites(model, method)
     was_split = frozenset(name for name, module in model.named_modules() if isinstance(module, SplitQKV))

@@ -66,6 +66,10 @@ def resolve(cfg: DictConfig) -> RunSpec:
     """
     validate_config(cfg)
     method, compressor = resolve_methods(cfg)
+    labels = chosen_labels(cfg)
+    method.label = labels["method"]
+    if compressor is not None:
+        compressor.label = labels["compressor"]
     plain = OmegaConf.to_container(cfg, resolve=True)
     calibration = dict(plain["calibration"])
     chosen = calibration.pop("data")
@@ -86,7 +90,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
         ),
         method=method,
         compressor=compressor,
-        labels=chosen_labels(cfg),
+        labels=labels,
         budget=Budget.parse(cfg.budget),
         data=data | {"seed": cfg.seed},
         model=plain["model"],

@@ -37,7 +37,7 @@ from recombine import results
         (["+method.rnak=3"], ["rnak", "chunk"]),
         (["method.rnak=3"], ["rnak"]),
         (["method=svd", "budget=retained_0.01"], ["retained_0.01", "nearest", "retained_"]),
-        (["method=lora", "budget=retained_50"], ["retained_50", "trainable"]),
+        (["method=lora", "budget=retained_50"], ["retained_50", "lora cannot be held", "trainable"]),
         (["budget=retained"], ["size is missing", "retained_50"]),
         (["budget=retained", "budget.value=0.37"], ["budget.value=0.37", "budget=retained_37"]),
         (["optim.name=sdg", CHUNK], ["sdg", "adamw, adam, sgd"]),
