@@ -5,8 +5,8 @@
     python scripts/fuzz.py --replay 17          configuration 17 of that seed again, with its output
 
 Every key of every node is drawn from its schema (recombine/runtime/schema.py), so that a new key is tried as soon as it
-is there. What is drawn is a small run with one to three changes: values in range and at its ends, values out of range or
-of another kind, misspelt keys, other choices of the groups, budgets, and combinations of these.
+is there. What is drawn is a small run with one to three changes: values in range and at its ends, values out of range
+or of another kind, misspelt keys, other choices of the groups, budgets, and combinations of these.
 
 A configuration has to end in one of two ways: in one line on stderr with exit code 2, or in a result of finite numbers.
 A value out of its range must not be accepted. Runs are forked from one process that has imported everything.
@@ -29,18 +29,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import yaml
 from annotated_types import Ge, Gt, Le, Lt
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from pydantic import TypeAdapter, ValidationError
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from recombine import data, models  # noqa: E402
+from recombine import data as data_sets
+from recombine import models  # noqa: E402
 from recombine.core.method import Method  # noqa: E402
 from recombine.runner import config  # noqa: E402
 from recombine.runtime import conf  # noqa: E402
 from recombine.runtime.kinds import alternatives, bare  # noqa: E402
-from recombine.runtime.schema import annotations  # noqa: E402
+from recombine.runtime.schema import annotations, dotted  # noqa: E402
 from recombine.runtime.user_code import load_class  # noqa: E402
 
 CPU_SECONDS = 20  # that a small run may take
@@ -53,36 +56,10 @@ PAIRS = (  # models and data that belong together
     ("tiny_bert", ("sentences",)),
     ("tiny_llama", ("text", "choices")),
 )
-STRANGE = (
-    "null",
-    "true",
-    "abc",
-    "'日本語'",
-    "[]",
-    "[a,b]",
-    "{a:1}",
-    "-1",
-    "0",
-    "2.5",
-    "1e30",
-    "nan",
-    "inf",
-    "-inf",
-    "''",
-)
-STRANGE += (str(10**30), str(-(10**12)), "'a b'", "[1,null]", "1e-300")
+STRANGE = ("null", "true", "abc", "'日本語'", "[]", "[a,b]", "{a:1}", "-1", "0", "2.5", "1e30", "nan", "inf", "-inf")
+STRANGE += ("''", str(10**30), str(-(10**12)), "'a b'", "[1,null]", "1e-300")
 BUDGETS = ("none", "retained_50", "retained_90", "trainable_2k", "energy_90", "memory_5mb")
-BAD_BUDGETS = (
-    "retained_0",
-    "retained_500",
-    "half",
-    "energy_-1",
-    "5",
-    "null",
-    "trainable_",
-    "memory_0mb",
-    "[retained_50]",
-)
+BAD_BUDGETS = ("retained_0", "retained_500", "half", "energy_-1", "5", "null", "trainable_", "memory_0mb")
 LONG = {"epochs", "rounds", "steps", "episodes", "alternations"}  # a large value is a long run, as it was asked for
 
 
@@ -94,13 +71,13 @@ class Case:
     bad: list[str] = field(default_factory=list)
 
 
-def targets(model: str, source: str, method: str, stage: str) -> dict[str, Any]:
+def targets(model: str, data: str, method: str, stage: str) -> dict[str, Any]:
     """Node -> what its keys are the schema of, for these choices of the groups."""
     values = conf.load("model", model)
     cls = load_class(conf.load("method", method)["_target_"], Method, "method._target_")
     return config.NODES | {
         "model": models.schema(values["name"], values.get("library", "timm"), values["arch"]),
-        "data": data.find(source),
+        "data": data_sets.find(data),
         "method": cls,
         "stage": config.stage_schema(stage),
     }
@@ -111,9 +88,9 @@ def keys(target: Any, node: str, given: dict[str, Any]) -> Iterator[tuple[str, A
     for name, hint in annotations(target).items():
         inner = next((part for part in alternatives(hint) if hasattr(part, "__dataclass_fields__")), None)
         if inner is not None and isinstance(given.get(name), dict):
-            yield from keys(inner, f"{node}.{name}", given[name])
+            yield from keys(inner, dotted(node, name), given[name])
         elif name in given:
-            yield f"{node}.{name}", hint
+            yield dotted(node, name), hint
 
 
 def bounds(hint: Any) -> tuple[type, float, float, bool]:
@@ -157,28 +134,28 @@ def ends(hint: Any) -> list[str]:
 
 def fits(hint: Any, text: str) -> bool:
     """Whether a value, as typed, is of a kind."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     value = OverridesParser.create().parse_override(f"key={text}").value()
     value = str(value) if type(value).__name__ == "QuotedString" else value
     if isinstance(value, float) and not math.isfinite(value):
         return False
+    needs_list = any(get_origin(bare(kind)) is tuple for kind in alternatives(hint))
+    given = tuple(value) if needs_list and isinstance(value, list) else value
     try:
-        needs_list = any(get_origin(bare(kind)) is tuple for kind in alternatives(hint))
-        TypeAdapter(hint).validate_python(
-            tuple(value) if needs_list and isinstance(value, list) else value, strict=True
-        )
+        TypeAdapter(hint).validate_python(given, strict=True)
     except (ValidationError, OverflowError):
         return False
     return True
 
 
-def change(key: str, hint: Any, rng: random.Random) -> tuple[str, bool]:
-    """(an override of a key, whether it is bad)"""
-    draw = rng.random()
+def change(key: str, hint: Any, rng: random.Random, sound: bool) -> tuple[str, bool] | None:
+    """(an override of a key, whether it is bad). sound: it is not to be; None: the kind alone gives no such value."""
+    draw = 0.0 if sound else rng.random()
     value = good(hint, rng) if draw < 0.4 else rng.choice(ends(hint) or STRANGE) if draw < 0.6 else rng.choice(STRANGE)
-    value = value or rng.choice(STRANGE)
-    if draw < 0.6 and key.rpartition(".")[2] in LONG and fits(hint, value) and value.isdigit() and int(value) > 10:
+    if value is None:
+        if sound:
+            return None
+        value = rng.choice(STRANGE)
+    if key.rpartition(".")[2] in LONG and value.isdigit() and int(value) > 10 and fits(hint, value):
         value = "2"
     return f"{key}={value}", not fits(hint, value)
 
@@ -193,41 +170,45 @@ def misspelt(key: str, rng: random.Random) -> str:
 def case(rng: random.Random) -> Case:
     """One configuration."""
     model, sources = rng.choice(PAIRS)
-    source = rng.choice(sources)
     known = {group: sorted(p.stem for p in (conf.CONF / group).glob("[!_]*.yaml")) for group in ("method", "stage")}
-    method = "crisp" if rng.random() < 0.3 else rng.choice(known["method"])
-    stage = "adapt" if rng.random() < 0.5 else rng.choice(known["stage"])
-    found = Case([f"model={model}", f"data={source}", f"method={method}", f"stage={stage}", *SMALL])
-    nodes = targets(model, source, method, stage)
-    known_keys = [
-        pair for node, target in nodes.items() for pair in keys(target, node, given(node, model, source, method, stage))
-    ]
+    chosen = {
+        "model": model,
+        "data": rng.choice(sources),
+        "method": "crisp" if rng.random() < 0.3 else rng.choice(known["method"]),
+        "stage": "adapt" if rng.random() < 0.5 else rng.choice(known["stage"]),
+    }
+    sound = rng.random() < 0.5
+    found = Case([*(f"{group}={choice}" for group, choice in chosen.items()), *SMALL])
     if rng.random() < 0.5:
-        word = rng.choice(BUDGETS if rng.random() < 0.8 else BAD_BUDGETS)
+        word = rng.choice(BUDGETS if sound or rng.random() < 0.8 else BAD_BUDGETS)
         found.arguments.append(f"budget={word}")
         found.bad += [f"budget={word}"] if word in BAD_BUDGETS else []
     if rng.random() < 0.15:
         found.arguments.append(f"method@compressor={rng.choice(known['method'])}")
+    pool = [pair for node, target in targets(**chosen).items() for pair in keys(target, node, given(node, chosen))]
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        key, hint = rng.choice(known_keys)
-        line, bad = (misspelt(key, rng), True) if rng.random() < 0.08 else change(key, hint, rng)
-        name = line.split("=")[0]
-        found.arguments = [given for given in found.arguments if given.split("=")[0] != name] + [line]
-        found.bad = [given for given in found.bad if given.split("=")[0] != name] + ([line] if bad else [])
+        key, hint = rng.choice(pool)
+        spelt_wrong = not sound and rng.random() < 0.08
+        drawn = (misspelt(key, rng), True) if spelt_wrong else change(key, hint, rng, sound)
+        if drawn is not None:
+            put(found, *drawn)
     return found
 
 
-def given(node: str, model: str, source: str, method: str, stage: str) -> dict[str, Any]:
-    """The keys of a node in its YAML."""
-    choice = {"model": model, "data": source, "method": method, "stage": stage}.get(node)
-    if choice is None:
-        choice = {"optim": "adamw", "trainer": "cpu", "logger": "wandb"}.get(node)
-    if choice is None:
-        import yaml
+def put(found: Case, line: str, bad: bool) -> None:
+    """Adds an override in the place of an earlier one of the same key."""
+    name = line.split("=")[0]
+    found.arguments = [given for given in found.arguments if given.split("=")[0] != name] + [line]
+    found.bad = [given for given in found.bad if given.split("=")[0] != name] + ([line] if bad else [])
 
-        whole = yaml.safe_load((conf.CONF / "config.yaml").read_text())
-        return {key: value for key, value in whole.items() if not isinstance(value, dict)} if not node else whole[node]
-    return conf.load(node, choice)
+
+def given(node: str, chosen: dict[str, str]) -> dict[str, Any]:
+    """The keys of a node in its YAML. chosen: group -> choice."""
+    choice = (chosen | {"optim": "adamw", "trainer": "cpu", "logger": "none"}).get(node)
+    if choice is not None:
+        return conf.load(node, choice)
+    whole = yaml.safe_load((conf.CONF / "config.yaml").read_text())
+    return whole[node] if node else {key: value for key, value in whole.items() if not isinstance(value, dict)}
 
 
 def run(found: Case, folder: Path) -> tuple[int | str, str, float]:
