@@ -35,13 +35,14 @@ class OptimizerSettings:
 class DistillationSettings(OptimizerSettings):
     """The training that follows the original model (CRISP Alg. 4).
 
-    epochs: 0 for none. kl, mse, features: the weights of its losses, as `objectives.Distillation` has them.
+    epochs: 0 for none. kl, mse, features, l1: the weights of its losses, as `objectives.Distillation` has them.
     """
 
     epochs: int = 4
     kl: float = 1.0
     mse: float = 1.0
     features: float = 1.0
+    l1: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
