@@ -19,7 +19,7 @@ from recombine.methods.from_config import from_config, from_name
 from recombine.runner.labels import chosen_labels
 from recombine.runtime import conf
 from recombine.runtime.kinds import Seed, Word, shown
-from recombine.runtime.schema import annotations, checked, group, typed, unknown
+from recombine.runtime.schema import annotations, checked, group, typed
 from recombine.stages import STAGES
 from recombine.stages.settings import (
     STAGE_SETTINGS,
@@ -109,14 +109,21 @@ def resolve(cfg: DictConfig) -> RunSpec:
 
 
 def stage_settings(values: Mapping[str, Any]) -> StageSettings:
-    """The settings of the stage that `values` name."""
-    values = dict(values)
+    """The settings of the stage that `values` name. Keys of other stages, which an experiment sets for some of its
+    cells, say nothing to this one.
+
+    Raises:
+        UsageError: there is no such stage, no stage has a key, or a value does not fit.
+    """
     if (name := values.get("name")) not in STAGES:
         raise UsageError(f"stage.name={name}: must be one of {', '.join(STAGES)}")
+    cls = STAGE_SETTINGS.get(name, StageSettings)
+    others = {key for stage in STAGE_SETTINGS.values() for key in annotations(stage)} - annotations(cls).keys()
+    values = {key: value for key, value in values.items() if key not in others}
     if values.get("reference") is not None:
         reference = dict(group(values["reference"], "stage.reference"))
         values["reference"] = from_name(reference.pop("name", None), reference, "stage.reference")
-    settings = typed(STAGE_SETTINGS.get(name, StageSettings), values, "stage")
+    settings = typed(cls, values, "stage")
     require_checkpoint(settings)
     return settings
 
@@ -181,18 +188,15 @@ class RootKeys:
 
 
 def validate_root(cfg: DictConfig) -> None:
-    """Refuses a key at the top that nothing reads, a group that is one value, and what the keys there cannot be.
+    """Refuses a group that is one value, and what the keys beside the groups cannot be. An experiment may have others
+    there, for its grid to refer to.
 
     Raises:
         UsageError: names the first of them.
     """
-    groups = (*GROUPS, "compressor")
     for key in GROUPS:
         group(OmegaConf.select(cfg, key), key)
-    root = {key: OmegaConf.select(cfg, key) for key in cfg if key not in groups and key != "hydra"}
-    if lost := [key for key in root if key not in annotations(RootKeys)]:
-        raise UsageError(unknown(lost[0], root[lost[0]], [*groups, *annotations(RootKeys)], ""))
-    checked(RootKeys, root, "")
+    checked(RootKeys, {key: OmegaConf.select(cfg, key) for key in cfg if key in annotations(RootKeys)}, "")
 
 
 def require_checkpoint(stage: StageSettings) -> None:

@@ -56,6 +56,11 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
+def bare(kind: Any) -> Any:
+    """A kind without what stands beside it: Annotated[int, ...] -> int."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
 def words(hint: Any, value: Any = None) -> str:
     """What an annotation allows, in words: "a whole number from 1, or null"."""
     kinds = list(dict.fromkeys(kind_words(part, value) for part in alternatives(hint)))
@@ -87,8 +92,7 @@ def hint_of(value: Any, known: list[str]) -> str:
 
 def plural(kind: Any) -> str:
     """Several values of a kind in words."""
-    base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
-    return {int: "whole numbers", float: "numbers", str: "words"}.get(base, "values")
+    return {int: "whole numbers", float: "numbers", str: "words"}.get(bare(kind), "values")
 
 
 def limits(marks: Sequence[Any], value: Any) -> str:

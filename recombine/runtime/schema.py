@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from recombine.errors import UsageError, did_you_mean
-from recombine.runtime.kinds import alternatives, shown, words
+from recombine.runtime.kinds import alternatives, bare, shown, words
 
 T = TypeVar("T")
 
@@ -150,9 +150,9 @@ def plain(value: Any) -> Any:
 
 
 def built(value: Any, hint: Any, key: str) -> Any:
-    """The value as pydantic's strict mode takes it: a tuple unless the annotation asks for a list; a settings class."""
-    kinds = alternatives(hint)
-    if isinstance(value, list) and not any(get_origin(kind) is list for kind in kinds):
+    """The value as pydantic's strict mode takes it: a list as a tuple and a group as a settings class, where due."""
+    kinds = [bare(kind) for kind in alternatives(hint)]
+    if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds):
         return tuple(value)
     inner = next((kind for kind in kinds if is_dataclass(kind)), None)
     return typed(inner, value, key) if inner is not None and isinstance(value, Mapping) else value
@@ -178,7 +178,14 @@ def line(error: Mapping, values: Mapping[str, Any], hints: Mapping[str, Any], ke
         return f"{typed_as}: needs a value: say {typed_as}=..."
     if name not in hints:
         return unknown(name, values[name], list(hints), key)
-    return f"{typed_as}={shown(values[name])}: must be {words(hints[name], values[name])}"
+    value, hint = values[name], hints[name]
+    return f"{typed_as}={shown(value)}: must be {words(hint, value)}{as_list(typed_as, value, hint)}"
+
+
+def as_list(key: str, value: Any, hint: Any) -> str:
+    """How to write one value where a list is due."""
+    due = any(get_origin(bare(kind)) in (tuple, list) for kind in alternatives(hint))
+    return f"; say {key}=[{value}]" if due and isinstance(value, str) else ""
 
 
 def unknown(name: str, value: Any, known: list[str], key: str) -> str:

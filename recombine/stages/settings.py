@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from recombine.core.method import Method
-from recombine.runtime.kinds import BatchSize, Bits, Count, PositiveShare, Seed
+from recombine.runtime.kinds import BatchSize, Bits, Count, Place, PositiveShare, Seed
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
 
@@ -48,7 +48,7 @@ class EvaluateSettings(StageSettings):
     """
 
     name: str = "evaluate"
-    checkpoint: str | None = None
+    checkpoint: Place | None = None
     bits: Bits | None = None
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from recombine.errors import UsageError
 from recombine.layers.shared_basis import GATES, PLACEMENTS
+from recombine.runtime.kinds import Count, Positive, Rate, Steps, Weight
 
 LOSSES = {"smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss, "mse": F.mse_loss, "l1": F.l1_loss}
 INITS = {
@@ -60,12 +61,12 @@ class Mimicry:
     init: str = "orthogonal"
     basis: str = "normal"
     optimizer: str = "adam"
-    lr: float = 0.01
-    steps: int = 1000
-    decay_every: int = 200
-    factor: float = 1.0
-    noise: float = 0.0
-    clip: float | None = None
+    lr: Rate = 0.01
+    steps: Steps = 1000
+    decay_every: Count = 200
+    factor: Positive = 1.0
+    noise: Weight = 0.0
+    clip: Positive | None = None
 
     def check(self) -> None:
         """Refuses with a UsageError for an unknown name or a number that is not positive."""
