@@ -122,9 +122,16 @@ def test_what_is_finished_is_not_done_again(tmp_path):
     assert run(tmp_path / "run", *case, kill=("result.json", 1, signal.SIGKILL)) == -signal.SIGKILL
     states = {p.name for p in (tmp_path / "run").rglob("best-*.ckpt")}
     assert any(name.startswith("best-00000024-") for name in states)  # three epochs of eight steps
+    (manifest,) = (tmp_path / "run").rglob("rewritten.json")
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(facts | {"seconds": facts["seconds"] | {"retrofit": 1000.0}}))
     assert run(tmp_path / "run", *case) == 0
     assert not [n for n in (tmp_path / "run.placed").read_text().split("\n") if n.startswith(("best-", "rewritten"))]
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["best_epoch"] == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["best_epoch"] == 0
+    total = result["seconds"].pop("total")  # of both processes
+    assert result["seconds"]["retrofit"] == 1000 and total == pytest.approx(sum(result["seconds"].values()), abs=99)
+    assert total > sum(result["seconds"].values()) - 0.1  # rounded
 
 
 def test_a_damaged_state_is_named_and_the_one_before_used(whole, tmp_path):
