@@ -130,8 +130,7 @@ def test_what_is_finished_is_not_done_again(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["best_epoch"] == 0
     total = result["seconds"].pop("total")  # of both processes
-    assert result["seconds"]["retrofit"] == 1000 and total == pytest.approx(sum(result["seconds"].values()), abs=99)
-    assert total > sum(result["seconds"].values()) - 0.1  # rounded
+    assert result["seconds"]["retrofit"] == 1000 and sum(result["seconds"].values()) - 0.1 < total < 2000
 
 
 def test_a_damaged_state_is_named_and_the_one_before_used(whole, tmp_path):
