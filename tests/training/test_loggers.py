@@ -12,6 +12,7 @@ import pytest
 
 from helpers import ROOT, TINY
 from helpers.command import execute
+from helpers.waiting import children
 from helpers.watched import SVD
 from recombine import UsageError
 from recombine.training import loggers, wandb_record
@@ -116,10 +117,6 @@ def killed_while_it_logs(kind: str, folder: Path) -> int:
             process.kill()
         said += process.stdout.read()
     return int(said.split(b"\n")[-2]) + 1  # of whole lines
-
-
-def children(pid: int) -> list[int]:
-    return [int(p) for task in Path(f"/proc/{pid}/task").glob("*/children") for p in task.read_text().split()]
 
 
 def test_a_kill_loses_less_than_fifty_rows_of_wandb(tmp_path):
