@@ -26,7 +26,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.touch()
         permissions = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(permissions)
+        if temporary.stat().st_mode != permissions:
+            temporary.chmod(permissions)
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(

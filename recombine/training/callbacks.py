@@ -17,8 +17,8 @@ from recombine.runtime import progress
 class Curves(Callback):
     """Keeps the curves of a training: {"train/loss": [...], "val/loss": [...], "val/acc": [...], ...}.
 
-    Each has one number an epoch; None stands for nan. train/loss is the mean over the epoch's
-    steps, each with the weights of that step.
+    Each has one number an epoch; None stands for nan. train/loss is the mean over the epoch's steps, each with the
+    weights of that step.
     """
 
     def __init__(self):
