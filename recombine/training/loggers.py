@@ -132,8 +132,6 @@ class WandB(RunLogger):
         super().__init__(settings, run)
         import wandb
 
-        if not isinstance(settings.timeout, int | float) or settings.timeout <= 0:
-            raise UsageError(f"logger.timeout={settings.timeout}: must be a number of seconds, more than 0")
         wandb.setup(wandb.Settings(silent=True))
         how = self.arguments(settings, run)
         why = "no key, so offline" if settings.mode is None else "offline"
