@@ -67,8 +67,8 @@ def pretrained(path: Path, source: dict | None) -> nn.Module:
         raise UsageError(f"{path}: made from a model of your own; give the same model: recombine.load(path, model)")
     try:
         return models.build(**source)
-    except UsageError:
-        raise
+    except UsageError as error:
+        raise UsageError(f"{path}: its model cannot be built: {error}") from error
     except Exception as error:  # timm and transformers raise nearly every kind for sizes that do not go together
         raise UsageError(f"{path}: its model cannot be built ({reason(error)}); use another checkpoint") from error
 
