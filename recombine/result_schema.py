@@ -1,7 +1,6 @@
 """The schema of result.json: for every key its type, its meaning, its unit and who writes it.
 
-`Result` is the whole file. `docs/result.md` is generated from this module by scripts/make_docs.py. A key that a run
-has no use for is left out (`NotRequired`). JSON knows no nan: a number that is not finite is null.
+`Result` is the whole file. A key that a run has no use for is left out. A number that is not finite is null.
 """
 
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
@@ -209,6 +208,9 @@ class StagePart(TypedDict):
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
     checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]
+    sha256: Annotated[
+        NotRequired[dict[str, str]], Key("sha256 of the run's weight files, or of the one scored", RUNNER)
+    ]
     distil: Annotated[NotRequired[Distil], Key("the distillation", ("compress", "joint"))]
     weight_error: Annotated[NotRequired[Scores], Key("|W - W'| / |W| by layer, before training", REWRITING, "share")]
     logit_error: Annotated[NotRequired[float | None], Key("largest change of an output", ("retrofit",))]

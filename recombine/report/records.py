@@ -1,7 +1,7 @@
 """Slim records: what tables and plots need of each result.json, so that the evidence of a whole grid is one small file.
 
-A record is a result without its configuration, of which a hash is kept, and without its checkpoint's path and its
-layers' names: `layers` is {role: {field: [one value a layer, in model order]}}. Records are committed as
+A record is a result without its configuration, of which a hash is kept, and without its checkpoint and its layers'
+names: `layers` is {role: {field: [one value a layer, in model order]}}. Records are committed as
 experiments/<name>/runs.jsonl, one line a run; the key `cell` is the run's folder. The config.json beside it holds what
 every run of the grid was configured with. It tells results of an older version of the experiment from those of today's.
 """
@@ -25,7 +25,7 @@ from recombine.runtime.naming import aside
 EVIDENCE = CONF.parent / "experiments"
 RUNS = "runs.jsonl"
 CONFIG = "config.json"
-LEFT_OUT = ("config", "layers", "checkpoint", "weight_error")
+LEFT_OUT = ("config", "layers", "checkpoint", "sha256", "weight_error")
 
 
 @dataclass(frozen=True)
