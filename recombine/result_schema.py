@@ -208,9 +208,7 @@ class StagePart(TypedDict):
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
     checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]
-    sha256: Annotated[
-        NotRequired[dict[str, str]], Key("sha256 of the run's weight files, or of the one scored", RUNNER)
-    ]
+    sha256: Annotated[NotRequired[dict[str, str]], Key("hash of each file of weights, by file name", RUNNER)]
     distil: Annotated[NotRequired[Distil], Key("the distillation", ("compress", "joint"))]
     weight_error: Annotated[NotRequired[Scores], Key("|W - W'| / |W| by layer, before training", REWRITING, "share")]
     logit_error: Annotated[NotRequired[float | None], Key("largest change of an output", ("retrofit",))]
