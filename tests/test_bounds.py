@@ -1,5 +1,6 @@
 """The versions that pyproject.toml allows begin where the tests run: at those of requirements.lock."""
 
+import re
 import tomllib
 
 import pytest
@@ -11,8 +12,12 @@ from helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINES = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
-LOCK = [line.split(";")[0].split() for line in (ROOT / "requirements.lock").read_text().splitlines()]
-PINS = {canonicalize_name(name): Version(version) for name, _, version in (w[0].partition("==") for w in LOCK if w) if version}
+PINS = {
+    canonicalize_name(pin.name): Version(next(iter(pin.specifier)).version)
+    for pin in map(
+        Requirement, re.findall(r"^[\w.-]+==[\d.]\S*", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    )
+}
 
 
 @pytest.mark.parametrize("line", LINES)
