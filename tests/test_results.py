@@ -220,3 +220,13 @@ def test_a_score_that_is_no_number_does_not_lose_the_result(tmp_path):
     found = results.read(results.write(tmp_path / "result.json", whole))
     assert found["val"] == {"acc": None} and found["test"] == {"loss": None, "acc": 0.5}
     assert math.isnan(results.score(found))
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", "null", '{"config": 5}', '{"config": {}, "val": {}, "metric": "acc"}', "["]
+)
+def test_a_file_of_another_shape_is_no_finished_run(text, tmp_path):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(recombine.UsageError, match="result.json.*move it away") as error:
+        results.load_finished(tmp_path, {})
+    assert "\n" not in str(error.value)

@@ -88,10 +88,11 @@ def test_contract(row, pretrained, request, tmp_path):
         assert torch.equal(outputs(loaded, x), final)
         assert recombine.count(loaded) == recombine.count(model)
         assert {n for n, p in loaded.named_parameters() if p.requires_grad} == moved
-        recombine.save(model, tmp_path / "whole.safetensors", whole=True)
-        alone = recombine.load(tmp_path / "whole.safetensors").eval()  # needs no pretrained model
-        assert torch.equal(outputs(alone, x), final) and recombine.count(alone) == recombine.count(model)
-        assert list(alone.state_dict()) == list(model.state_dict())
+        if request.node.callspec.params["pretrained"] == row.where[-1]:  # once a method
+            recombine.save(model, tmp_path / "whole.safetensors", whole=True)
+            alone = recombine.load(tmp_path / "whole.safetensors").eval()  # needs no pretrained model
+            assert torch.equal(outputs(alone, x), final) and recombine.count(alone) == recombine.count(model)
+            assert list(alone.state_dict()) == list(model.state_dict())
 
     resumed, going = train(loaded.train(), 2), train(model.train(), 2)
     assert resumed == going
