@@ -1,7 +1,6 @@
 """The schema of result.json: for every key its type, its meaning, its unit and who writes it.
 
-`Result` is the whole file. `docs/result.md` is generated from this module by scripts/make_docs.py. A key that a run
-has no use for is left out (`NotRequired`). JSON knows no nan: it is null. An infinity is 1e999 or -1e999.
+`Result` is the whole file. A key that a run has no use for is left out. nan is null. An infinity is 1e999 or -1e999.
 """
 
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
@@ -209,6 +208,7 @@ class StagePart(TypedDict):
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
     checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]
+    sha256: Annotated[NotRequired[dict[str, str]], Key("hash of each file of weights, by file name", RUNNER)]
     distil: Annotated[NotRequired[Distil], Key("the distillation", ("compress", "joint"))]
     weight_error: Annotated[NotRequired[Scores], Key("|W - W'| / |W| by layer, before training", REWRITING, "share")]
     logit_error: Annotated[NotRequired[float | None], Key("largest change of an output", ("retrofit",))]

@@ -1,7 +1,7 @@
 """`apply` runs a method on a model, in place, and records what it did as `model.recombined`."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import nn
@@ -9,8 +9,9 @@ from torch import nn
 from recombine.core.budget import Budget, solve
 from recombine.core.calibration import Losses, collect
 from recombine.core.method import Method, Site, need_losses
+from recombine.core.untouched import Mark, remember
 from recombine.errors import UsageError
-from recombine.models import roles
+from recombine.models import rebuild, roles
 from recombine.models.fused_qkv import SplitQKV, fuse, layer_at
 
 
@@ -33,6 +34,8 @@ class Record:
     untouched: names of the parameters that still hold the pretrained values.
     trainable: names of the parameters that the last method trains.
     blocks: indices of the original blocks that are left; None: all.
+    marks: of the untouched parameters, by which a change of their values is found.
+    architecture: how the model before is built without its weights; None: that is not known.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -42,6 +45,8 @@ class Record:
     untouched: set[str] = field(default_factory=set)
     trainable: set[str] = field(default_factory=set)
     blocks: list[int] | None = None
+    marks: dict[str, Mark] = field(default_factory=dict)
+    architecture: dict[str, Any] | None = None
 
 
 def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, losses: Losses | None = None):
@@ -86,6 +91,7 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
         and not p.requires_grad
     }
     record.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    remember(model, record)
     model.recombined = record
     return model
 
@@ -153,7 +159,8 @@ def started_record(model: nn.Module, sites: list[Site]) -> Record:
     dense = sum(site.module.weight.numel() for site in sites if not {site.name, parent(site.name)} & counted)
     if old is not None:
         return replace(old, dense=old.dense + dense, steps=list(old.steps))
-    return Record(dense=dense, total=sum(p.numel() for p in model.parameters()))
+    total = sum(p.numel() for p in model.parameters())
+    return Record(dense=dense, total=total, architecture=rebuild.architecture(model))
 
 
 def finish(model: nn.Module, method: Method, alone: bool) -> None:
@@ -169,6 +176,7 @@ def finish(model: nn.Module, method: Method, alone: bool) -> None:
     record.steps[-1] = record.steps[-1]._replace(layers=method.to_spec(model, list(targets)))
     record.untouched = {name for name, p in model.named_parameters() if id(p) in untouched and untouched[id(p)]() is p}
     record.trainable &= {name for name, _ in model.named_parameters()}
+    record.marks = {name: mark for name, mark in record.marks.items() if name in record.untouched}
 
 
 def train_only(model: nn.Module, names: set[str]) -> None:

@@ -1,15 +1,19 @@
 """A run's result.json, put together from what its parts found."""
 
+from pathlib import Path
+
 from hydra.core.hydra_config import HydraConfig
 
 from recombine import results
 from recombine.core.account import count, layer_report
+from recombine.core.checkpoint.tensor_file import file_digest
 from recombine.core.method import method_classes
 from recombine.core.rewrite import Step
 from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart
 from recombine.runner.config import RunSpec
 from recombine.runner.labels import label_of
 from recombine.stages.context import RunContext
+from recombine.training import distributed
 
 QUOTED = set("[]{}() *")  # a shell would read these
 
@@ -26,6 +30,7 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
         "linear_probe": probe,
         "layers": layer_report(run.model) if record else [],
         "curves": run.curves.get("best", {}),
+        "sha256": weight_digests(run.out, stage.get("checkpoint")) if distributed.rank() == 0 else {},
         "seconds": run.seconds,
         "config": spec.config,
         "environment": results.environment(),
@@ -39,6 +44,14 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
         result["account"] = count(run.model, run.typical_input()).as_dict()
     order = [*Result.__annotations__, *result]  # a key that the schema lacks comes last
     return {key: result[key] for key in dict.fromkeys(order) if key in result}
+
+
+def weight_digests(out: Path, scored: str | None) -> dict[str, str]:
+    """The sha256 of the files of weights in a run's folder, or of the one that it scored, by file name."""
+    paths = {path.name: path for path in sorted(out.glob("*.safetensors"))}
+    if scored is not None:
+        paths.setdefault(Path(scored).name, Path(scored))
+    return {name: file_digest(path) for name, path in paths.items()}
 
 
 def asked_for(run: RunContext) -> RunPart:

@@ -39,7 +39,7 @@ def train_and_test(run: RunContext) -> StagePart:
     if not any(p.requires_grad for p in run.model.parameters()):  # compressed, without a head: there is nothing to fit
         path = run.out / "best.safetensors"
         if distributed.rank() == 0:
-            checkpoint.save(run.model, path)
+            checkpoint.save(run.model, path, whole=False)
         return {"test": test(run, LitRecombine(run.model, run.method, objective)), "checkpoint": str(path)}
     lit, best = fit(run, objective, optim, run.settings.trainer.epochs, "best", run.method)
     val = {} if run.data.val is None else {objective.metric: best.value}
@@ -68,7 +68,7 @@ def fit(
         best.restore(unwrapped)
         run.model = lit.model = unwrapped
         if distributed.rank() == 0:
-            checkpoint.save(unwrapped, best.path)
+            checkpoint.save(unwrapped, best.path, whole=False)
     run.seconds[f"train_{name}"] += round(state.before, 3)
     run.earlier += state.before
     run.curves[name] = history.curves

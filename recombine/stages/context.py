@@ -85,7 +85,7 @@ class RunContext:
             for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
                 if name not in self.model.recombined.untouched:  # laid out as when it is loaded: equal sums
                     tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-            checkpoint.save(self.model, path)
+            checkpoint.save(self.model, path, whole=False)
             resume.write_manifest(path, seconds={k: v - before.get(k, 0.0) for k, v in self.seconds.items()})
         distributed.wait()
         if done is not None or distributed.rank() > 0:

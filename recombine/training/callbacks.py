@@ -172,7 +172,7 @@ class KeepBest(Callback):
             return
         self.weights = {n: p.detach().cpu().clone() for n, p in trained.items()}
         if trainer.is_global_zero:
-            checkpoint.save(lit.model, self.path)
+            checkpoint.save(lit.model, self.path, whole=False)
         lit.last_good = str(self.path)
 
     def on_fit_end(self, trainer, lit) -> None:
@@ -183,7 +183,7 @@ class KeepBest(Callback):
         if not isinstance(trainer.strategy, FSDPStrategy):
             self.restore(lit.model)
             if self.inherited and trainer.is_global_zero:
-                checkpoint.save(lit.model, self.path)
+                checkpoint.save(lit.model, self.path, whole=False)
 
     def restore(self, model: nn.Module) -> None:
         """The kept weights into the model, or into one like it."""

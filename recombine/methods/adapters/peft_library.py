@@ -21,6 +21,7 @@ from recombine.core.method import Method, Site
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.methods.adapters.peft_checks import (
+    adapter_config,
     check_config,
     check_options,
     narrowest,
@@ -109,9 +110,10 @@ class Peft(Method):
             options["feedforward_modules"] = [name for name, role in layers.items() if role in feedforward]
         if not fresh and str(options.get("init_lora_weights")).startswith(FACTORED):
             options["init_lora_weights"] = True
+        config_class = adapter_config(self.config, options)
         with one_line(self.config, self.options), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of layer types and extensions that `check` has looked at
-            config = getattr(peft, self.config)(target_modules=list(layers), **options)
+            config = config_class(target_modules=list(layers), **options)
             if self.config == "LoraConfig":
                 config._register_custom_module({RecombinedLinear: peft.tuners.lora.Linear})
             peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, "default", **how)
