@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MANY = 2**20  # tokens, where their number is not known: what is built then costs next to nothing
+
 
 class RecombinedLinear(nn.Module, ABC):
     """Stands in for an ``nn.Linear``: x (..., in) -> y (..., out).
 
     A subclass says how its weight is built (`dense_weight`), how it is applied without being built
     (`factored_forward`), and what either costs (`flops`). `forward` takes the cheaper way; both give the same result.
-    In eval mode without gradients a built tensor is kept until a parameter changes.
+    In eval mode without gradients a built tensor is kept until a parameter changes. While torch.compile or
+    torch.export looks on, nothing is kept. Under autocast the output has autocast's dtype, as nn.Linear's has.
 
     Args:
         bias: (out,), which starts frozen; None: the layer has none.
@@ -57,20 +60,26 @@ class RecombinedLinear(nn.Module, ABC):
         """A layer of that shape with uninitialised tensors, which a checkpoint fills."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> y (..., out), by the way that takes fewer multiplications."""
-        structured, dense, build = self.flops(x.numel() // self.in_features, torch.is_grad_enabled())
+        """x (..., in) -> y (..., out), by the way that takes fewer multiplications.
+
+        An exported graph has one way for every batch size: the one that is cheaper for many tokens.
+        """
+        tokens = MANY if torch.compiler.is_exporting() else x.numel() // self.in_features
+        structured, dense, build = self.flops(tokens, torch.is_grad_enabled())
         if dense + (0 if self.is_frozen else build) < structured:
             return F.linear(x, self.cached(self.dense_weight), self.bias)
         y = self.factored_forward(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
     def is_frozen(self) -> bool:
         """Whether nothing can change before the next forward, so that what is built may be kept."""
-        return not (self.training or torch.is_grad_enabled())
+        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def cached(self, build: Callable[[], Tensor]) -> Tensor:
         """build(), computed once while the layer is in eval mode without gradients and no parameter changes."""
+        if torch.compiler.is_compiling():
+            return build()
         if not self.is_frozen:
             self._kept = None
             return build()

@@ -26,9 +26,10 @@ class ScaleShift(nn.Module):
         self.channels = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, the layer's input -> the scaled and shifted output, of the layer's output shape."""
-        y = self.base_layer(x) * self.gamma.view(self.channels)
-        return y if self.beta is None else y + self.beta.view(self.channels)
+        """x, the layer's input -> the scaled and shifted output, of the layer's output shape and dtype."""
+        y = self.base_layer(x)
+        y = y * self.gamma.to(y.dtype).view(self.channels)
+        return y if self.beta is None else y + self.beta.to(y.dtype).view(self.channels)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
