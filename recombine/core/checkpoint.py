@@ -14,10 +14,13 @@ from torch import nn
 
 from recombine import models
 from recombine.core.method import Method, method_classes
+from recombine.core.places import kept_around
 from recombine.core.rewrite import Record, Step
+from recombine.core.tied import declare_tied
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.models.fused_qkv import fuse
+from recombine.models.wrappers import unwrapped
 from recombine.runtime.atomic import atomic_write
 
 FORMAT = 2
@@ -26,18 +29,30 @@ FORMAT = 2
 def merge(model: nn.Module) -> nn.Module:
     """Turns every recombined layer back into an ordinary linear one, in place; returns the model.
 
-    The outputs stay the same. Afterwards every parameter is trainable.
+    The outputs stay the same. Afterwards every parameter is trainable that was not frozen before the first method.
+    Hooks of a layer stay. A layer of a subclass of nn.Linear is of that class again, unless the subclass holds state.
 
     Raises:
         UsageError: the model is not recombined.
     """
+    wrapped, model = model, unwrapped(model)
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: there is nothing to merge")
-    for name in record.targets:
-        model.set_submodule(name, merged(model.get_submodule(name)))
-    fuse(model)
+    with kept_around(model):
+        for name in record.targets:
+            model.set_submodule(name, merged(model.get_submodule(name)))
+        freeze(model, record.frozen)
+        fuse(model)
     del model.recombined
-    return model.requires_grad_(True)
+    declare_tied(model)
+    freeze(model, record.frozen)  # a fused qkv has its name again
+    return wrapped
+
+
+def freeze(model: nn.Module, names: set[str]) -> None:
+    """Freezes exactly these parameters; names that are not in the model are left out."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in names)
 
 
 def merged(layer: nn.Module) -> nn.Module:
@@ -55,6 +70,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     Raises:
         UsageError: the model is not recombined.
     """
+    model = unwrapped(model)
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
     record.untouched -= {name for name, p in model.named_parameters() if p.requires_grad}  # unfrozen by the user since
@@ -102,6 +118,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         if meta["source"] is None:
             raise UsageError(f"{path}: made from a model of your own; give the same model: recombine.load(path, model)")
         model = models.build(**meta["source"])
+    wrapped, model = model, unwrapped(model)
     if hasattr(model, "recombined"):
         raise UsageError(f"{path}: give the pretrained model as it came, this one is already recombined")
     if type(model).__name__ != meta["model"]:
@@ -109,17 +126,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     head = roles.head(model)
     if meta["classes"] is not None and (head is None or head.out_features != meta["classes"]):
         models.reset_head(model, meta["classes"])
-    try:
-        rewritten = tuple(meta["targets"].values())
-        roles.find(model, rewritten, nn.Module)  # refuses a model without these roles
-        roles.split_fused(model, rewritten)  # as the checkpoint has it
-        model.requires_grad_(False)
-        for name, config, layers in meta["steps"]:
-            method_class(path, name)(**config).from_spec(model, layers)
-    except (AttributeError, StopIteration, TypeError, UsageError) as error:
-        raise UsageError(f"{path}: does not fit this {type(model).__name__}: {error}") from error
-    for name, source in meta["shared"].items():
-        set_parameter(model, name, model.get_parameter(source))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    shape_like(path, model, meta)
     fill(path, model, tensors, meta)
     model.recombined = Record(
         steps=[Step(*step) for step in meta["steps"]],
@@ -129,10 +137,33 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         untouched=set(meta["own"]),
         trainable=set(meta["trains"]),
         blocks=meta["blocks"],
+        frozen=frozen,
     )
+    declare_tied(model)
     for name, p in model.named_parameters():
         p.requires_grad_(name in meta["trains"])
-    return model.train(model.training)
+    model.train(model.training)
+    return wrapped
+
+
+def shape_like(path: Path, model: nn.Module, meta: dict) -> None:
+    """Rewrites the pretrained model to the shapes that a checkpoint's metadata describes. The new layers are empty.
+
+    Raises:
+        UsageError: the model lacks a layer of the checkpoint, or a method of it is not here.
+    """
+    try:
+        rewritten = tuple(meta["targets"].values())
+        roles.find(model, rewritten, nn.Module)  # refuses a model without these roles
+        roles.split_fused(model, rewritten)  # as the checkpoint has it
+        model.requires_grad_(False)
+        with kept_around(model):
+            for name, config, layers in meta["steps"]:
+                method_class(path, name)(**config).from_spec(model, layers)
+    except (AttributeError, StopIteration, TypeError, UsageError) as error:
+        raise UsageError(f"{path}: does not fit this {type(model).__name__}: {error}") from error
+    for name, source in meta["shared"].items():
+        set_parameter(model, name, model.get_parameter(source))
 
 
 def fill(path: Path, model: nn.Module, tensors: dict, meta: dict) -> None:

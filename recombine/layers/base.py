@@ -22,6 +22,8 @@ class RecombinedLinear(nn.Module, ABC):
         bias: (out,), which starts frozen; None: the layer has none.
     """
 
+    linear_class: type[nn.Linear] = nn.Linear  # what merging gives; the class of the layer that this one replaces
+
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -91,7 +93,11 @@ class RecombinedLinear(nn.Module, ABC):
         return self._kept[1]
 
     def share_bias_with(self, linear: nn.Module) -> "RecombinedLinear":
-        """Takes over the bias of the layer that this one replaces, as the same Parameter; returns itself."""
+        """Takes over the bias of the layer that this one replaces, as the same Parameter, and its class.
+
+        Returns itself.
+        """
+        self.linear_class = own_class(linear)
         if linear.bias is not None:
             self.bias = linear.bias
         return self
@@ -104,6 +110,7 @@ class RecombinedLinear(nn.Module, ABC):
     def merged(self) -> nn.Linear:
         """An ordinary linear layer with the same outputs."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.__class__ = self.linear_class
         linear.weight = nn.Parameter(self.dense_weight().detach().clone())
         if self.bias is not None:
             linear.bias = self.bias
@@ -112,6 +119,15 @@ class RecombinedLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The entries of `spec`, for printing."""
         return ", ".join(f"{k}={v}" for k, v in self.spec().items())
+
+
+def own_class(linear: nn.Module) -> type[nn.Linear]:
+    """The class that merging gives a layer: its own where that adds no state to nn.Linear's, or else nn.Linear."""
+    if isinstance(linear, RecombinedLinear):
+        return linear.linear_class
+    same = vars(linear).keys() == vars(nn.Linear(1, 1, device="meta")).keys()
+    plain = same and not linear._modules and not linear._buffers
+    return type(linear) if plain and isinstance(linear, nn.Linear) else nn.Linear
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
