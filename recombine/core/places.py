@@ -1,4 +1,4 @@
-"""What surrounds the layers of a model while they are replaced: a way back, hooks, and modules used in many places."""
+"""What a layer has beside its weights and keeps when it is replaced: hooks, its class, and the places it stands in."""
 
 import logging
 from collections import OrderedDict
@@ -11,7 +11,6 @@ from recombine.layers.base import own_class
 
 log = logging.getLogger(__name__)
 
-TABLES = ("_parameters", "_buffers", "_modules")
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -21,29 +20,6 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
-@contextmanager
-def undone_on_failure(model: nn.Module):
-    """Gives the model its modules, parameters and flags back if the block raises anything, Ctrl-C included.
-
-    Nothing is copied: values that the block writes into a tensor stay.
-    """
-    modules = [(m, dict(vars(m)), [dict(vars(m)[table]) for table in TABLES]) for m in model.modules()]
-    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for module, attributes, tables in modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for table, held in zip(TABLES, tables, strict=True):
-                vars(module)[table].clear()
-                vars(module)[table].update(held)
-        for p, data, flag in parameters:
-            p.data = data
-            p.requires_grad_(flag)
-        raise
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from recombine.core.budget import Budget, solve
 from recombine.core.calibration import Losses, collect
 from recombine.core.checks import check_call, check_fields, check_layers, checked
 from recombine.core.method import Method, Site, need_losses
-from recombine.core.places import kept_around, undone_on_failure
+from recombine.core.places import kept_around
+from recombine.core.rollback import unchanged_on_failure
 from recombine.core.tied import declare_tied
 from recombine.models import roles
 from recombine.models.fused_qkv import layer_at
@@ -73,7 +74,7 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
     """
     check_call(model, method)
     inner, losses = unwrapped(model), checked(losses)
-    with undone_on_failure(inner), kept_around(inner):
+    with unchanged_on_failure(inner), kept_around(inner):
         _apply(inner, method, Budget.of(budget), losses)
     return model
 

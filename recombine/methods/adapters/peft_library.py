@@ -21,6 +21,7 @@ from recombine.core.account import held
 from recombine.core.method import Method, Site
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
+from recombine.methods.adapters.call_watch import watch_calls
 from recombine.methods.adapters.peft_checks import (
     check_config,
     check_options,
@@ -132,6 +133,7 @@ class Peft(Method):
         self.inject(model, {site.name: site.role for site in sites})
         after = {name: output(model.get_submodule(name).eval()) for name in before}  # `apply` sets the model's mode
         warn_if_moved(self.config, before, after)
+        watch_calls(model, before)
 
     def to_spec(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
         roles_by_name = roles.find(model, self.targets, nn.Module)
