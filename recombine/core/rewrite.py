@@ -74,7 +74,7 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
     """
     check_call(model, method)
     inner, losses = unwrapped(model), checked(losses)
-    with unchanged_on_failure(inner), kept_around(inner):
+    with unchanged_on_failure(inner):
         _apply(inner, method, Budget.of(budget), losses)
     return model
 
@@ -94,7 +94,8 @@ def _apply(model: nn.Module, method: Method, budget: Budget, losses: Losses | No
         if old is None or name in old.untouched
     }
     model.requires_grad_(False)
-    method.rewrite(model, sites, losses)
+    with kept_around(model):
+        method.rewrite(model, sites, losses)
     if (head := roles.head(model)) is not None:
         head.requires_grad_(True)
     model.train(model.training)  # the new layers follow
@@ -128,7 +129,8 @@ def prepare(model: nn.Module, method: Method, budget: Budget, losses: Losses | N
     label, method = method.label, replace(method)  # the caller's keeps its fields, and no factors of this model
     method.label = label
     sites = find_sites(model, method)
-    roles.split_fused(model, method.targets)
+    with kept_around(model):
+        roles.split_fused(model, method.targets)
     sites = [Site(name, role, model.get_submodule(name)) for name, role, _ in sites]
     if kinds := method.statistics_needed():
         calibrate(model, method, sites, losses, kinds)
@@ -200,6 +202,7 @@ def finish(model: nn.Module, method: Method, alone: bool) -> None:
 
 def train_only(model: nn.Module, names: set[str]) -> None:
     """Makes exactly these parameters trainable. They no longer count as untouched in the record."""
+    model = unwrapped(model)
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     if hasattr(model, "recombined"):
