@@ -16,6 +16,7 @@ from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.models import roles
 from recombine.runtime import progress
+from recombine.runtime.kinds import Rate
 
 
 class Site(NamedTuple):
@@ -52,7 +53,7 @@ class Method:
     """
 
     targets: tuple[str, ...] = ("q", "k", "v", "o", "up", "down", "gate?")
-    lr: float = 1e-3
+    lr: Rate = 1e-3
 
     # What a method can do
 

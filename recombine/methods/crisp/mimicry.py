@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from recombine.errors import UsageError
 from recombine.layers.shared_basis import GATES, PLACEMENTS
+from recombine.runtime.kinds import Count, Rate, Steps
 
 LOSSES = {"smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss, "mse": F.mse_loss, "l1": F.l1_loss}
 INITS = {
@@ -48,9 +49,9 @@ class Mimicry:
     init: str = "orthogonal"
     basis: str = "normal"
     optimizer: str = "adam"
-    lr: float = 0.01
-    steps: int = 1000
-    decay_every: int = 200
+    lr: Rate = 0.01
+    steps: Steps = 1000
+    decay_every: Count = 200
 
     def check(self) -> None:
         """Refuses with a UsageError for an unknown name or a number that is not positive."""

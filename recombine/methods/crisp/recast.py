@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from recombine.core.method import Site, need
 from recombine.methods.crisp.method import Crisp
+from recombine.runtime.kinds import Rate
 
 
 @dataclass(kw_only=True)
@@ -27,7 +28,7 @@ class Recast(Crisp):
 
     chunk: int = 1
     gate: str = "none"
-    lr: float = 2e-3
+    lr: Rate = 2e-3
 
     budget_fields: ClassVar[dict[str, str]] = {
         "retained": "basis_rank",

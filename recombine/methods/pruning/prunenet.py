@@ -25,6 +25,7 @@ from torch import Tensor
 from recombine.core.method import Site, need
 from recombine.methods.pruning.mlp import Mlp, MlpPruning
 from recombine.methods.pruning.prunenet_policy import search
+from recombine.runtime.kinds import Epochs, Rate, Seed
 
 
 @dataclass(kw_only=True)
@@ -39,9 +40,9 @@ class PruneNet(MlpPruning):
         estimator: of the policy's gradient: exact (Plackett-Luce, with a baseline) or paper (the authors' code).
     """
 
-    episodes: int = 20
-    policy_lr: float = 1e-3
-    seed: int = 0
+    episodes: Epochs = 20
+    policy_lr: Rate = 1e-3
+    seed: Seed = 0
     estimator: str = "exact"
 
     def check(self, sites: list[Site]) -> None:
