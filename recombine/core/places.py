@@ -33,19 +33,23 @@ def kept_around(model: nn.Module):
     first = {id(module): name for name, module in reversed(old.items())}
     yield
     new = dict(model.named_modules(remove_duplicate=False))
+    lost: dict[str, list[str]] = {}  # names of layers by a class that cannot be given back
     for name, module in old.items():
         owner, replacement = name.rpartition(".")[0], new.get(first[id(module)])
-        if owner not in new or new[owner] is not old[owner] or replacement in (None, module):
+        if owner not in new or new[owner] is not old[owner] or replacement is None or replacement is module:
             continue
         if name != first[id(module)]:
-            if new[name] is module:
+            if new.get(name) is module:
                 model.set_submodule(name, replacement)
             continue
         _move_hooks(module, replacement)
         if isinstance(replacement, RecombinedLinear):
             replacement.linear_class = own_class(module)
             if replacement.linear_class is not type(module) and not isinstance(module, RecombinedLinear):
-                log.warning("%s is a %s; merging will give an nn.Linear in its place", name, type(module).__name__)
+                lost.setdefault(type(module).__name__, []).append(name)
+    for kind, names in lost.items():
+        text = "%s is a %s, as %d more; it holds more than a weight and a bias, so merging will give an nn.Linear"
+        log.warning(text, names[0], kind, len(names) - 1)
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:

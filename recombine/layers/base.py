@@ -125,8 +125,8 @@ def own_class(linear: nn.Module) -> type[nn.Linear]:
     """The class that merging gives a layer: its own where that adds no state to nn.Linear's, or else nn.Linear."""
     if isinstance(linear, RecombinedLinear):
         return linear.linear_class
-    same = vars(linear).keys() == vars(nn.Linear(1, 1, device="meta")).keys()
-    plain = same and not linear._modules and not linear._buffers
+    more = vars(linear).keys() - vars(nn.Linear(1, 1, device="meta")).keys() - {"_is_hf_initialized"}  # of transformers
+    plain = not (more or linear._modules or linear._buffers)
     return type(linear) if plain and isinstance(linear, nn.Linear) else nn.Linear
 
 
