@@ -36,7 +36,6 @@ class Stats:
     """
 
     inputs: Inputs = field(default_factory=Inputs)
-    calls: int = 0
     tokens: int = 0
     batches: int = 0
     gg: Tensor | float = 0.0  # (m, m): E[g g^T]
@@ -44,6 +43,7 @@ class Stats:
     gx: Tensor | float = 0.0  # (m, n): E[g x^T]
     fisher: Tensor | float = 0.0  # (m, n): E[(dL/dW)^2]
     batch: Tensor | float = 0.0  # (m, n): dL/dW of the batch under way
+    calls: int = 0  # how often the layer was called
 
 
 class Watched(torch.autograd.Function):
