@@ -150,7 +150,10 @@ class Method:
         return 0.0
 
     def distillation_parameters(self, model: nn.Module) -> set[str]:
-        """Names of the parameters that distillation trains: factors, norms and biases (CRISP Alg. 4)."""
+        """Names of the parameters that distillation trains: factors, norms and biases (CRISP Alg. 4).
+
+        Paper: line 8 of the algorithm updates B and A alone. Here: also what has one dimension, outside the head.
+        """
         factors = {id(p) for m in model.modules() if isinstance(m, RecombinedLinear) for p in m.parameters()}
         head = {id(p) for p in h.parameters()} if (h := roles.head(model)) is not None else set()
         return {n for n, p in model.named_parameters() if id(p) in factors or p.ndim <= 1 and id(p) not in head}

@@ -9,7 +9,7 @@ where ``num_classes`` is that number (``has_own_head``); data of other classes g
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -27,8 +27,8 @@ from recombine.runtime.kinds import Colours, Deviations, Name, PartialShare, Pix
 from recombine.runtime.schema import checked
 
 __all__ = [
-    "build", "check", "for_data", "has_own_head", "list_models", "modality", "objective", "reset_head", "tags",
-    "tokenizer",
+    "build", "check", "for_data", "has_own_head", "list_models", "modality", "objective", "reset_head",
+    "schema", "tags", "tokenizer",
 ]  # fmt: skip
 
 CONF = conf.CONF / "model"
@@ -56,7 +56,7 @@ def build(name: str, *, arch: str, library: str = "timm", **config) -> nn.Module
     Raises:
         UsageError: there is no such architecture, its weights cannot be had, or they do not fit.
     """
-    return _builder(name, library, arch)(**check(name, arch=arch, library=library, **config))
+    return schema(name, library, arch)(**check(name, arch=arch, library=library, **config))
 
 
 def check(name: str, *, arch: str, library: str = "timm", **config) -> dict:
@@ -65,7 +65,7 @@ def check(name: str, *, arch: str, library: str = "timm", **config) -> dict:
     Raises:
         UsageError: it takes no such key, or no such kind of value.
     """
-    values = checked(_builder(name, library, arch), {"name": name, "arch": arch} | config, "model")
+    values = checked(schema(name, library, arch), {"name": name, "arch": arch} | config, "model")
     sizes.check(config)
     return values
 
@@ -77,7 +77,8 @@ def tokenizer(source: Mapping):
         UsageError: the model knows fewer tokens.
     """
     found = _of_transformers(source["name"], source.get("library", "timm"), source["arch"]).tokenizer(source)
-    if (known := source.get("vocab_size")) is not None and known < len(found):
+    known = source.get("vocab_size", len(found))
+    if known < len(found) and not source["pretrained"] and source["checkpoint"] is None:  # others bring theirs
         raise UsageError(f"model.vocab_size={known}: the tokenizer has {len(found)} tokens; set it to that or more")
     return found
 
@@ -119,8 +120,8 @@ def tags(arch: str, classes: int) -> list[str]:
     return [name.partition(".")[2] for name in tagged if get_pretrained_cfg(name).num_classes == classes]
 
 
-def _builder(name: str, library: str, arch: str):
-    """The function that builds a model, of the keys of its YAML."""
+def schema(name: str, library: str, arch: str) -> Callable[..., nn.Module]:
+    """The function that builds a model; its arguments are the keys of the model's YAML."""
     return timm_model if library == "timm" else _of_transformers(name, library, arch).build
 
 

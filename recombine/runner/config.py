@@ -35,6 +35,30 @@ from recombine.training.settings import OptimizerSettings, TrainerSettings
 GROUPS = ("model", "data", "method", "stage", "optim", "trainer", "logger", "calibration", "harness", "analyse")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RootKeys:
+    """The keys of the configuration that are no groups."""
+
+    seed: Seed = 0
+    probe: bool = True
+    budget: Word = "none"
+    grid: Any = None
+    only: Word | list[Word] | None = None
+    retry: bool = False
+    report: Any = None
+
+
+NODES = {  # node -> the schema of its keys, where it is always the same
+    "": RootKeys,
+    "optim": OptimizerSettings,
+    "trainer": TrainerSettings,
+    "calibration": CalibrationSettings,
+    "analyse": AnalysisSettings,
+    "harness": HarnessSettings,
+    "logger": LoggerSettings,
+}
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """One run, resolved.
@@ -108,6 +132,11 @@ def resolve(cfg: DictConfig) -> RunSpec:
     )
 
 
+def stage_schema(name: str) -> type[StageSettings]:
+    """The schema of a stage's keys."""
+    return STAGE_SETTINGS.get(name, StageSettings)
+
+
 def stage_settings(values: Mapping[str, Any]) -> StageSettings:
     """The settings of the stage that `values` name. Keys of other stages, which an experiment sets for some of its
     cells, say nothing to this one.
@@ -117,7 +146,7 @@ def stage_settings(values: Mapping[str, Any]) -> StageSettings:
     """
     if (name := values.get("name")) not in STAGES:
         raise UsageError(f"stage.name={name}: must be one of {', '.join(STAGES)}")
-    cls = STAGE_SETTINGS.get(name, StageSettings)
+    cls = stage_schema(name)
     others = {key for stage in STAGE_SETTINGS.values() for key in annotations(stage)} - annotations(cls).keys()
     values = {key: value for key, value in values.items() if key not in others}
     if values.get("reference") is not None:
@@ -172,19 +201,6 @@ def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
             )
         return replace(compressor, lr=method.lr), None
     return method, compressor
-
-
-@dataclass(frozen=True, kw_only=True)
-class RootKeys:
-    """The keys of the configuration that are no groups."""
-
-    seed: Seed = 0
-    probe: bool = True
-    budget: Word = "none"
-    grid: Any = None
-    only: Word | list[Word] | None = None
-    retry: bool = False
-    report: Any = None
 
 
 def validate_root(cfg: DictConfig) -> None:

@@ -42,18 +42,20 @@ class OptimizerSettings:
 class DistillationSettings(OptimizerSettings):
     """The training that follows the original model (CRISP Alg. 4).
 
-    epochs: 0 for none. kl, mse, features: the weights of its losses, as `objectives.Distillation` has them.
+    epochs: 0 for none. kl, mse, features, l1: the weights of its losses, as `objectives.Distillation` has them.
     """
 
     epochs: Annotated[int, Field(ge=0, le=100_000)] = 4
     kl: Weight = 1.0
     mse: Weight = 1.0
     features: Weight = 1.0
+    l1: Weight = 0.0
 
     def contradiction(self, key: str) -> str | None:
         """Why the values do not go together; None: they do. key: of the node."""
-        if self.epochs and not (self.kl or self.mse or self.features):
-            return f"{key}.kl=0 {key}.mse=0 {key}.features=0: nothing is left to learn; set one, or {key}.epochs=0"
+        if self.epochs and not (self.kl or self.mse or self.features or self.l1):
+            none = " ".join(f"{key}.{name}=0" for name in ("kl", "mse", "features", "l1"))
+            return f"{none}: nothing is left to learn; set one, or {key}.epochs=0"
         return None
 
 

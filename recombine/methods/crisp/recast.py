@@ -6,6 +6,8 @@ train. A group of g layers stores r m n + g r weights. It is exact at r = g.
 Paper: W_i = (1/K) sum_k sum_t a_ikt T_t with K coefficient sets. Here: one set. The map is linear in a, so the mean of
 K sets makes the same weights, K times cheaper. As in the paper, a group is two consecutive layers of a role (12 layers
 make 6 groups).
+Paper: templates and coefficients come from gradient descent. Here: from the closed form. The switches of its code's
+descent, and what differs then, stand in mimicry.py.
 """
 
 from dataclasses import dataclass

@@ -12,6 +12,7 @@ Paper: relaxed Bernoulli noise is added to a; sum(log a) of the drawn rows count
 is taken as it is; the last policy draws once more (`estimator=paper`). Here: the log-probability of a draw without
 replacement (Plackett-Luce); the reward less its mean so far; the best of all slices met, among them the k highest
 scores. So the result is no worse than the random slices it began with.
+Paper's code: run again, its script loads the policy of the best reward. Here: `estimator=paper` is its first run.
 Paper's code: 1 / KS is at most 99999, and gradients are clipped too late to matter. Here: 1 / KS is at most the number
 of singular values, and gradients are clipped to 1.
 """
