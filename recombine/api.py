@@ -9,6 +9,7 @@ from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.methods import *  # noqa: F403
 from recombine.methods import __all__ as _methods
+from recombine.methods.adapters.peft_config import peft_config
 
 __all__ = [
     "Account",
@@ -24,6 +25,7 @@ __all__ = [
     "finish",
     "load",
     "merge",
+    "peft_config",
     "save",
     "train_only",
     *_methods,

@@ -9,8 +9,7 @@ from typing import Annotated, NamedTuple, NotRequired, TypedDict
 class Key(NamedTuple):
     """What there is to know of a key beside its type.
 
-    by: the parts of a run that may write it: stages, the analysis after them, or the runner, which does where no other
-    part did. Empty inside of a part, which has one writer. unit: empty where there is none.
+    by: who may write it: stages, the analysis, or the runner where none of these did; empty for a key inside a part.
     """
 
     meaning: str
@@ -205,6 +204,7 @@ class StagePart(TypedDict):
     linear_probe: Annotated[Probe | None, Key("a linear probe on the pretrained features; null: none", RUNNER)]
     account: Annotated[AccountPart, Key("what the model costs after the stage", ("profile", *RUNNER))]
     layers: Annotated[list[Layer], Key("one entry a rewritten layer", RUNNER)]
+    notes: Annotated[NotRequired[list[str]], Key("fields of the method that were adapted to some layers", RUNNER)]
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
     checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]

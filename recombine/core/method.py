@@ -92,6 +92,10 @@ class Method:
     def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         """Learns from model and data what depends on the solved budget. From then on `sizes` is exact."""
 
+    def notes(self, sites: list[Site]) -> list[str]:
+        """What of the fields is adapted to layers that they do not fit, a sentence each; said once."""
+        return []
+
     # Sizes, in closed form
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:

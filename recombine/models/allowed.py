@@ -15,7 +15,16 @@ from recombine.errors import UsageError
 
 LARGEST = 2**24  # of a size: of a vocabulary, a width or a number of positions
 DEEPEST = 4096  # of a count: of blocks, heads or stages
-TIMM_COUNTS = {"depth", "depth_token_only", "depths", "num_blocks", "num_heads", "num_kv_heads", "stages"}
+TIMM_COUNTS = {
+    "cls_attn_layers",
+    "depth",
+    "depth_token_only",
+    "depths",
+    "num_blocks",
+    "num_heads",
+    "num_kv_heads",
+    "stages",
+}
 TIMM = TIMM_COUNTS | set(  # of the constructors of its transformers
     """
     abs_win_pos_embed always_partition attn_only_layer_scale attn_pool_mlp_ratio attn_pool_num_heads attn_type
@@ -32,109 +41,9 @@ TIMM = TIMM_COUNTS | set(  # of the constructors of its transformers
     use_rot_pos_emb use_shared_rel_pos_bias weight_init window_size
     """.split()  # noqa: SIM905
 )
-COUNTS = frozenset(
-    [
-        "cls_attn_layers",
-        "depth",
-        "depth_token_only",
-        "depths",
-        "num_blocks",
-        "num_heads",
-        "num_kv_heads",
-        "q_pool",
-        "stages",
-    ]
-)
-TIMM = TIMM_COUNTS | frozenset(
-    [
-        "abs_win_pos_embed",
-        "always_partition",
-        "attn_only_layer_scale",
-        "attn_pool_mlp_ratio",
-        "attn_pool_num_heads",
-        "attn_type",
-        "class_token",
-        "dim_mul",
-        "drop_rate",
-        "dynamic_img_pad",
-        "dynamic_img_size",
-        "embed_dim",
-        "eta",
-        "fc_norm",
-        "final_norm",
-        "fix_init",
-        "global_attn_indexes",
-        "global_pool",
-        "global_pos_size",
-        "head_dim",
-        "head_hidden_size",
-        "head_init_scale",
-        "head_mul",
-        "init_values",
-        "mask_unit_attn",
-        "mask_unit_size",
-        "mlp_ratio",
-        "mlp_ratio_token_only",
-        "neck_chans",
-        "nlhb",
-        "no_embed_class",
-        "num_reg_tokens",
-        "patch_drop_rate",
-        "patch_kernel",
-        "patch_padding",
-        "patch_size",
-        "patch_stride",
-        "pool_include_prefix",
-        "pos_drop_rate",
-        "pos_embed",
-        "pre_norm",
-        "pretrained_window_sizes",
-        "proj_bias",
-        "proj_drop_rate",
-        "q_stride",
-        "qk_norm",
-        "qkv_bias",
-        "qkv_fused",
-        "ref_feat_shape",
-        "reg_tokens",
-        "rel_pos_dim",
-        "rel_pos_type",
-        "rope_grid_indexing",
-        "rope_grid_offset",
-        "rope_rotate_half",
-        "rope_temperature",
-        "rope_type",
-        "scale_attn_inner",
-        "scale_attn_norm",
-        "scale_mlp",
-        "scale_mlp_norm",
-        "sep_pos_embed",
-        "shared_rel_pos",
-        "stem_norm",
-        "strict_img_size",
-        "swiglu_align_to",
-        "swiglu_mlp",
-        "tokens_norm",
-        "use_abs_pos",
-        "use_abs_pos_emb",
-        "use_expand_proj",
-        "use_fc_norm",
-        "use_pos_embed",
-        "use_post_norm",
-        "use_post_transformer_norm",
-        "use_pre_transformer_norm",
-        "use_rel_pos",
-        "use_rel_pos_bias",
-        "use_rope",
-        "use_rot_pos_emb",
-        "use_shared_rel_pos_bias",
-        "weight_init",
-        "window_size",
-    ]
-)
 COUNTS = re.compile(r"(?:num|n)_.*(?:layers?|heads?|blocks?|experts?|stages)|depths?|.*_layers")
 NEVER = re.compile(r"_.*|.*(?:auto_map|backbone|pretrained|quantization|name_or_path|checkpoint|torchscript).*")
-WORD = re.compile(r"[\w.+-]{0,80}")  # no path, and nothing to be imported by a colon or a slash
+WORD = re.compile(r"(?:[\w.+-]|\\\.){0,120}")  # no path, nothing to import; peft's patterns write a dot as \\.
 
 
 def timm_arguments(values: Mapping[str, Any]) -> None:

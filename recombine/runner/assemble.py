@@ -35,6 +35,8 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
         "config": spec.config,
         "environment": results.environment(),
     }
+    if record and record.notes:
+        runner["notes"] = record.notes
     result = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)
     for key in ("val", "test"):
         result.setdefault(key, {})

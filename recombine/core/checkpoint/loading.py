@@ -3,7 +3,6 @@
 Everything is checked on tensors without memory first. A file that does not fit leaves the given model as it was.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,12 +10,16 @@ from torch import Tensor, nn
 
 from recombine import models
 from recombine.core.checkpoint import metadata, tensor_file
-from recombine.core.checkpoint.unchanged import unchanged
+from recombine.core.checkpoint.filling import assign, fill, named_tensors, set_parameter
 from recombine.core.method import Method, method_classes
+from recombine.core.places import kept_around
 from recombine.core.rewrite import Record, Step
-from recombine.core.untouched import probe, remember
+from recombine.core.rollback import unchanged
+from recombine.core.tied import declare_tied
+from recombine.core.untouched import remember
 from recombine.errors import UsageError
 from recombine.models import rebuild, roles
+from recombine.models.wrappers import unwrapped
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = True) -> nn.Module:
@@ -40,21 +43,24 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
     if model is None and meta["architecture"] is not None:
         model = built_empty(path, meta, tensors)
         assign(model, tensors, meta)
-        return recorded(model, meta, meta["architecture"])
+        return recorded(model, meta, meta["architecture"], frozen=set())
     if model is None:
         model = pretrained(path, meta["source"])
+    wrapped, model = model, unwrapped(model)
     if hasattr(model, "recombined"):
         raise UsageError(f"{path}: give the pretrained model as it came, this one is already recombined")
     if type(model).__name__ != meta["model"]:
         raise UsageError(f"{path}: was saved from a {meta['model']}, not from a {type(model).__name__}")
     architecture = rebuild.architecture(model)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     with unchanged(model):
         without_memory(model)
         try_on(path, model, tensors, meta)
-    with unchanged(model, only_on_error=True):
+    with unchanged(model, only_on_failure=True):
         shape(path, model, meta)
         fill(path, model, tensors, meta)
-    return recorded(model, meta, architecture)
+    recorded(model, meta, architecture, frozen)
+    return wrapped
 
 
 def pretrained(path: Path, source: dict | None) -> nn.Module:
@@ -129,8 +135,9 @@ def shape(path: Path, model: nn.Module, meta: dict) -> None:
         roles.find(model, rewritten, nn.Module)  # refuses a model without these roles
         roles.split_fused(model, rewritten)  # as the checkpoint has it
         model.requires_grad_(False)
-        for name, config, layers in meta["steps"]:
-            method_class(path, name)(**config).from_spec(model, layers)
+        with kept_around(model):
+            for name, config, layers in meta["steps"]:
+                method_class(path, name)(**config).from_spec(model, layers)
         for name, source in meta["shared"].items():
             set_parameter(model, name, model.get_parameter(source))
     except Exception as error:  # a file from elsewhere may say anything
@@ -166,43 +173,8 @@ def compare(path: Path, model: nn.Module, tensors: dict[str, Tensor], meta: dict
         raise UsageError(f"{path}: says that {name} trains, which is not in this model; use another checkpoint")
 
 
-def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor], meta: dict) -> None:
-    """Copies a checkpoint's tensors into a model that they fit, once the backbone is known to be the same.
-
-    Raises:
-        UsageError: the backbone differs from the one saved with.
-    """
-    present = named_tensors(model, tensors)
-    for name, p in present.items():
-        if p.is_meta:
-            raise UsageError(f"{path}: {name} of the given model is on the meta device; give a model with weights")
-    for name, expected in meta["own"].items():
-        tolerance = 1e-5 if present[name].dtype == torch.float32 else 1e-2
-        if not torch.allclose(torch.tensor(probe(present[name])), torch.tensor(expected), rtol=tolerance):
-            raise UsageError(
-                f"{path}: {name} differs from the backbone it was saved with; load the same pretrained one"
-            )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            present[name].copy_(tensor)
-
-
-def assign(model: nn.Module, tensors: dict[str, Tensor], meta: dict) -> None:
-    """Puts a file's tensors themselves into a model that they fit, so that nothing is copied."""
-    buffers = dict(model.named_buffers())
-    for name, tensor in tensors.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if name in buffers:
-            module._buffers[leaf] = tensor
-        else:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    for name, source in meta["shared"].items():
-        set_parameter(model, name, model.get_parameter(source))
-
-
-def recorded(model: nn.Module, meta: dict, architecture: dict | None) -> nn.Module:
-    """The model with its record, and trainable what trained when it was saved."""
+def recorded(model: nn.Module, meta: dict, architecture: dict | None, frozen: set[str]) -> nn.Module:
+    """The model with its record, and trainable what trained when it was saved. frozen: names, before any method."""
     model.recombined = Record(
         steps=[Step(*step) for step in meta["steps"]],
         targets=meta["targets"],
@@ -212,17 +184,13 @@ def recorded(model: nn.Module, meta: dict, architecture: dict | None) -> nn.Modu
         trainable=set(meta["trains"]),
         blocks=meta["blocks"],
         architecture=architecture,
+        frozen=frozen,
     )
+    declare_tied(model)
     for name, p in model.named_parameters():
         p.requires_grad_(name in meta["trains"])
     remember(model, model.recombined)
     return model.train(model.training)
-
-
-def named_tensors(model: nn.Module, further: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters, buffers that a state dict holds, and further buffers of these names, each once, by name."""
-    kept = {*model.state_dict(), *further}
-    return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
 
 
 def method_class(path: Path, name: str) -> type[Method]:
@@ -236,9 +204,3 @@ def method_class(path: Path, name: str) -> type[Method]:
             f"{path}: was made with the method {name}, which is not here; import the module that defines it"
         )
     return cls
-
-
-def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Puts a parameter at a dotted name of the model."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)

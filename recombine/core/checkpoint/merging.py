@@ -2,25 +2,40 @@
 
 from torch import nn
 
+from recombine.core.places import kept_around
+from recombine.core.tied import declare_tied
 from recombine.errors import UsageError
 from recombine.models.fused_qkv import fuse
+from recombine.models.wrappers import unwrapped
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Turns every recombined layer back into an ordinary linear one, in place; returns the model.
 
-    The outputs stay the same. Afterwards every parameter is trainable.
+    The outputs stay the same. Afterwards every parameter is trainable that was not frozen before the first method.
+    Hooks of a layer stay. A layer of a subclass of nn.Linear is of that class again, unless the subclass holds state.
 
     Raises:
         UsageError: the model is not recombined.
     """
+    wrapped, model = model, unwrapped(model)
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: there is nothing to merge")
-    for name in record.targets:
-        model.set_submodule(name, merged(model.get_submodule(name)))
-    fuse(model)
+    with kept_around(model):
+        for name in record.targets:
+            model.set_submodule(name, merged(model.get_submodule(name)))
+        freeze(model, record.frozen)
+        fuse(model)
     del model.recombined
-    return model.requires_grad_(True)
+    declare_tied(model)
+    freeze(model, record.frozen)  # a fused qkv has its name again
+    return wrapped
+
+
+def freeze(model: nn.Module, names: set[str]) -> None:
+    """Freezes exactly these parameters; names that are not in the model are left out."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in names)
 
 
 def merged(layer: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from recombine.core.rewrite import Record
 from recombine.core.untouched import forget_changed, probe
 from recombine.errors import UsageError
 from recombine.models import rebuild, roles
+from recombine.models.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -109,14 +110,3 @@ def rebuilt(model: nn.Module, meta: dict, tensors: dict) -> nn.Module:
 
 class CannotRebuild(Exception):
     """A model cannot be built again from a description without weights."""
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, without torch.compile's, DistributedDataParallel's or DataParallel's module around it."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        else:
-            return model

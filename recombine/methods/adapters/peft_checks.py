@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from recombine.core.method import Site
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
+from recombine.methods.ranks import widths
 from recombine.models.allowed import refuse
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,11 @@ def check_config(config: str, rank: int | None, options: dict[str, Any], sites: 
         return
     if "r" not in known:
         raise UsageError(f"method.rank={rank}: {config} has no rank; set method.rank=null")
-    most = narrowest(sites)
+    by_layer = "rank_pattern" in known
+    most = max(widths(sites).values()) if by_layer else narrowest(sites)
     if not 1 <= rank <= most:
-        raise UsageError(f"method.rank={rank}: must be from 1 to {most}, the narrowest target layer")
+        which = "widest" if by_layer else "narrowest"
+        raise UsageError(f"method.rank={rank}: must be from 1 to {most}, the {which} target layer")
 
 
 def adapter_config(config: str, options: dict[str, Any]) -> type:
@@ -105,7 +108,7 @@ def one_line(config: str, options: dict[str, Any]):
 
 def narrowest(sites: list[Site]) -> int:
     """The largest rank that every target layer can have. No weight of a compressed layer is built for it."""
-    return min(min(site.module.in_features, site.module.out_features) for site in sites)
+    return min(widths(sites).values())
 
 
 def butterflies() -> bool:
