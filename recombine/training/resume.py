@@ -193,7 +193,12 @@ class TrainingState(Checkpoint):
 
 def loop_position(path: Path) -> tuple[int, int]:
     """Where a training state goes on: (epoch, batch), both from 0."""
-    loops = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
+    return position(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+def position(state: dict) -> tuple[int, int]:
+    """The same of a state that is loaded."""
+    loops = state["loops"]
     epoch, batch = loops["fit_loop"]["epoch_progress"]["current"], loops["fit_loop"]["epoch_loop.batch_progress"]
     if epoch["processed"] == epoch["started"]:  # at the end of an epoch
         return epoch["processed"], 0
