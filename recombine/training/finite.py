@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from recombine import results
 from recombine.errors import UsageError
 
-LARGEST = "float16 ends at 65504"
+LIMIT = 1e6  # a weight that trained beyond it is as bad as an infinite one: float32 moves it by 0.06 at least
+FLOAT16 = "float16 ends at 65504"
 UNDEFINED = ("acc_m", "acc_mm")  # scores of a part that a set may lack
 
 
-def tensors_not_finite(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of tensors that hold an infinity or a nan; one wait for the GPU in all."""
+def tensors_not_finite(named: Iterable[tuple[str, Tensor]], limit: float = math.inf) -> list[str]:
+    """The names of tensors that hold a nan, an infinity or a number from `limit` on; one wait for the GPU in all."""
     floats = {name: t.detach() for name, t in named if t.is_floating_point() and t.numel()}
     if not floats:
         return []
     extremes = torch.stack([torch.stack(torch.aminmax(t)).float() for t in floats.values()])  # nan goes through
-    return [name for name, fine in zip(floats, extremes.isfinite().all(1).tolist(), strict=True) if not fine]
+    fine = (extremes.abs() < limit).all(1).tolist()
+    return [name for name, within in zip(floats, fine, strict=True) if not within]
 
 
 def refuse_weights(model: nn.Module, whose: str) -> None:
@@ -51,10 +53,10 @@ def refuse_scores(parts: Mapping, fix: str) -> None:
             raise UsageError(f"{key}={value}: no result is written of what is not finite; {fix}")
 
 
-def described(names: list[str]) -> str:
-    """A few words on tensors that are not finite."""
+def described(names: list[str], what: str = "not finite") -> str:
+    """A few words on tensors that are wrong."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"weights are not finite ({names[0]}{more})"
+    return f"weights are {what} ({names[0]}{more})"
 
 
 def blame(model: nn.Module, batch=None, *, started: bool = False, precision: str = "") -> str | None:
@@ -71,7 +73,7 @@ def blame(model: nn.Module, batch=None, *, started: bool = False, precision: str
     if not started and (bad := tensors_not_finite(model.named_parameters())):
         return f"{described(bad)} before any step: take other weights (model.checkpoint, stage.checkpoint)"
     if any(p.dtype == torch.float16 for p in model.parameters()):
-        return f"{LARGEST}: set model.dtype=float32 or bfloat16"
+        return f"{FLOAT16}: set model.dtype=float32 or bfloat16"
     if not started and precision.startswith("16"):
-        return f"{LARGEST}: set trainer.precision=32-true or bf16-mixed"
-    return None if started else "the output of the model is not finite before any step, whatever the rate"
+        return f"{FLOAT16}: set trainer.precision=32-true or bf16-mixed"
+    return None if started else "no step was made, so no rate is to blame: look at the data and the loss"

@@ -126,12 +126,13 @@ class LitRecombine(L.LightningModule):
         """Looks at the weights that train, and at the validation's loss where there is one. Every rank has to call it.
 
         Raises:
-            UsageError: one of them is not finite.
+            UsageError: one of them is not finite, or a weight as good as that.
         """
         loss = scores.get("val/loss")
-        bad = finite.tensors_not_finite((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        bad = finite.tensors_not_finite(trained, finite.LIMIT)
         if distributed.all_reduce_max(len(bad), self.device):  # of FSDP each rank sees its own part
-            raise self.failure(finite.described(bad or ["another rank's"]))
+            raise self.failure(finite.described(bad or ["another rank's"], f"beyond {finite.LIMIT:g} or not finite"))
         if loss is not None and not torch.isfinite(loss):
             raise self.failure(f"val/loss={loss.item()}")
 

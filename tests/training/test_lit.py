@@ -1,16 +1,93 @@
-"""A training that diverges."""
+"""A training that diverges, or begins with what is not finite, is one line and leaves no result."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import recombine
-from helpers.command import CHUNK, config, line
+from helpers.command import CHUNK, config, execute, line
 from recombine import models
 from recombine.runner.config import resolve
 from recombine.stages.adapt import fit
 from recombine.stages.context import RunContext
+from recombine.training import finite
 from recombine.training.objectives import Classification
+
+ONE = ["data.limit=32", "trainer.epochs=1"]  # one step: the loss before it is finite
+LORA = ["method=lora", "method.rank=4", *ONE]
+DISTIL = ["stage=joint", "method@compressor=svd", "compressor.rank=4", "method=lora", "stage.distil.epochs=1", *ONE]
+TEXT = ["model=tiny_llama", "data=text", "data.max_length=32", "data.limit=16"]
+RATES = {  # what diverges -> the key that the line names first
+    "optim.lr_head than 1e+30": [*LORA, "optim.lr_head=1e30"],
+    "optim.lr than 1e+30": [*LORA, "optim.lr=1e30"],
+    "method.lr than 1e+30": [*LORA, "method.lr=1e30"],
+    "optim.weight_decay than 1e+30": [*LORA, "optim.weight_decay=1e30"],
+    "stage.distil.lr than 1e+30": [*DISTIL, "stage.distil.lr=1e30"],
+    "compressor.lr than 1e+30": [*DISTIL, "stage.distil.lr=null", "compressor.lr=1e30"],
+    "optim.lr than 1e+20": ["method=lora", *TEXT, "trainer.epochs=1", "optim.lr=1e20"],
+}
+
+
+@pytest.mark.parametrize("key", RATES)
+def test_the_last_step_of_a_training_is_looked_at_too(key, tmp_path, capsys, monkeypatch):
+    message = line(capsys, monkeypatch, tmp_path, *RATES[key])
+    assert f"training diverged, try a smaller {key}" in message and "no checkpoint was kept yet" in message
+    assert "at step " in message and "(epoch 0)" in message
+    assert not [*tmp_path.rglob("best.safetensors"), *tmp_path.rglob("distilled.safetensors")]
+
+
+@pytest.mark.parametrize("where", ["method=lora", "method=svd_llm", "probe=true", "stage=retrofit"])
+def test_data_that_is_not_finite_is_no_rate(where, tmp_path, capsys, monkeypatch):
+    chunk = [] if where.startswith("method") else [CHUNK]
+    message = line(capsys, monkeypatch, tmp_path, *chunk, where, "data.limit=32", "data.std=[0,0,0]")
+    assert "the batch itself is not finite" in message and "lr" not in message
+
+
+def test_float16_is_no_rate(tmp_path, capsys, monkeypatch):
+    message = line(capsys, monkeypatch, tmp_path, *TEXT, "method=lora", "model.dtype=float16")
+    assert "set model.dtype=float32 or bfloat16" in message and "lr" not in message
+
+
+def test_a_model_with_a_weight_that_is_not_finite_is_refused(tmp_path):
+    execute(tmp_path / "whole", *LORA)
+    path = tmp_path / "whole" / "best.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors["head.bias"][0] = float("nan")
+    save_file(tensors, path, metadata)
+    with pytest.raises(recombine.UsageError, match=r"test/loss=nan in the test: weights are not finite \(head.bias\)"):
+        execute(tmp_path / "again", "stage=evaluate", f"stage.checkpoint={path}", *ONE)
+    assert not (tmp_path / "again" / "result.json").exists()
+
+
+def test_looks_at_every_kind_of_tensor():
+    good, bad = torch.zeros(3), torch.tensor([0.0, float("inf")])
+    named = {"ints": torch.tensor([2**40]), "empty": torch.zeros(0), "good": good, "half": bad.half(), "nan": bad * 0}
+    assert finite.tensors_not_finite(named.items()) == ["half", "nan"]
+    assert finite.tensors_not_finite({"large": good + 2e6, "less": good - 9e5}.items(), finite.LIMIT) == ["large"]
+    assert finite.tensors_not_finite([]) == []
+
+
+def test_what_else_than_a_rate_is_to_blame():
+    model, batch = torch.nn.Linear(2, 2), (torch.zeros(1, 2), torch.tensor([0]))
+    assert finite.blame(model, batch, started=True) is None
+    assert "no rate is to blame" in finite.blame(model, batch)
+    assert "trainer.precision=32-true" in finite.blame(model, batch, precision="16-mixed")
+    assert "batch itself" in finite.blame(model, {"x": batch[0], "labels": batch[0] / 0}, started=True)
+    assert "model.dtype" in finite.blame(model.half(), batch, started=True)
+    model.bias.data[0] = float("inf")
+    assert "weights are not finite (bias)" in finite.blame(model, batch)
+
+
+def test_a_score_that_is_not_finite_is_no_result():
+    with pytest.raises(recombine.UsageError, match="test.pearson=nan"):
+        finite.refuse_scores({"test": {"loss": 0.5, "pearson": math.nan}}, "look")
+    finite.refuse_scores({"test": {"acc": 0.5, "acc_mm": math.nan}, "best": None}, "look")  # a set without that part
 
 
 def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
