@@ -47,7 +47,7 @@ KINDS = {
 }
 MINUTES = (None, 0.002, 0)  # between states; None: the default, 0: after every step, or every tenth of several ranks
 VOLATILE = ("seconds", "images_per_second", "environment", "command", "checkpoint")
-SCORES = ("val", "test", "linear_probe", "best_epoch", "distil.val_loss", "distil.best_epoch")
+SCORES = ("val", "test", "linear_probe", "best_epoch")
 PATIENCE = 300.0  # seconds for a run, or for what it leaves behind
 
 
@@ -107,6 +107,14 @@ def outcome(folder: Path) -> dict[int, dict]:
     return found
 
 
+def differences(whole: Path, broken: Path) -> list[str]:
+    """The parts in which the results below two folders differ: curves, scores, sha256, rest, or the runs themselves."""
+    one, other = outcome(whole), outcome(broken)
+    if not one or one.keys() != other.keys():
+        return [f"results of the seeds {sorted(one)} and {sorted(other)}"]
+    return sorted({part for seed in one for part in one[seed] if one[seed][part] != other[seed][part]})
+
+
 def finish(child: forked.Child) -> int:
     """The exit code of a run, once nothing of it lives.
 
@@ -128,7 +136,7 @@ class Trial:
     """One trial: how it is interrupted, and what came of it.
 
     signals: (name of the signal, "random" or "epoch end", whether it came while the run worked), in order.
-    wrong: what differs from the whole run, or what failed; empty where nothing does.
+    wrong: what differs from the run that was left alone, or what failed; empty where nothing does.
     """
 
     kind: str
@@ -148,10 +156,7 @@ class Trial:
                     break
             if code := finish(start(self.kind, folder, self.minutes)):
                 raise RuntimeError(f"exit code {code}")
-            whole, broken = outcome(root / self.kind), outcome(folder)
-            assert whole and whole.keys() == broken.keys(), f"seeds {sorted(whole)} and {sorted(broken)}"
-            parts = [part for seed in whole for part in whole[seed] if whole[seed][part] != broken[seed][part]]
-            self.wrong = ", ".join(dict.fromkeys(parts)) and f"{', '.join(dict.fromkeys(parts))} differ"
+            self.wrong = ", ".join(differences(root / self.kind, folder))
         except Exception as error:
             self.wrong = f"failed: {type(error).__name__}: {error}"
         return self
