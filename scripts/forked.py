@@ -32,7 +32,7 @@ class Child:
                 signal.signal(number, signal.SIG_DFL)
             code = work() or 0
         except SystemExit as end:
-            code = end.code
+            code = 0 if end.code is None else end.code if isinstance(end.code, int) else 1
         except BaseException:
             traceback.print_exc()
         finally:

@@ -184,6 +184,8 @@ class Trial:
         code = finish(child)
         if code and not hit:
             raise RuntimeError(f"exit code {code} before any signal")
+        if not code and len(outcome(folder)) < len(outcome(folder.parent / self.kind)):
+            raise RuntimeError(f"{number.name}: exit code 0 without a result")
         return code != 0
 
 
