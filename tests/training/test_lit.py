@@ -15,6 +15,7 @@ from recombine.runner.config import resolve
 from recombine.stages.adapt import fit
 from recombine.stages.context import RunContext
 from recombine.training import finite
+from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Classification
 
 ONE = ["data.limit=32", "trainer.epochs=1"]  # one step: the loss before it is finite
@@ -113,3 +114,29 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, capsys
     with pytest.raises(recombine.UsageError, match=r"step 3 \(epoch 1\).*last good checkpoint is .*best.safetensors"):
         fit(work, Classification(16), spec.settings.optim, 5, "best", work.method)
     assert (tmp_path / "best.safetensors").exists()
+
+
+def test_another_number_of_ranks_goes_on_with_the_metrics_of_all():
+    """An epoch that two ranks began and one ends; a state of an earlier version; and the start of an epoch."""
+    logits, labels = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
+    begin = lambda: LitRecombine(torch.nn.Linear(2, 4), recombine.LinearProbe(), Classification(4))  # noqa: E731
+
+    def metrics(rows: slice):
+        (lit := begin()).train_metrics.update(logits[rows], labels[rows])
+        return lit.train_metrics
+
+    parts = [metrics(slice(0, 5)).state_dict(), metrics(slice(5, 9)).state_dict()]
+
+    def goes_on(epoch: tuple[int, int], state: dict | None = None, **more) -> dict:
+        epoch_progress = {"current": {"started": epoch[0], "processed": epoch[1]}}
+        batch_progress = {"current": {"processed": 3}}
+        loops = {"fit_loop": {"epoch_progress": epoch_progress, "epoch_loop.batch_progress": batch_progress}}
+        (lit := begin()).on_load_checkpoint({"loops": loops, "state_dict": state or {}} | more)
+        lit.train_metrics.update(logits[9:], labels[9:])
+        return lit.train_metrics.compute()
+
+    middle, expected = (2, 1), metrics(slice(0, 12)).compute()
+    assert goes_on(middle, train_metrics=parts) == expected
+    old = {f"train_metrics.{key}": value for key, value in metrics(slice(0, 9)).state_dict().items()}
+    assert goes_on(middle, old | {"model.weight": logits}) == expected
+    assert goes_on((1, 1), train_metrics=parts) == metrics(slice(9, 12)).compute() != expected
