@@ -23,7 +23,9 @@ from recombine.runtime import progress
 from recombine.stages import STAGES, analysis
 from recombine.stages.context import RunContext
 from recombine.stages.evaluate import require_head
-from recombine.training import distributed, loggers, resume
+from recombine.training import distributed, finite, loggers, resume
+
+SCORED = ("val", "test", "linear_probe", "distil", "weight_error", "logit_error", "logit_scale", "elsewhere")
 
 
 def run_suite(cfg: DictConfig, out: Path) -> float:
@@ -92,6 +94,8 @@ def execute(spec: RunSpec, out: Path) -> dict:
 def report(result: dict, run: RunContext) -> None:
     """Prints the result, writes it, and shows it to the logger; then there is nothing left to go on from."""
     path = run.out / "result.json"
+    scored = {key: value for key, value in result.items() if key in SCORED}
+    finite.refuse_scores(scored, "look at the data, the rates and the precision")
     print("\n" + summary_table(result, path), flush=True)  # first: a full disk must not eat it
     results.write(path, result)
     resume.clear(run.out)
