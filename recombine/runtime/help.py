@@ -59,7 +59,7 @@ def overview() -> str:
         others = [choice for choice in choices(group) if choice != default]
         names = ", ".join([f"{default} (the default)", *others] if default else others)
         lines.append(textwrap.fill(f"  {group}: {names}", WIDTH, subsequent_indent="    ", **WHOLE))
-    for group, comment in re.findall(r"  - (\S+@\S+): null # (.*)", (CONF / "config.yaml").read_text()):
+    for group, comment in optional_groups().items():
         lines.append(textwrap.fill(f"  {group}: {comment}", WIDTH, subsequent_indent="    ", **WHOLE))
     lines += ["", "Keys: set any with key=value, for example method.chunk=16 or trainer.epochs=20", ""]
     body = (CONF / "config.yaml").read_text().partition("\nbudget:")[2].partition("\nhydra:")[0]
@@ -78,6 +78,11 @@ def groups() -> dict[str, str | None]:
             ((group, choice),) = entry.items()
             defaults.setdefault(group.removeprefix("override ").partition("@")[0], choice)
     return defaults
+
+
+def optional_groups() -> dict[str, str]:
+    """Each slot of conf/config.yaml that may stay empty, such as method@compressor, and what it is for."""
+    return dict(re.findall(r"  - (\S+@\S+): null # (.*)", (CONF / "config.yaml").read_text()))
 
 
 def choices(group: str) -> list[str]:
