@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
 from recombine.errors import EXPECTED, UsageError, one_line
-from recombine.runner import arguments, typed_keys
+from recombine.runner import arguments, effects, typed_keys
 from recombine.runner.announce import say_what_loads
 from recombine.runtime import budget_words, help, logs, threads
 
@@ -24,6 +24,7 @@ cores: list[str | None] = [None]  # how many torch takes, in words; None: all
 def main(cfg: DictConfig) -> float:
     """One run of a composed configuration; Hydra calls it. Returns the validation score."""
     try:
+        effects.refuse_misleading(cfg, HydraConfig.get())
         say_what_loads(cfg, HydraConfig.get().runtime.choices, cores[0])
         from recombine.runner import ranks  # imports torch
 

@@ -102,13 +102,8 @@ def load(names: Sequence[str], root: str | Path | None = None) -> dict:
     Raises:
         UsageError: there is no such task, or its data cannot be had.
     """
-    remote = [name for name in names if name not in LOCAL and name not in FILES]
-    manager = index(bool(remote))
-    if unknown := [name for name in remote if name not in manager.all_tasks]:
-        close = get_close_matches(unknown[0], [*LOCAL, *FILES, *manager.all_tasks], 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UsageError(f"unknown task {unknown[0]!r}: {hint}choose from {', '.join(LOCAL)}, or any of lm-eval's")
-    loaded = {}
+    remote = require_known(names, root)
+    manager, loaded = index(bool(remote)), {}
     for name in names:
         if name in remote:
             try:
@@ -125,6 +120,37 @@ def load(names: Sequence[str], root: str | Path | None = None) -> dict:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=1234)  # as lm-eval's command line
     return {"tasks": loaded}
+
+
+def require_known(names: Sequence[str], root: str | Path | None) -> list[str]:
+    """Refuses a task that there is not, before any of them is loaded. Returns those that are lm-eval's own.
+
+    Raises:
+        UsageError: names the nearest task, or the folder that lacks its file.
+    """
+    remote = [name for name in names if name not in LOCAL and name not in FILES]
+    for name in names:
+        if name in FILES:
+            require_file(name, root)
+    if remote and (unknown := [name for name in remote if name not in index(True).all_tasks]):
+        close = get_close_matches(unknown[0], [*LOCAL, *FILES, *index(True).all_tasks], 1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UsageError(f"unknown task {unknown[0]!r}: {hint}choose from {', '.join(LOCAL)}, or any of lm-eval's")
+    return remote
+
+
+def require_file(name: str, root: str | Path | None) -> Path:
+    """The file of one of LLM-Adapters' tests.
+
+    Raises:
+        UsageError: the folder lacks it, or is not given.
+    """
+    path = None if root is None else Path(root).expanduser() / FILES[name] / "test.json"
+    if path is None or not path.is_file():
+        raise UsageError(
+            f"task {name}: no {path or 'root'}: give the folder of LLM-Adapters' dataset/, or take {COMMONSENSE[0]}"
+        )
+    return path
 
 
 @cache
@@ -151,11 +177,7 @@ def documents(name: str, root: str | Path | None) -> Callable:
         ask = prompts.CHOICES[name].format
         rows = [{"prompt": ask(item["question"]), **item} for item in choices.items(name, "test")]
     elif name in FILES:
-        path = None if root is None else Path(root).expanduser() / FILES[name] / "test.json"
-        if path is None or not path.is_file():
-            raise UsageError(
-                f"task {name}: no {path or 'root'}: give the folder of LLM-Adapters' dataset/, or take {COMMONSENSE[0]}"
-            )
+        path = require_file(name, root)
         tests = table([path], ("instruction", "answer"), str(path))
         rows = [{"prompt": prompts.alpaca(row["instruction"]), "answer": row["answer"]} for row in tests]
     else:

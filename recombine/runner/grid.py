@@ -94,7 +94,11 @@ def jobs(config: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
     if any(len(values(line)) > 1 for line in experiment):
         raise UsageError(f"{experiment[0]}: a sweep takes one experiment; call run.py once for each")
     shown = [line for line in arguments if line.startswith(("logger", "trainer.progress"))]  # no cell's, but each run's
+    if not isinstance(config.grid, DictConfig | None):
+        raise UsageError(f"grid={config.grid}: must be axes, or null; say -m KEY=1,2 for a sweep, or experiment=NAME")
     grid = OmegaConf.to_container(config.grid, resolve=True) if config.grid else {}
+    if not grid and config.only is not None:
+        raise UsageError(f"only={config.only}: chooses cells of a grid, and there is none; drop it")
     return [[*experiment, *shown, *cell.overrides] for cell in cells(grid, arguments, config.only)]
 
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra import version
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from recombine.errors import UsageError
-from recombine.runner import pool
+from recombine.runner import effects, pool
 from recombine.runner.ledger import Ledger
 
 
@@ -60,7 +61,12 @@ def run(job: tuple[HydraContext, DictConfig]) -> Any:
     context, config = job
     setup_globals()
     version.setbase("1.3")  # run.py's
-    done = run_job(ranks.task, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
+
+    def task(cfg: DictConfig) -> float:
+        effects.refuse_misleading(cfg, HydraConfig.get())
+        return ranks.task(cfg)
+
+    done = run_job(task, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
     if done.status is not JobStatus.COMPLETED:
         raise done._return_value
     return done.return_value

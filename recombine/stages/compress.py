@@ -7,7 +7,10 @@ import copy
 
 from torch import nn
 
-from recombine.core.rewrite import finish, train_only
+from recombine.core.account import count
+from recombine.core.budget import Budget
+from recombine.core.method import Method
+from recombine.core.rewrite import find_sites, finish, train_only
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.result_schema import StagePart
@@ -51,6 +54,8 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
         )
     teacher = copy.deepcopy(run.model)
     run.checkpointed_step("rewritten", lambda: run.rewrite(method))
+    if type(method).retained_weights is Method.retained_weights:  # others fold some away after the distillation
+        require_compression(count(run.model).retained, method, run.settings.stage.name)
     part = {"weight_error": weight_errors(teacher, run.model)}
     if settings.epochs:
         train_only(run.model, method.distillation_parameters(run.model))
@@ -64,3 +69,30 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
     method.on_distillation_step(run.model, 1.0)
     finish(run.model, method, alone=run.compressor is None)
     return part, teacher
+
+
+def require_small_fields(model: nn.Module, method: Method, budget: Budget, stage: str) -> None:
+    """Refuses a method that by its own fields, without a budget, holds more than the dense layers; nothing is built.
+
+    Only a size in closed form is known so early. One that comes from data or spectra is looked at when it is known.
+
+    Raises:
+        UsageError: as `require_compression` says.
+    """
+    learnt = method.statistics_needed() or type(method).before_budget is not Method.before_budget
+    energy = getattr(method, method.budget_fields.get("energy", ""), None)
+    if budget.kind == "none" and method.compresses and not learnt and energy is None:
+        sites = find_sites(model, method)
+        dense = sum(site.module.weight.numel() for site in sites)
+        require_compression(method.retained_weights(sites) / dense, method, stage)
+
+
+def require_compression(share: float, method: Method, stage: str) -> None:
+    """Refuses to distil a model that is no smaller. share: what is left of the dense target layers' weights.
+
+    Raises:
+        UsageError: names the share and the ways out.
+    """
+    if share > 1:
+        what = f"{method.label} with these fields holds {100 * share:.4g} % of the target layers' weights"
+        raise UsageError(f"stage={stage}: {what}, which compresses nothing; say budget=retained_50, or stage=adapt")
