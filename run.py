@@ -45,8 +45,9 @@ def cli() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors of its own and exits
     try:
         budget_words.refuse_two_keys(given)
-        sys.argv[1:] = arguments.prepared(given)
-        typed_keys.refuse_unread(arguments.split(sys.argv[1:])[1])
+        flags, overrides = arguments.prepared(given)
+        typed_keys.refuse_unread(overrides)
+        sys.argv[1:] = [*flags, *arguments.cell_by_cell(overrides)]
         main()
     except EXPECTED as error:
         failures.append(error)

@@ -19,6 +19,7 @@ class UsageError(ValueError):
 EXPECTED = (UsageError, HydraException, OmegaConfBaseException, OSError)  # a user can mend these
 NO_CHOICE = re.compile(r"In '.*?': Could not find '(.+)/(.+?)' Available options in '\1': (.+)")
 NO_KEY = re.compile(r"Could not override '(.+)'. To append to your config use \+(.+)")
+NO_MERGE = re.compile(r"Error merging override (.+)")
 SWEPT = re.compile(r"Ambiguous value for argument '(.+?)=(.+)' 1\. To use it as a list.*")
 ADDED = re.compile(r"model|(method|compressor)\.options")  # nodes that take keys which their YAML does not have
 ASIDE = ("hydra", "grid", "report")  # nodes of the configuration whose keys say nothing about a run
@@ -37,6 +38,8 @@ def one_line(error: BaseException) -> str:
         return f"{group}={choice}: there is no such choice; {hint}choose from {', '.join(known)}"
     if (match := NO_KEY.fullmatch(text)) and (node := getattr(error.__cause__, "parent_node", None)) is not None:
         return unknown_key(match[2], match[1], node._get_root())
+    if match := NO_MERGE.fullmatch(text):
+        return f"{match[1]}: {str(error.__cause__).splitlines()[0]}; give it a value of its own kind"
     if match := SWEPT.fullmatch(text):
         key, value = match.groups()
         text = value.replace("'", "")

@@ -8,6 +8,7 @@ the hub, or from its cache. ``commonsense_<set>`` lets the model answer LLM-Adap
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -132,10 +133,12 @@ def require_known(names: Sequence[str], root: str | Path | None) -> list[str]:
     for name in names:
         if name in FILES:
             require_file(name, root)
-    if remote and (unknown := [name for name in remote if name not in index(True).all_tasks]):
-        close = get_close_matches(unknown[0], [*LOCAL, *FILES, *index(True).all_tasks], 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UsageError(f"unknown task {unknown[0]!r}: {hint}choose from {', '.join(LOCAL)}, or any of lm-eval's")
+    for name in remote:
+        if name not in spelled() or name not in index(True).all_tasks:
+            alike = [known for known in spelled() if known[:2] == name[:2]]
+            close = get_close_matches(name, [*LOCAL, *FILES, *alike], 1, 0.8)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UsageError(f"unknown task {name!r}: {hint}choose from {', '.join(LOCAL)}, or any of lm-eval's")
     return remote
 
 
@@ -151,6 +154,19 @@ def require_file(name: str, root: str | Path | None) -> Path:
             f"task {name}: no {path or 'root'}: give the folder of LLM-Adapters' dataset/, or take {COMMONSENSE[0]}"
         )
     return path
+
+
+@cache
+def spelled() -> frozenset[str]:
+    """Every word that could be the name of one of lm-eval's tasks: the last ones of the lines of its task files.
+
+    These are all names and many other words. They are read in a second, where lm-eval's index takes twenty.
+    """
+    from lm_eval import tasks
+
+    last = re.compile(r"""[^\s"',\[\]{}:#]+(?=["'\],]*\s*(?:#.*)?$)""", re.MULTILINE)
+    files = [path for path in Path(tasks.__file__).parent.rglob("*") if path.suffix in ("", ".yaml", ".yml")]
+    return frozenset(word for path in files if path.is_file() for word in last.findall(path.read_text("utf-8")))
 
 
 @cache

@@ -28,8 +28,8 @@ UNREAD = re.compile(r"(?:token recognition error at: |input )'(.+?)'", re.DOTALL
 NO_FUNCTION = re.compile(r"Unknown function '(\w+)'")
 
 
-def prepared(arguments: Sequence[str]) -> list[str]:
-    """The command line as Hydra takes it.
+def prepared(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags and the overrides, as Hydra takes them.
 
     Args:
         arguments: as typed, without the program.
@@ -39,7 +39,23 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     """
     flags, overrides = split(arguments)
     overrides = [readable(override) for override in overrides]
-    return [*flags, *(checked(override, parse(override)) for override in overrides)]
+    return flags, [checked(override, parse(override)) for override in overrides]
+
+
+def cell_by_cell(overrides: Sequence[str]) -> list[str]:
+    """The overrides, with keys of a group that is swept over as sweeps of one value: `method.rank=choice(4)`.
+
+    Hydra sets plain keys before it looks at the cells: `-m method=svd,lora method.rank=4` would set the rank of the
+    default method, which has none.
+    """
+    parsed = [parse(override) for override in overrides]
+    swept = [o.get_key_element() for o in parsed if o.is_sweep_override() and o.get_key_element() in help.groups()]
+    return [
+        f"{o.get_key_element()}=choice({o.input_line.partition('=')[2]})"
+        if o.get_key_element().startswith(tuple(f"{group}." for group in swept)) and not o.is_sweep_override()
+        else override
+        for o, override in zip(parsed, overrides, strict=True)
+    ]
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -148,6 +164,8 @@ def checked(override: str, parsed: Override) -> str:
             refuse_no_choice(key, value, key in optional)
         elif key in FOLDERS:
             refuse_no_folder(key, value)
+        elif key == "budget" and value is None:
+            raise UsageError(f"{override}: say budget=none, or for example budget=retained_50")
     return f"~{key}" if key in optional and parsed.value() is None else override
 
 

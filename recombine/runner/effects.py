@@ -56,7 +56,8 @@ def say_unread(config: Mapping[str, Any], hydra: HydraConf) -> None:
         hydra: what Hydra knows of the call.
     """
     stage = config["stage"]
-    unread = set(UNREAD[stage["name"]]) | (set(ONE_RUN) if hydra.mode is RunMode.RUN else set())
+    single = hydra.mode is RunMode.RUN
+    unread = set(UNREAD[stage["name"]]) | (set(ONE_RUN) if single else set())
     if stage.get("rewrite") is False:
         unread |= {"stage.rounds", "stage.reference", "stage.keep"}
     elif stage.get("rounds") == 0:
@@ -65,7 +66,8 @@ def say_unread(config: Mapping[str, Any], hydra: HydraConf) -> None:
         unread -= {"method"}  # whose targets are quantized
     given = by_key([*hydra.overrides.task, *hydra.overrides.hydra])
     if lost := [override for key, override in given.items() if any(is_in(key, node) for node in unread)]:
-        print(f"note: without effect at stage={stage['name']}: {' '.join(lost)}", file=sys.stderr, flush=True)
+        run = f"stage={stage['name']}{', no sweep' if single else ''}"
+        print(f"note: not read in this run ({run}): {' '.join(lost)}", file=sys.stderr, flush=True)
 
 
 def by_key(overrides: Iterable[str]) -> dict[str, str]:

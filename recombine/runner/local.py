@@ -25,10 +25,8 @@ def launch(
         jobs: None: one a GPU, or one where there is none or where a run takes several.
 
     Raises:
-        UsageError: `jobs` is no whole number from 1, or the GPUs do not suffice for so many.
+        UsageError: the GPUs do not suffice for so many.
     """
-    if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
-        raise UsageError(f"hydra.launcher.jobs={jobs}: must be a whole number from 1, or null")
     ledger = Ledger(context, config, job_overrides, first)
     gpus = visible_gpus() if config.trainer.accelerator != "cpu" else []
     devices = config.trainer.devices

@@ -31,14 +31,15 @@ def refuse_unread(overrides: Iterable[str]) -> None:
         UsageError: names the key and those that are near.
     """
     parsed = [parse(override) for override in overrides]
-    if not (added := [override for override in parsed if override.input_line.startswith("+")]):
+    groups = tuple(f"{o.key_or_group}." for o in parsed if o.is_sweep_override() and is_group(o.key_or_group))
+    if not (added := [o for o in parsed if o.input_line.startswith("+") or o.key_or_group.startswith(groups)]):
         return
     bases = None
     for override in added:
         key = override.key_or_group
         if is_group(key):
             raise UsageError(f"{override.input_line}: say {override.input_line.lstrip('+')}, without +")
-        if key.startswith(tuple(f"{node}." for node in OPEN)):
+        if override.input_line.startswith("+") and key.startswith(tuple(f"{node}." for node in OPEN)):
             continue
         bases = bases or list(compositions([o for o in parsed if is_group(o.key_or_group)]))
         if not any(holds(base, key) for base in bases):
