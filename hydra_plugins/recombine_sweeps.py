@@ -5,6 +5,7 @@ SearchSweeper: hydra-optuna-sweeper, whose complaints become one line.
 LocalLauncher: runs them on this machine, in processes of their own.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,15 +67,15 @@ class SearchSweeper(Sweeper):
         Raises:
             UsageError: it can try or score nothing, or a trial ended without a number.
         """
-        import optuna
-
         from recombine.errors import EXPECTED, UsageError, one_line
-        from recombine.runner.sweep_settings import require_search
+        from recombine.runner.sweep_settings import best_trial, require_search
 
         require_search(self.params, self.config, arguments)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the ledger says what becomes of the trials
+        for name in ("optuna", "hydra_plugins.hydra_optuna_sweeper"):  # the ledger says what becomes of the trials
+            logging.getLogger(name).setLevel(logging.WARNING)
         try:
             self.search.sweep(arguments)
+            print(best_trial(self.config.hydra.sweep.dir), flush=True)
         except EXPECTED:
             raise
         except ValueError as error:  # no trial ended with a number, or one ended with nan

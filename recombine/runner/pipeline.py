@@ -69,8 +69,6 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
     if (result := results.load_finished(out, spec.config)) is not None:
         print(f"{path}: finished before\n{summary_table(result, path)}")
         return result
-    if HydraConfig.initialized() and distributed.rank() == 0:
-        effects.say_unread(spec.config, HydraConfig.get())
     limits.require_workers(spec.data.get("num_workers", 0))
     limits.require_memory(spec.model)
     with results.lock_folder(out) if distributed.rank() == 0 else nullcontext():
@@ -83,6 +81,8 @@ def execute(spec: RunSpec, out: Path) -> dict:
     L.seed_everything(spec.settings.seed, verbose=False)
     with progress.display(spec.settings.trainer.progress):
         run = set_up(spec, out)
+        if HydraConfig.initialized() and distributed.rank() == 0:  # not before: what cannot run is one line alone
+            effects.say_unread(spec.config, HydraConfig.get())
         run.seconds["setup"] = round(time.perf_counter() - start, 3)
         with loggers.open_logger(spec.logger, watched(spec, run)) as run.logger:
             fit_head(run)

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from recombine.errors import UsageError
@@ -79,6 +80,13 @@ def require_search(params: Mapping[str, Any], config: DictConfig, arguments: Seq
         raise UsageError(f"hydra/sweeper=search: stage={stage} has no validation score; take {', '.join(SCORED)}")
     if config.data.get("select") == "last" and "data.select" not in swept:
         raise UsageError("data.select=last: a search needs a validation score; say data.select=val")
+
+
+def best_trial(folder: str) -> str:
+    """What a search found, as a line. folder: of the search, where Optuna's sweeper left a file."""
+    found = OmegaConf.load(path := Path(folder) / "optimization_results.yaml")
+    best = " ".join(f"{key}={value}" for key, value in found.best_params.items())
+    return f"best: {best}, validation score {found.best_value:.4g}; {path}"
 
 
 def is_searched(line: str) -> bool:

@@ -86,9 +86,17 @@ def optional_groups() -> dict[str, str]:
 
 
 def choices(group: str) -> list[str]:
-    """The names of a group's files; those that begin with _ only serve others."""
-    paths = sorted((CONF / group).rglob("*.yaml"))
-    return [str(path.relative_to(CONF / group))[:-5] for path in paths if not path.name.startswith("_")]
+    """The names of a group's files without those that only serve others: what begins with _, what experiments share."""
+    names = [str(path.relative_to(CONF / group))[:-5] for path in sorted((CONF / group).rglob("*.yaml"))]
+    served = shared_experiments() if group == "experiment" else set()
+    return [name for name in names if not name.rpartition("/")[2].startswith("_") and name not in served]
+
+
+def shared_experiments() -> set[str]:
+    """The experiments that others build on. By itself such a one is no table."""
+    texts = [path.read_text() for path in (CONF / "experiment").rglob("*.yaml")]
+    texts += [path.read_text() for path in (CONF / "shared").rglob("*.yaml")]
+    return {name for text in texts for name in re.findall(r"[\[ ]/experiment/([\w/]+)", text)}
 
 
 def about(argument: str) -> str:
