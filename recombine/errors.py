@@ -19,6 +19,7 @@ class UsageError(ValueError):
 EXPECTED = (UsageError, HydraException, OmegaConfBaseException, OSError)  # a user can mend these
 NO_CHOICE = re.compile(r"In '.*?': Could not find '(.+)/(.+?)' Available options in '\1': (.+)")
 NO_KEY = re.compile(r"Could not override '(.+)'. To append to your config use \+(.+)")
+THERE = re.compile(r"Could not append to config\. An item is already at '.+'\. Either remove \+ prefix: '(.+)' Or .*")
 NO_MERGE = re.compile(r"Error merging override (.+)")
 SWEPT = re.compile(r"Ambiguous value for argument '(.+?)=(.+)' 1\. To use it as a list.*")
 ADDED = re.compile(r"model|(method|compressor)\.options")  # nodes that take keys which their YAML does not have
@@ -38,6 +39,8 @@ def one_line(error: BaseException) -> str:
         return f"{group}={choice}: there is no such choice; {hint}choose from {', '.join(known)}"
     if (match := NO_KEY.fullmatch(text)) and (node := getattr(error.__cause__, "parent_node", None)) is not None:
         return unknown_key(match[2], match[1], node._get_root())
+    if match := THERE.fullmatch(text):
+        return f"+{match[1]}: there is this key already; say {match[1]}, without +"
     if match := NO_MERGE.fullmatch(text):
         return f"{match[1]}: {str(error.__cause__).splitlines()[0]}; give it a value of its own kind"
     if match := SWEPT.fullmatch(text):
@@ -61,8 +64,11 @@ def unknown_key(typed: str, key: str, config: DictConfig) -> str:
         if not isinstance(below := node.get(last) if last in node else None, DictConfig):
             break
         node, where = below, f"{where}{last}."
+    one_value = f"{typed}: there is no such key; {{}} is one value and has no keys of its own"
+    if last in node and where + last != key:
+        return one_value.format(where + last)
     if not (known := [str(name) for name in node if not str(name).startswith("_")]):
-        return f"{typed}: there is no such key; {where[:-1]} is one value and has no keys of its own"
+        return one_value.format(where[:-1])
     there = [name for name in every_key(config) if name.rpartition(".")[2] == key.rpartition(".")[2]]
     near = [where + name for name in get_close_matches(last, known, 1)] or there[:3]
     hint = f"did you mean {' or '.join(near)}? " if near else ""

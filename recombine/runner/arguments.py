@@ -22,7 +22,8 @@ from recombine.errors import UsageError, did_you_mean
 from recombine.runtime import help
 from recombine.runtime.conf import CONF
 
-STRUCTURED = re.compile(r"[\[{'\"]|.*\$\{|\w+\(", re.DOTALL)  # how lists, dicts, texts, interpolations, calls begin
+STRUCTURED = re.compile(r"[\[{'\"]|.*\$\{|(\w+)\(", re.DOTALL)  # how lists, dicts, texts, interpolations, calls begin
+FUNCTIONS = [*create_functions().functions]  # that Hydra's grammar calls: choice(1,2)
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 UNREAD = re.compile(r"(?:token recognition error at: |input )'(.+?)'", re.DOTALL)  # in a message of the grammar
 NO_FUNCTION = re.compile(r"Unknown function '(\w+)'")
@@ -121,10 +122,16 @@ def readable(override: str) -> str:
         text = parsed._value.text if isinstance(parsed._value, QuotedString) else ""
         return f"{key}={quote(text)}" if text.startswith("~") else override
     except HydraException as error:
-        parts = [value] if STRUCTURED.match(value) else value.split(",")
-        if any(STRUCTURED.match(part) and not parses(f"{key}={part}") for part in parts):
+        parts = [value] if is_structured(value) else value.split(",")
+        if any(is_structured(part) and not parses(f"{key}={part}") for part in parts):
             raise UsageError(unreadable(override, str(error))) from error
         return f"{key}={','.join(part if parses(f'{key}={part}') else quote(part) for part in parts)}"
+
+
+def is_structured(value: str) -> bool:
+    """Whether a value begins like more than a name; `photos(1)` is a name, as there is no such function."""
+    begin = STRUCTURED.match(value)
+    return begin is not None and (begin[1] is None or bool(did_you_mean(begin[1], FUNCTIONS)))
 
 
 def quote(text: str) -> str:
@@ -137,7 +144,7 @@ def unreadable(override: str, complaint: str) -> str:
     key, _, value = override.partition("=")
     fix = shlex.quote(f'{key}="{value}"')
     if found := NO_FUNCTION.search(complaint):
-        near = did_you_mean(found[1], list(create_functions().functions))
+        near = did_you_mean(found[1], FUNCTIONS)
         return f"{override}: there is no function {found[1]}; {near}a text is quoted: {fix}"
     if "'<EOF>'" in complaint or "no viable alternative" in complaint:
         return f"{override}: ends where a bracket or a quote is still open; close it, or quote a text: {fix}"
