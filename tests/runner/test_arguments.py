@@ -166,7 +166,7 @@ def test_hydras_advice_to_add_a_key_is_gone(capsys, monkeypatch, tmp_path):
 def test_a_run_with_names_from_life(capsys, monkeypatch, tmp_path):
     """A folder that Hydra's grammar cannot read holds the result, whose command line can be given to a shell."""
     folder = tmp_path / "日本 it's (1)"
-    typed = [*TINY, "stage=retrofit", "method=svd", "optim.lr=0.1", f"hydra.run.dir={folder}", "model.tag='a b'"]
+    typed = [*TINY, "stage=retrofit", "method=svd", "optim.lr=0.1", f"hydra.run.dir={folder}", "method.targets=[q,v]"]
     monkeypatch.setattr(sys, "argv", ["run.py", *typed])
     assert run.cli() == 0
     said = capsys.readouterr().err.splitlines()
