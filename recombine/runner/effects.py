@@ -20,7 +20,7 @@ UNREAD: dict[str, tuple[str, ...]] = {  # stage -> keys and nodes that it does n
     "compress": (),
     "joint": (),
     "retrofit": NO_TRAINING,
-    "profile": (*NO_TRAINING, "harness", "trainer.num_nodes"),
+    "profile": (*NO_TRAINING, "harness"),
     "evaluate": (*NO_TRAINING, "optim", "calibration", "data@calibration.data", "method", "compressor"),
 }
 ONE_RUN = ("only", "retry", "hydra.launcher", "hydra.sweeper", "hydra.sweep", "hydra/launcher", "hydra/sweeper")
@@ -62,6 +62,8 @@ def say_unread(config: Mapping[str, Any], hydra: HydraConf) -> None:
         unread |= {"stage.rounds", "stage.reference", "stage.keep"}
     elif stage.get("rounds") == 0:
         unread |= {"stage.reference", "stage.keep"}
+    if stage.get("test") is False:
+        unread |= {"harness"}
     if stage["name"] == "evaluate" and stage["bits"]:
         unread -= {"method"}  # whose targets are quantized
     given = by_key([*hydra.overrides.task, *hydra.overrides.hydra])

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf, OverridesConf
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -17,7 +18,7 @@ from recombine.report import plots, records, table
 from recombine.report.paper import Paper, select
 from recombine.report.records import Record, Runs
 from recombine.report.table import labels
-from recombine.runner import config, grid, ranks
+from recombine.runner import config, effects, grid, ranks
 
 NAMES = sorted(str(p.relative_to(grid.CONF / "experiment"))[:-5] for p in grid.CONF.glob("experiment/*/*.yaml"))
 HERE = ("cersa/", "jactus/", "offline/cersa", "offline/jactus")  # whose keys are those of the run below
@@ -62,6 +63,8 @@ def test_cells_are_runs(name, experiments):
     with initialize_config_dir(str(grid.CONF), version_base="1.3"):
         for cell in sample(experiments[name]):
             cfg = compose("config", [f"experiment={name}", *cell.overrides])
+            typed = [f"experiment={name}", *cell.overrides]
+            effects.refuse_misleading(cfg, HydraConf(overrides=OverridesConf(task=typed)))
             OmegaConf.resolve(cfg)
             config.resolve(cfg)
             for method in filter(None, config.resolve_methods(cfg)):

@@ -8,7 +8,7 @@ from hydra.conf import HydraConf, OverridesConf
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from helpers import CONF, TINY, refusal
+from helpers import CONF, refusal
 from helpers.command import CHUNK, line
 from recombine.evaluation import harness
 from recombine.runner import effects, grid, limits
@@ -60,7 +60,6 @@ def test_pictures_beyond_the_memory():
 def test_tasks_of_the_harness_are_known_before_anything_is_loaded(capsys, monkeypatch, tmp_path):
     assert "no language model" in line(capsys, monkeypatch, tmp_path, CHUNK, "harness.tasks=[capital_of]")
     assert harness.require_known(["capital_of"], None) == []
-    assert "did you mean 'hellaswag'?" in refusal(harness.require_known, ["hellaswagg"], None)
     assert "LLM-Adapters" in refusal(harness.require_known, ["commonsense_boolq"], tmp_path)
 
 
@@ -92,6 +91,8 @@ def test_what_misleads_nobody_passes():
     [
         (["stage=retrofit", "optim.lr=1", "++trainer.epochs=3", "seed=1"], ["optim.lr=1", "++trainer.epochs=3"]),
         (["stage=retrofit", "optim.head=probe"], []),
+        (["stage=retrofit", "harness.limit=3"], ["harness.limit=3"]),
+        (["stage=retrofit", "stage.test=true", "harness.limit=3"], []),
         (
             ["stage=evaluate", "method=lora", "method.rank=4", "optim=sgd"],
             ["method=lora", "method.rank=4", "optim=sgd"],
@@ -165,11 +166,11 @@ def test_a_search_says_what_it_found(tmp_path):
         (["hydra/launcher=slurm", "hydra.launcher.nodes=0"], ["hydra.launcher.nodes=0"]),
         (["hydra/launcher=slurm", "hydra.launcher.srun_args=5"], ["hydra.launcher.srun_args=5", "a list"]),
         (["grid=5"], ["grid=5", "axes"]),
-        (["only=[x]"], ["only", "no grid"[:2]]),
+        (["only=[x]"], ["only", "there is none"]),
     ],
     ids=lambda given: given[-1],
 )
 def test_keys_of_launchers_are_checked_before_a_sweep_starts(typed, words, capsys, monkeypatch, tmp_path):
     said = line(capsys, monkeypatch, tmp_path, "seed=0,1", "-m", f"hydra.sweep.dir={tmp_path}/sweep", CHUNK, *typed)
     assert all(word in said for word in words), said
-    assert not (tmp_path / "sweep").exists() and TINY
+    assert not (tmp_path / "sweep").exists()
