@@ -103,7 +103,7 @@ def readable(override: str) -> str:
     """The override, its value quoted where Hydra's grammar could not read it.
 
     >>> readable("data.root=/home/anna/my pictures (1)")
-    "data.root='/home/anna/my pictures (1)'"
+    'data.root="/home/anna/my pictures (1)"'
     >>> readable("method.rank=4,8")
     'method.rank=4,8'
 
@@ -136,7 +136,7 @@ def is_structured(value: str) -> bool:
 
 def quote(text: str) -> str:
     """A text as Hydra's grammar writes it, with the home folder in the place of `~`."""
-    return QuotedString(os.path.expanduser(text), Quote.single).with_quotes()
+    return QuotedString(os.path.expanduser(text), Quote.double).with_quotes()
 
 
 def unreadable(override: str, complaint: str) -> str:

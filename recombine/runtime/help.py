@@ -77,7 +77,7 @@ def groups() -> dict[str, str | None]:
         if not isinstance(entry, str):
             ((group, choice),) = entry.items()
             defaults.setdefault(group.removeprefix("override ").partition("@")[0], choice)
-    return defaults
+    return {group: choice for group, choice in defaults.items() if (CONF / group).is_dir()}  # others are Hydra's own
 
 
 def optional_groups() -> dict[str, str]:

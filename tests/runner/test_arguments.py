@@ -45,7 +45,7 @@ def test_what_hydra_reads_is_left_alone(typed):
 
 def test_each_part_of_a_sweep_is_quoted_by_itself():
     assert grid.values(arguments.readable("data.root=/a/日本,plain,/b c/(2)")) == [
-        "data.root='/a/日本'", "data.root=plain", "data.root='/b c/(2)'",
+        'data.root="/a/日本"', "data.root=plain", 'data.root="/b c/(2)"',
     ]  # fmt: skip
 
 
