@@ -122,7 +122,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     for method in filter(None, (spec.compressor, spec.method)):
         if stage.name != "evaluate":
             find_sites(model, method)
-    if stage.name in ("compress", "joint"):
+    if stage.name in ("compress", "joint") and stage.distil.epochs:
         require_small_fields(model, spec.compressor or spec.method, spec.budget, stage.name)
     calibration = build_calibration_data(spec, module, source)
     transfer = build_transfer_data(spec, module, source)

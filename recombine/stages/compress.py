@@ -4,6 +4,7 @@
 """
 
 import copy
+from dataclasses import replace
 
 from torch import nn
 
@@ -54,10 +55,10 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
         )
     teacher = copy.deepcopy(run.model)
     run.checkpointed_step("rewritten", lambda: run.rewrite(method))
-    if type(method).retained_weights is Method.retained_weights:  # others fold some away after the distillation
-        require_compression(count(run.model).retained, method, run.settings.stage.name)
     part = {"weight_error": weight_errors(teacher, run.model)}
     if settings.epochs:
+        if type(method).retained_weights is Method.retained_weights:  # others fold some away afterwards
+            require_compression(count(run.model).retained, method.label, run.settings.stage.name)
         train_only(run.model, method.distillation_parameters(run.model))
         objective = Distillation(teacher, settings.kl, settings.mse, settings.features, settings.l1)
         _, best = fit(run, objective, settings, settings.epochs, "distilled", method)
@@ -79,20 +80,27 @@ def require_small_fields(model: nn.Module, method: Method, budget: Budget, stage
     Raises:
         UsageError: as `require_compression` says.
     """
-    learnt = method.statistics_needed() or type(method).before_budget is not Method.before_budget
+    label, method, sites = method.label, replace(method), find_sites(model, method)
     energy = getattr(method, method.budget_fields.get("energy", ""), None)
-    if budget.kind == "none" and method.compresses and not learnt and energy is None:
-        sites = find_sites(model, method)
-        dense = sum(site.module.weight.numel() for site in sites)
-        require_compression(method.retained_weights(sites) / dense, method, stage)
+    if budget.kind != "none" or not method.compresses or method.statistics_needed() or energy is not None:
+        return
+    try:
+        method.before_budget(model, sites, None)
+    except UsageError:  # it learns from data first, or cannot be: the run says so where it happens
+        return
+    share = method.retained_weights(sites) / sum(site.module.weight.numel() for site in sites)
+    require_compression(share, label, stage)
 
 
-def require_compression(share: float, method: Method, stage: str) -> None:
-    """Refuses to distil a model that is no smaller. share: what is left of the dense target layers' weights.
+def require_compression(share: float, label: str, stage: str) -> None:
+    """Refuses to distil a model that is no smaller.
+
+    Args:
+        share: what the method, called `label`, leaves of the dense target layers' weights.
 
     Raises:
         UsageError: names the share and the ways out.
     """
     if share > 1:
-        what = f"{method.label} with these fields holds {100 * share:.4g} % of the target layers' weights"
+        what = f"{label} with these fields holds {100 * share:.4g} % of the target layers' weights"
         raise UsageError(f"stage={stage}: {what}, which compresses nothing; say budget=retained_50, or stage=adapt")
