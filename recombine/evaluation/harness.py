@@ -136,7 +136,7 @@ def require_known(names: Sequence[str], root: str | Path | None) -> list[str]:
     for name in remote:
         if name not in spelled() or name not in index(True).all_tasks:
             alike = [known for known in spelled() if known[:2] == name[:2]]
-            close = get_close_matches(name, [*LOCAL, *FILES, *alike], 1, 0.8)
+            close = get_close_matches(name, [*LOCAL, *FILES], 1) or get_close_matches(name, alike, 1, 0.8)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise UsageError(f"unknown task {name!r}: {hint}choose from {', '.join(LOCAL)}, or any of lm-eval's")
     return remote
