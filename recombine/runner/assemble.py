@@ -1,5 +1,6 @@
 """A run's result.json, put together from what its parts found."""
 
+import shlex
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,8 +15,6 @@ from recombine.runner.config import RunSpec
 from recombine.runner.labels import label_of
 from recombine.stages.context import RunContext
 from recombine.training import distributed
-
-QUOTED = set("[]{}() *")  # a shell would read these
 
 
 def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: AnalysisPart) -> Result:
@@ -64,7 +63,7 @@ def asked_for(run: RunContext) -> RunPart:
     record = getattr(run.model, "recombined", None)
     pair = record is not None and len(record.steps) > 1
     return {
-        "command": " ".join(["python run.py", *(f"'{o}'" if set(o) & QUOTED else o for o in overrides)]),
+        "command": " ".join(["python run.py", *map(shlex.quote, overrides)]),
         "stage": run.settings.stage.name,
         "model": run.model.recombine_source,
         "compressor": describe_step(run, record.steps[0], "compressor") if pair else None,
