@@ -99,6 +99,25 @@ def for_data(source: Mapping) -> dict:
     return {"source": source, "objective": objective(source), "tokenizer": reads}
 
 
+def require_image_size(model: nn.Module, size: int | None) -> None:
+    """Refuses pictures of another size than the model's position embeddings are made for.
+
+    Args:
+        size: of the data's pictures, in pixels a side; None: the data are no pictures.
+
+    Raises:
+        UsageError: names both sizes.
+    """
+    patches = getattr(model, "patch_embed", None)
+    if size is None or not getattr(patches, "strict_img_size", False) or patches.img_size in (None, (size, size)):
+        return
+    takes = patches.img_size[0]
+    raise UsageError(
+        f"data.image_size={size}: {model.recombine_source['name']} takes {takes} x {takes}; say data.image_size=null, "
+        f"or model.image_size={size} too"
+    )
+
+
 def reset_head(model: nn.Module, num_classes: int) -> None:
     """Gives the model a fresh classifier, in place; 0 classes: none, features come out."""
     model.own_classes = 0
@@ -165,8 +184,10 @@ def timm_model(
     config = model.pretrained_cfg
     image_size = image_size or config["input_size"][-1]
     _check_patches(name, model, image_size)
-    model.own_classes = 0 if path is None else load(model, path, num_classes)
-
+    try:
+        model.own_classes = 0 if path is None else load(model, path, num_classes)
+    except UsageError as error:
+        raise UsageError(f"model.checkpoint={error}" if checkpoint is not None else str(error)) from error
     model.recombine_source = {
         "name": name,
         "arch": arch,
@@ -192,7 +213,7 @@ def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapp
     """
     try:
         return timm.create_model(source, num_classes=num_classes, **arguments)
-    except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # timm checks little, and stumbles over sizes in every way there is
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
         raise UsageError(f"model {name}: {arch} cannot be built with {given} ({reason}): correct it") from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, did_you_mean
 from recombine.models import fused_qkv
 from recombine.models.fused_qkv import SplitQKV
 
@@ -97,19 +97,24 @@ def family(model: nn.Module) -> Family:
     )
 
 
-def find(model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear) -> dict[str, str]:
+def find(
+    model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear, key: str = "targets"
+) -> dict[str, str]:
     """Finds the layers that play these roles: {module name: role} in model order. The model is not changed.
 
     ``qkv`` is the fused layer, or the three layers q, k, v where there is none. Where q, k or v is named by itself and
     the model has them as one fused layer, the names are those that `split_fused` would give them. Layers that are not
-    of ``kind`` (already rewritten) are left out. A role that ends in ? may be missing.
+    of ``kind`` (already rewritten) are left out. A role that ends in ? may be missing. ``key`` is what errors call the
+    targets.
 
     Raises:
-        UsageError: no role is named, the model has no layer of a role, or all of them are rewritten already.
+        UsageError: no role is named, or one twice; the model has no layer of a role, or all are rewritten already.
     """
     row = family(model)
     if not targets or isinstance(targets, str):
-        raise UsageError(f"targets={targets!r} is not a list of roles: name one or more of {_had(model, row)}")
+        raise UsageError(f"{key}={targets!r} is not a list of roles: name one or more of {_had(model, row)}")
+    if twice := next((target for target in targets if list(targets).count(target) > 1), None):
+        raise UsageError(f"{key}=[{','.join(targets)}]: names {twice} twice; name it once")
     modules = _as_split(dict(model.named_modules()), _to_split(model, targets))
     wanted: dict[str, str] = {}
     for target in targets:
@@ -117,11 +122,14 @@ def find(model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ..
         if not names:
             if target.endswith("?"):
                 continue
-            raise UsageError(f"role {target!r} is not in {type(model).__name__}, which has {_had(model, row)}")
+            hint = did_you_mean(target, _had(model, row).split())
+            what = f"{key}=[{','.join(targets)}]: {type(model).__name__} has no role {target}"
+            raise UsageError(f"{what}; {hint}it has {_had(model, row)}")
         layers = {name: role for name, role in names.items() if _is(modules[name], kind)}
         if not layers:
             other = type(modules[next(iter(names))]).__name__
-            raise UsageError(f"role {target!r} of {type(model).__name__} is already rewritten ({other}): drop the role")
+            what = f"{key}=[{','.join(targets)}]: role {target} of {type(model).__name__}"
+            raise UsageError(f"{what} is already rewritten ({other}): drop the role")
         wanted |= layers
     return {name: wanted[name] for name in modules if name in wanted}
 
