@@ -99,25 +99,6 @@ def for_data(source: Mapping) -> dict:
     return {"source": source, "objective": objective(source), "tokenizer": reads}
 
 
-def require_image_size(model: nn.Module, size: int | None) -> None:
-    """Refuses pictures of another size than the model's position embeddings are made for.
-
-    Args:
-        size: of the data's pictures, in pixels a side; None: the data are no pictures.
-
-    Raises:
-        UsageError: names both sizes.
-    """
-    patches = getattr(model, "patch_embed", None)
-    if size is None or not getattr(patches, "strict_img_size", False) or patches.img_size in (None, (size, size)):
-        return
-    takes = patches.img_size[0]
-    raise UsageError(
-        f"data.image_size={size}: {model.recombine_source['name']} takes {takes} x {takes}; say data.image_size=null, "
-        f"or model.image_size={size} too"
-    )
-
-
 def reset_head(model: nn.Module, num_classes: int) -> None:
     """Gives the model a fresh classifier, in place; 0 classes: none, features come out."""
     model.own_classes = 0

@@ -16,6 +16,7 @@ from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.evaluation import harness, linear_probe
 from recombine.models import roles
+from recombine.models.sizes import require_image_size
 from recombine.runner import effects, limits
 from recombine.runner.assemble import assemble_result
 from recombine.runner.config import RunSpec, resolve
@@ -121,7 +122,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     model = models.build(**native | spec.model)
     source, stage = model.recombine_source, spec.settings.stage
     module.attach_model(**models.for_data(source))
-    models.require_image_size(model, getattr(module, "image_size", None))
+    require_image_size(model, getattr(module, "image_size", None))
     scored_as_it_is = stage.name == "evaluate" and stage.checkpoint is None or getattr(stage, "test", False)
     if scored_as_it_is:
         require_head(model, module)

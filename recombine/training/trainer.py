@@ -15,15 +15,11 @@ from recombine.training.settings import TrainerSettings
 
 
 def require_possible(settings: TrainerSettings) -> None:
-    """Refuses an accelerator that this machine lacks, and what no strategy or list of devices is.
+    """Refuses what no strategy or list of devices is.
 
     Raises:
         UsageError: names the key, and what to say instead.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(settings.accelerator, True):
-        here = "torch finds no such device on this machine"
-        raise UsageError(f"trainer.accelerator={settings.accelerator}: {here}; say trainer.accelerator=auto, or cpu")
     devices, strategy = settings.devices, settings.strategy
     if isinstance(devices, list) and (settings.accelerator == "cpu" or len({*devices}) != len(devices) or not devices):
         why = "a list names different GPUs; say how many devices, for example trainer.devices=2"

@@ -5,14 +5,14 @@ import hashlib
 import pytest
 
 import recombine
-from helpers.command import CHUNK, execute, line
+from helpers.command import execute
 
 
-def test_evaluate_refuses_a_task_with_other_classes(tmp_path, capsys, monkeypatch):
+def test_evaluate_refuses_a_task_with_other_classes(tmp_path):
     execute(tmp_path, "method=linear_probe")
     best = f"stage.checkpoint={tmp_path}/best.safetensors"
-    message = line(capsys, monkeypatch, tmp_path / "x", "stage=evaluate", best, "data.task=snorb_elev", CHUNK)
-    assert "16 classes" in message and "9" in message
+    with pytest.raises(recombine.UsageError, match="tells 16 classes apart, snorb_elev has 9"):
+        execute(tmp_path / "x", "stage=evaluate", best, "data.task=snorb_elev")
     (bad := tmp_path / "bad.safetensors").write_bytes(b"no tensors")
     with pytest.raises(recombine.UsageError, match=f"stage.checkpoint={bad}: truncated or corrupted"):
         execute(tmp_path / "y", "stage=evaluate", f"stage.checkpoint={bad}")
