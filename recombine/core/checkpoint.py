@@ -15,9 +15,10 @@ from torch import nn
 from recombine import models
 from recombine.core.method import Method, method_classes
 from recombine.core.rewrite import Record, Step
+from recombine.core.rollback import unchanged_on_failure
 from recombine.errors import UsageError
 from recombine.models import roles
-from recombine.models.fused_qkv import fuse
+from recombine.models.fused_qkv import close
 from recombine.runtime.atomic import atomic_write
 
 FORMAT = 2
@@ -35,7 +36,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise UsageError(f"this {type(model).__name__} is not recombined: there is nothing to merge")
     for name in record.targets:
         model.set_submodule(name, merged(model.get_submodule(name)))
-    fuse(model)
+    close(model)
     del model.recombined
     return model.requires_grad_(True)
 
@@ -66,7 +67,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
         "model": type(model).__name__,
         "source": getattr(model, "recombine_source", None),
         "steps": record.steps,
-        "classes": None if (head := roles.head(model)) is None else head.out_features,
+        "classes": roles.classes(model),
         "targets": record.targets,
         "dense": record.dense,
         "total": record.total,
@@ -106,13 +107,20 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise UsageError(f"{path}: give the pretrained model as it came, this one is already recombined")
     if type(model).__name__ != meta["model"]:
         raise UsageError(f"{path}: was saved from a {meta['model']}, not from a {type(model).__name__}")
-    head = roles.head(model)
-    if meta["classes"] is not None and (head is None or head.out_features != meta["classes"]):
+    with unchanged_on_failure(model):
+        return _rebuilt(path, model, meta, tensors)
+
+
+def _rebuilt(path: Path, model: nn.Module, meta: dict, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    if meta["classes"] is not None and roles.classes(model) != meta["classes"]:
         models.reset_head(model, meta["classes"])
     try:
         rewritten = tuple(meta["targets"].values())
         roles.find(model, rewritten, nn.Module)  # refuses a model without these roles
-        roles.split_fused(model, rewritten)  # as the checkpoint has it
+        if meta["blocks"] is None:
+            roles.open_layers(model, meta["targets"].keys())  # as the checkpoint has it
+        else:  # other blocks will have these names
+            roles.split_fused(model, rewritten)
         model.requires_grad_(False)
         for name, config, layers in meta["steps"]:
             method_class(path, name)(**config).from_spec(model, layers)

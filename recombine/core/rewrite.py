@@ -9,9 +9,8 @@ from torch import nn
 from recombine.core.budget import Budget, solve
 from recombine.core.calibration import Losses, collect
 from recombine.core.method import Method, Site, need_losses
-from recombine.errors import UsageError
+from recombine.core.rollback import unchanged_on_failure
 from recombine.models import roles
-from recombine.models.fused_qkv import SplitQKV, fuse, layer_at
 
 
 class Step(NamedTuple):
@@ -56,9 +55,15 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
         losses: for methods that calibrate. Each call yields one task loss per calibration batch, with its graph.
 
     Raises:
-        UsageError: a field is out of range, the model lacks a role, or the budget cannot be met. The model is
-            unchanged then.
+        UsageError: a field is out of range, the model lacks a role, or the budget cannot be met.
+
+    Whatever is raised, an interruption included, the model is unchanged then.
     """
+    with unchanged_on_failure(model):
+        return _apply(model, method, budget, losses)
+
+
+def _apply(model: nn.Module, method: Method, budget: Budget | str | None, losses: Losses | None) -> nn.Module:
     method, sites = prepare(model, method, budget, losses)
     record = started_record(model, sites)
     old = getattr(model, "recombined", None)
@@ -105,8 +110,7 @@ def prepare(
     method.label = label
     budget = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
     sites = find_sites(model, method)
-    was_split = frozenset(name for name, module in model.named_modules() if isinstance(module, SplitQKV))
-    try:
+    with unchanged_on_failure(model):
         roles.split_fused(model, method.targets)
         sites = [Site(name, role, model.get_submodule(name)) for name, role, _ in sites]
         if kinds := method.statistics_needed():
@@ -115,9 +119,6 @@ def prepare(
         if budget.kind != "none":
             solve(method, model, sites, budget)
         method.after_budget(model, sites, losses)
-    except UsageError:
-        fuse(model, keep=was_split)
-        raise
     return method, sites
 
 
@@ -141,7 +142,7 @@ def find_sites(model: nn.Module, method: Method) -> list[Site]:
         UsageError: the model lacks a role, or a field is out of range for these layers.
     """
     roles_by_name = roles.find(model, method.targets, method.target_types)
-    sites = [Site(name, role, layer_at(model, name)) for name, role in roles_by_name.items()]
+    sites = [Site(name, role, roles.layer_at(model, name)) for name, role in roles_by_name.items()]
     method.check(sites)
     return sites
 

@@ -90,8 +90,8 @@ def reset_head(model: nn.Module, num_classes: int) -> None:
 
 def has_own_head(model: nn.Module) -> bool:
     """Whether the model's classifier is the one that came with its weights."""
-    head = roles.head(model)
-    return head is not None and head.out_features == getattr(model, "own_classes", 0)
+    own = getattr(model, "own_classes", 0)
+    return own > 0 and roles.classes(model) == own
 
 
 def tags(arch: str, classes: int) -> list[str]:

@@ -117,8 +117,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     for part in filter(None, (module, calibration, *transfer.values())):
         part.prepare_data()
         part.setup()
-    head = roles.head(model)
-    if module.num_classes and (head is None or head.out_features != module.num_classes):  # +model.num_classes keeps one
+    if module.num_classes and roles.classes(model) != module.num_classes:  # +model.num_classes keeps one
         models.reset_head(model, module.num_classes)
     if torch.cuda.is_available() and spec.settings.trainer.accelerator in ("auto", "gpu", "cuda"):
         model.cuda()
@@ -172,7 +171,7 @@ def fit_head(run: RunContext) -> None:
         with run.timed("probe"):
             run.probe = linear_probe.load_or_fit(run.state / "probe.safetensors", run.model, run.data)
             if starts:
-                run.probe.init_head(head)
+                run.probe.init_head(roles.output_layer(run.model))
 
 
 def watched(spec: RunSpec, run: RunContext) -> loggers.Watched:

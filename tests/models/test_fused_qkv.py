@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from recombine.models import roles
-from recombine.models.fused_qkv import SplitQKV, fuse, split
+from recombine.models.fused_qkv import SplitLinear, fuse, split
 
 
 def test_split_and_fuse_are_exact(tiny):
@@ -17,7 +17,7 @@ def test_split_and_fuse_are_exact(tiny):
     tiny.get_submodule(names[0]).requires_grad_(False)
     split(tiny, names)
     layer = tiny.get_submodule(names[0])
-    assert isinstance(layer, SplitQKV) and layer.out_features == 3 * layer.q.out_features
+    assert isinstance(layer, SplitLinear) and layer.out_features == 3 * layer.q.out_features
     assert torch.equal(layer.k.weight, state[f"{names[0]}.weight"].chunk(3)[1])
     assert layer.v.weight.untyped_storage().nbytes() == layer.v.weight.nbytes  # a copy: it can be saved by itself
     assert not layer.q.weight.requires_grad and tiny.get_submodule(names[1]).q.weight.requires_grad
