@@ -36,7 +36,9 @@ def find(model: nn.Module, wanted: tuple[str, ...], kind: type | tuple[type, ...
     row = family(model)
     wanted = (ALL,) if wanted == ALL else wanted
     if not wanted or isinstance(wanted, str):
-        raise UsageError(f"targets={wanted!r} is not a list of roles: name one or more of {_had(model, row)}")
+        raise UsageError(
+            f"targets={wanted!r} is not a list of roles: name one or more of {' '.join(role_names(model))}"
+        )
     modules, named = _resolve(model, row, wanted)
     found: dict[str, str] = {}
     for target, names in named.items():
@@ -230,19 +232,23 @@ def _play(row: Family, role: str, modules: dict[str, nn.Module]) -> dict[str, st
     return names | parts
 
 
-def _had(model: nn.Module, row: Family) -> str:
-    modules = dict(model.named_modules())
+def role_names(model: nn.Module) -> list[str]:
+    """The roles that targets may name in this model; a fused layer can be split into those of its parts."""
+    row, modules = family(model), dict(model.named_modules())
     has = {role for role in row.roles if _play(row, role, modules)}
     has |= {part for parts in _fused(row, modules).values() for part in parts}
-    return " ".join(role for role in row.roles if role in has)
+    return [role for role in row.roles if role in has]
 
 
 def _missing(model: nn.Module, row: Family, target: str) -> str:
     """The error for a target that names no layer."""
     word, modules = target.removesuffix("?"), dict(model.named_modules())
-    text = f"role {target!r} is not in {type(model).__name__}, which has {_had(model, row) or 'no role by name'}"
+    text = (
+        f"role {target!r} is not in {type(model).__name__}, which has {' '.join(role_names(model)) or 'none by name'}"
+    )
     if whole := next((w for w, parts in FUSED.items() if word in parts and _named(row, w, modules)), None):
         return f"{text}; {whole} is one layer here: name {whole}, or all of {' '.join(FUSED[whole])}"
+    if row.note:
+        return f"{text}; {row.note}"
     near = targets.nearest(word, _candidates(model, modules), row.blocks)
-    text += f"; layers with a like name: {' '.join(near)}" if near and word not in row.roles else ""
-    return f"{text}; {row.note}" if row.note else text
+    return f"{text}; layers with a like name: {' '.join(near)}" if near and word not in row.roles else text
