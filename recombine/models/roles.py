@@ -16,8 +16,14 @@ from recombine.errors import UsageError
 from recombine.models import fused_qkv, targets
 from recombine.models.family import FUSED, Family
 from recombine.models.fused_qkv import SplitLinear, as_linear, is_transposed
+from recombine.models.heads import classes, head, output_layer, words
 from recombine.models.lookup import family, stands_for_linear
 from recombine.models.targets import ALL
+
+__all__ = [
+    "block_names", "blocks", "classes", "family", "find", "head", "layer_at", "open_layers", "output_layer",
+    "role_names", "split_fused",
+]  # fmt: skip
 
 
 def find(model: nn.Module, wanted: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear) -> dict[str, str]:
@@ -135,7 +141,7 @@ def _role(row: Family, name: str) -> str:
 
 def _candidates(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """The names of all layers that hold weights, without the heads and what is inside a layer."""
-    heads = [part for part in (head(model), _output_layer(model)) if part is not None]
+    heads = [part for part in (head(model), words(model)) if part is not None]
     left_out = {id(module) for part in heads for module in part.modules()}
     found: list[str] = []
     for name, module in modules.items():
@@ -145,11 +151,6 @@ def _candidates(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         if not isinstance(module, SplitLinear):  # its parts are layers
             found.append(name)
     return [name for name in found if not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)]
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that a language model gives its words by."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def _fused(row: Family, modules: dict[str, nn.Module]) -> dict[str, tuple[str, ...]]:
@@ -187,39 +188,6 @@ def block_names(model: nn.Module) -> list[str]:
     """The blocks' module names in order; the last part of each is its place in its container."""
     pattern = family(model).blocks
     return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
-
-
-def head(model: nn.Module) -> nn.Module | None:
-    """The classifier, several as one list of modules.
-
-    None where the model ends in features, or in words: a language model's head is pretrained.
-    """
-    parts = _given_head(model)
-    if parts is None:
-        pattern, output = family(model).head, _output_layer(model)
-        parts = [m for name, m in model.named_children() if re.fullmatch(pattern, name) and m is not output]
-        parts = parts or next(filter(None, map(_given_head, model.children())), [])  # of the model that it wraps
-    parts = [part for part in parts if next(part.parameters(), None) is not None]
-    return parts[0] if len(parts) == 1 else nn.ModuleList(parts) if parts else None
-
-
-def _given_head(model: nn.Module) -> list[nn.Module] | None:
-    """What get_classifier() gives; None where a model has no such method."""
-    if not hasattr(model, "get_classifier"):
-        return None
-    given = model.get_classifier()
-    return list(given) if isinstance(given, tuple | list) else [given]
-
-
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """The last linear layer of the head: its outputs are the classes. None where there is no head."""
-    layers = [] if (classifier := head(model)) is None else list(classifier.modules())
-    return next((layer for layer in reversed(layers) if hasattr(layer, "out_features")), None)
-
-
-def classes(model: nn.Module) -> int | None:
-    """How many classes the head tells apart; None where there is no head."""
-    return None if (layer := output_layer(model)) is None else layer.out_features
 
 
 def _named(row: Family, role: str, modules: Iterable[str]) -> list[str]:
