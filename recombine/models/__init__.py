@@ -1,6 +1,6 @@
 """Models by architecture and source: ``build("dinov2_s14", arch=..., tag="packaged")`` -> nn.Module.
 
-``library: transformers`` in the YAML means ``encoders.py`` or ``causal_lm.py`` beside this file; the rest is timm's.
+``library: transformers`` in the YAML means ``encoders.py``, ``causal_lm.py`` or ``auto.py``; the rest is timm's.
 The weights come from exactly one place: a local ``checkpoint``; a package (``tag: packaged``); timm's hub under a
 pinned ``tag``; or nowhere (``pretrained=False``, drawn from torch's current seed). All go through one strict load.
 
@@ -25,7 +25,8 @@ from recombine.models.weights import hub_file, load
 from recombine.runtime import conf
 
 __all__ = [
-    "build", "for_data", "has_own_head", "list_models", "modality", "objective", "reset_head", "tags", "tokenizer",
+    "build", "for_data", "for_task", "has_own_head", "list_models", "modality", "objective", "reset_head", "tags",
+    "tokenizer",
 ]  # fmt: skip
 
 CONF = conf.CONF / "model"
@@ -41,19 +42,26 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
-def build(name: str, *, arch: str, library: str = "timm", **config) -> nn.Module:
+def build(name: str | None, *, arch: str | None = None, library: str = "timm", **config) -> nn.Module:
     """The model that a YAML of conf/model describes; ``model.recombine_source`` holds the arguments that build it.
 
     Args:
-        name: of the YAML, for example "dinov2_s14".
+        name: of the YAML, for example "dinov2_s14"; of timm, where there is no ``arch``; of the hub's repository or a
+            folder with ``arch="auto"``.
         arch: of timm, for example "vit_small_patch14_dinov2", or the family of a transformers model, as "llama".
         library: "timm" or "transformers".
-        config: the YAML's other keys. They are the arguments of `timm_model`, `encoders.build` or `causal_lm.build`.
+        config: the YAML's other keys. They are the arguments of `timm_model` or of the `build` of `encoders`,
+            `causal_lm` or `auto`.
 
     Raises:
         UsageError: there is no such architecture, its weights cannot be had, or they do not fit.
     """
     if library == "timm":
+        if arch is None:
+            if name is None:
+                raise UsageError("model=timm: say which architecture: model.name=eva02_base_patch14_224")
+            arch, _, tag = name.partition(".")
+            config["tag"] = config.get("tag") or tag or None
         return timm_model(name, arch=arch, **config)
     return _of_transformers(name, library, arch).build(name, arch=arch, **config)
 
@@ -65,12 +73,17 @@ def tokenizer(source: Mapping):
 
 def modality(source: Mapping) -> str:
     """What a model reads, by its ``recombine_source``: "vision" or "text"."""
-    return "vision" if source.get("library", "timm") == "timm" else "text"
+    return "vision" if source.get("library", "timm") == "timm" or source.get("task") == "image" else "text"
 
 
 def objective(source: Mapping) -> str:
     """What a model is for, by its ``recombine_source``: "lm", or "classification" where it has a classifier."""
-    return "lm" if source["arch"] == "llama" else "classification"
+    return "lm" if source["arch"] == "llama" or source.get("task") == "lm" else "classification"
+
+
+def for_task(config: Mapping, task: str) -> dict:
+    """A model's configuration with the task (lm, text, image) that the data are, where it names none itself."""
+    return dict(config) | ({"task": task} if config.get("arch") == "auto" and config.get("task") is None else {})
 
 
 def for_data(source: Mapping) -> dict:
@@ -106,7 +119,7 @@ def _of_transformers(name: str, library: str, arch: str):
         raise UsageError(f"model {name} sees pictures, not text: take model=minilm, or data=offline")
     if library != "transformers":
         raise UsageError(f"model.library={library}: must be timm or transformers")
-    return import_module(f"recombine.models.{'causal_lm' if objective({'arch': arch}) == 'lm' else 'encoders'}")
+    return import_module(f"recombine.models.{ {'llama': 'causal_lm', 'auto': 'auto'}.get(arch, 'encoders') }")
 
 
 def timm_model(
@@ -161,12 +174,17 @@ def timm_model(
 def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapping) -> nn.Module:
     """Builds timm's model, without weights.
 
+    A dropout of 0 is left out for an architecture that has no such dropout.
+
     Raises:
         UsageError: timm refuses the arguments.
     """
     try:
         return timm.create_model(source, num_classes=num_classes, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        lacked = [key for key in arguments if f"unexpected keyword argument '{key}'" in str(error)]
+        if lacked and arguments[lacked[0]] == 0.0:
+            return _create(name, arch, source, num_classes, {k: v for k, v in arguments.items() if k != lacked[0]})
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
         raise UsageError(f"model {name}: {arch} cannot be built with {given} ({reason}): correct it") from error
@@ -194,7 +212,8 @@ def _check_patches(name: str, model: nn.Module, image_size: int) -> None:
     Raises:
         UsageError: names the sizes nearby that fit.
     """
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0]
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    patch = patch[0] if isinstance(patch, tuple | list) else patch
     if image_size < patch or image_size % patch:
         near = max(patch, image_size // patch * patch)
         fix = f"take {near} or {near + patch}"

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from recombine import data, models, results
 from recombine.core.calibration import BACKWARD
 from recombine.core.rewrite import find_sites
-from recombine.data.base import DataModule
+from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
 from recombine.evaluation import linear_probe
 from recombine.models import roles
@@ -103,7 +103,8 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     """The model and the data of a run. What cannot work is refused before anything is downloaded or made."""
     module = data.build(**spec.data)
     native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
-    model = models.build(**native | spec.model)
+    task = "lm" if module.objective == "lm" else "text" if isinstance(module, TokenModule) else "image"
+    model = models.build(**native | models.for_task(spec.model, task))
     source, stage = model.recombine_source, spec.settings.stage
     module.attach_model(**models.for_data(source))
     scored_as_it_is = stage.name == "evaluate" and stage.checkpoint is None or getattr(stage, "test", False)
