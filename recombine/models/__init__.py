@@ -42,7 +42,7 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
-def build(name: str | None, *, arch: str | None = None, library: str = "timm", **config) -> nn.Module:
+def build(name: str, *, arch: str | None = None, library: str = "timm", **config) -> nn.Module:
     """The model that a YAML of conf/model describes; ``model.recombine_source`` holds the arguments that build it.
 
     Args:
@@ -58,7 +58,7 @@ def build(name: str | None, *, arch: str | None = None, library: str = "timm", *
     """
     if library == "timm":
         if arch is None:
-            if name is None:
+            if name == "timm":
                 raise UsageError("model=timm: say which architecture: model.name=eva02_base_patch14_224")
             arch, _, tag = name.partition(".")
             config["tag"] = config.get("tag") or tag or None

@@ -40,7 +40,7 @@ FORMS = {"image_mean": "mean", "image_std": "std"}  # of preprocessor_config.jso
 
 
 def build(
-    name: str | None,
+    name: str,
     *,
     arch: str = "auto",
     task: str | None = None,
@@ -69,51 +69,49 @@ def build(
     Raises:
         UsageError: the model cannot be had, is of no such task, or a key is not its own.
     """
-    if name is None or task not in TASKS:
-        raise UsageError(_ask(name, task))
-    if dtype not in causal_lm.DTYPES:
-        raise UsageError(f"model.dtype={dtype}: must be one of {', '.join(causal_lm.DTYPES)}")
+    refuse(name, task, dtype)
     sizes = {key: list(value) if isinstance(value, ListConfig) else value for key, value in sizes.items()}
-    checkpoint = name if checkpoint is None and (Path(name) / "config.json").is_file() else checkpoint
-    where = {"id": name, "revision": revision or "main", "tag": None, "pretrained": pretrained}
-    path = folder(name, WAYS, **where, checkpoint=checkpoint)
-    if path is not None and checkpoint is None:
-        where["revision"] = path.name  # the commit
+    path, where = place(name, revision, pretrained, checkpoint)
     config = configuration(name, path, model_type, sizes | ({} if image_size is None else {"image_size": image_size}))
-    own = 0
+    own = 0 if task == "lm" else config.num_labels
     if task != "lm":
-        own, config.num_labels = config.num_labels, num_classes or config.num_labels
+        config.num_labels = num_classes or own
         config.pad_token_id = getattr(config, "pad_token_id", None) or 0  # decoders have none
-    if pretrained and path is not None:
-        model, missing = load(name, path, config, task, dtype)
-        own = 0 if missing else own
-    else:
-        model, own = _random(name, config, task, dtype), 0
+    weights = path if pretrained else None
+    model, whole = load(name, weights, config, task, dtype) if weights else (empty(name, config, task, dtype), False)
     model.config.use_cache = False  # as in causal_lm.py
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.own_classes = own
-    model.recombine_source = {
-        "name": name,
-        "library": "transformers",
-        "arch": arch,
-        "task": task,
-        "model_type": config.model_type,
-        **{key: value for key, value in where.items() if key not in ("id", "tag")},
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-        "dtype": dtype,
-        "gradient_checkpointing": gradient_checkpointing,
-        **(_normalisation(path, config, mean, std) if task == "image" else {}),
-        "num_classes": num_classes,
-        **sizes,
-    }
+    model.own_classes = own if whole else 0
+    looks = _normalisation(path, config, mean, std) if task == "image" else {}
+    model.recombine_source = {"name": name, "library": "transformers", "arch": arch, "task": task} | where
+    model.recombine_source |= {"model_type": config.model_type, "dtype": dtype, "num_classes": num_classes}
+    model.recombine_source |= {"gradient_checkpointing": gradient_checkpointing, **looks, **sizes}
     return model.train()
 
 
-def _ask(name: str | None, task: str | None) -> str:
-    if name is None:
-        return "model=hf: say which, by its name on the hub or its folder: model.name=Qwen/Qwen3-0.6B"
-    return f"model.task={task}: must be one of {', '.join(TASKS)}; as a library, models.build needs it"
+def place(name: str, revision: str | None, pretrained: bool, checkpoint: str | Path | None) -> tuple[Path | None, dict]:
+    """The model's folder (None: there is none), and the arguments of `build` that find the same again."""
+    checkpoint = name if checkpoint is None and (Path(name) / "config.json").is_file() else checkpoint
+    where = {"revision": revision, "pretrained": pretrained, "checkpoint": checkpoint and str(checkpoint)}
+    path = folder(name, WAYS, id=name, tag=None, **where | {"revision": revision or "main"})
+    if path is not None and checkpoint is None:
+        where["revision"] = path.name  # the commit
+    return path, where
+
+
+def refuse(name: str, task: str | None, dtype: str) -> None:
+    """Refuses what names no model.
+
+    Raises:
+        UsageError: the key and what it may be.
+    """
+    if name == "hf":
+        raise UsageError("model=hf: say which, by its name on the hub or its folder: model.name=Qwen/Qwen3-0.6B")
+    if task not in TASKS:
+        raise UsageError(f"model.task={task}: must be one of {', '.join(TASKS)}")
+    if dtype not in causal_lm.DTYPES:
+        raise UsageError(f"model.dtype={dtype}: must be one of {', '.join(causal_lm.DTYPES)}")
 
 
 def configuration(name: str, path: Path | None, model_type: str | None, sizes: Mapping) -> PretrainedConfig:
@@ -138,7 +136,12 @@ def configuration(name: str, path: Path | None, model_type: str | None, sizes: M
     raise UsageError(f"model.{unknown[0]}={sizes[unknown[0]]}: {type(plain).__name__} has no such key; drop it")
 
 
-def _random(name: str, config: PretrainedConfig, task: str, dtype: str) -> nn.Module:
+def empty(name: str, config: PretrainedConfig, task: str, dtype: str) -> nn.Module:
+    """A random model of this configuration.
+
+    Raises:
+        UsageError: transformers has none of it for the task, or refuses its sizes.
+    """
     try:
         return TASKS[task].from_config(config, dtype=causal_lm.DTYPES[dtype])
     except (*UNREADABLE, AssertionError, ZeroDivisionError, StrictDataclassError) as error:
@@ -146,7 +149,7 @@ def _random(name: str, config: PretrainedConfig, task: str, dtype: str) -> nn.Mo
 
 
 def load(name: str, path: Path, config: PretrainedConfig, task: str, dtype: str) -> tuple[nn.Module, bool]:
-    """The folder's weights, and whether it gives none for the classifier.
+    """The folder's weights, and whether it gives those of the classifier too.
 
     Raises:
         UsageError: the folder cannot be read, is of no such task, or lacks tensors outside the classifier.
@@ -172,7 +175,7 @@ def load(name: str, path: Path, config: PretrainedConfig, task: str, dtype: str)
     misfits = {key for key, *_ in told["mismatched_keys"] if key not in heads}
     refuse_damaged(name, path, model, ((lacking, "lacks"), (misfits, "has another shape of")))
     fresh = heads & ({*told["missing_keys"]} | {key for key, *_ in told["mismatched_keys"]})
-    return model, bool(fresh)
+    return model, not fresh
 
 
 def _normalisation(path: Path | None, config: PretrainedConfig, mean, std) -> dict:
@@ -185,7 +188,9 @@ def _normalisation(path: Path | None, config: PretrainedConfig, mean, std) -> di
 
 def tokenizer(source: Mapping) -> PreTrainedTokenizerFast:
     """The tokenizer of a model by its ``recombine_source``; a random model without a folder reads bytes."""
-    loaded = read_tokenizer(source | {"id": source["name"], "tag": None}, WAYS)
+    loaded = read_tokenizer(
+        source | {"id": source["name"], "tag": None, "revision": source["revision"] or "main"}, WAYS
+    )
     if loaded is None:
         longest = source.get("max_position_embeddings", 512)
         return causal_lm.byte_tokenizer() if source["task"] == "lm" else encoders.byte_tokenizer(longest)

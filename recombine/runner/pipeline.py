@@ -103,8 +103,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     """The model and the data of a run. What cannot work is refused before anything is downloaded or made."""
     module = data.build(**spec.data)
     native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
-    task = "lm" if module.objective == "lm" else "text" if isinstance(module, TokenModule) else "image"
-    model = models.build(**native | models.for_task(spec.model, task))
+    model = models.build(**native | models.for_task(spec.model, task_of(module)))
     source, stage = model.recombine_source, spec.settings.stage
     module.attach_model(**models.for_data(source))
     scored_as_it_is = stage.name == "evaluate" and stage.checkpoint is None or getattr(stage, "test", False)
@@ -130,6 +129,11 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         "transfer_data": transfer,
     }
     return RunContext(spec.settings, out, state, model, spec.method, spec.budget, module, **pieces)
+
+
+def task_of(module: DataModule) -> str:
+    """What the data ask of a model that can be several: lm (the next token), or classes of a text or an image."""
+    return "lm" if module.objective == "lm" else "text" if isinstance(module, TokenModule) else "image"
 
 
 def build_calibration_data(spec: RunSpec, module: DataModule, source: dict) -> DataModule | None:
