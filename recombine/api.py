@@ -9,10 +9,15 @@ from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.methods import *  # noqa: F403
 from recombine.methods import __all__ as _methods
+from recombine.models.family import Family
+from recombine.models.fused_qkv import Layout
+from recombine.models.lookup import register
 
 __all__ = [
     "Account",
     "Budget",
+    "Family",
+    "Layout",
     "Method",
     "RecombinedLinear",
     "Record",
@@ -24,6 +29,7 @@ __all__ = [
     "finish",
     "load",
     "merge",
+    "register",
     "save",
     "train_only",
     *_methods,

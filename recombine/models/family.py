@@ -42,6 +42,10 @@ class Family:
         names = {re.sub(r"(?<=\.)\d+(?=\.|$)", "0", name) for name, _ in model.named_modules()}  # blocks are alike
         return any(re.fullmatch(pattern, name) for pattern in patterns for name in names)
 
+    def plays(self, name: str) -> str | None:
+        """The role of the module of that name; None: it has none."""
+        return next((role for role, pattern in self.roles.items() if re.fullmatch(pattern, name)), None)
+
     def inside(self, name: str) -> "Family":
         """The family of a model that holds one of this family as its submodule of that name."""
         start = re.escape(name) + r"\."

@@ -1,5 +1,7 @@
 """Which family a model belongs to."""
 
+import logging
+
 from torch import nn
 
 from recombine.errors import UsageError
@@ -8,8 +10,12 @@ from recombine.models.families import FAMILIES
 from recombine.models.family import Family, joined
 from recombine.models.fused_qkv import SplitLinear, is_transposed
 from recombine.models.infer import infer
+from recombine.models.targets import in_block
+
+log = logging.getLogger(__name__)
 
 REGISTERED: list[Family] = []
+SAID: set[str] = set()
 
 
 def register(family: Family) -> Family:
@@ -37,12 +43,23 @@ def family(model: nn.Module) -> Family:
             rows, inside = [*rows, row.inside(name)], f"{name}."
     if rows:
         return joined(rows)
-    if (guess := infer(model, linear_layers(model))) is None:
+    layers = linear_layers(model)
+    if (guess := infer(model, layers)) is None:
         raise UsageError(
             f"{type(model).__name__} belongs to no known model family and has no numbered blocks of linear layers: "
             f"describe it with recombine.register(recombine.Family(...))"
         )
+    blank = {in_block(name, guess.blocks) for name in layers if not guess.plays(name)}
+    _say(f"{type(model).__name__} is of no known family: {' '.join(guess.roles)} by name and shape, no role for", blank)
     return guess
+
+
+def _say(text: str, names: set[str]) -> None:
+    """Logs it once."""
+    line = f"{text} {' '.join(sorted(names)) or 'none'}"
+    if line not in SAID:
+        SAID.add(line)
+        log.info(line)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -40,7 +40,6 @@ def find(model: nn.Module, wanted: tuple[str, ...], kind: type | tuple[type, ...
         UsageError: nothing is named, the model has no such layer, or all of them are rewritten already.
     """
     row = family(model)
-    wanted = (ALL,) if wanted == ALL else wanted
     if not wanted or isinstance(wanted, str):
         raise UsageError(
             f"targets={wanted!r} is not a list of roles: name one or more of {' '.join(role_names(model))}"
@@ -120,7 +119,7 @@ def _pattern(row: Family, word: str, layers: list[str], modules: dict[str, nn.Mo
     names = [n for n in layers if stands_for_linear(modules[n])] if word == ALL else []
     if not names and word not in row.roles:
         names = [n for n in layers if targets.names(word, n) or _splits(modules, n, word)]
-    return {name: _role(row, name) for name in names}
+    return {name: row.plays(name) or targets.in_block(name, row.blocks) for name in names}
 
 
 def _splits(modules: dict[str, nn.Module], name: str, word: str) -> bool:
@@ -132,11 +131,6 @@ def _splits(modules: dict[str, nn.Module], name: str, word: str) -> bool:
 def _is_part(word: str, fused: str, parts: tuple[str, ...]) -> bool:
     """Whether the word names a part of the fused layer, and not the layer itself."""
     return not targets.names(word, fused) and any(targets.names(word, f"{fused}.{part}") for part in parts)
-
-
-def _role(row: Family, name: str) -> str:
-    plays = (role for role, pattern in row.roles.items() if re.fullmatch(pattern, name))
-    return next(plays, targets.in_block(name, row.blocks))
 
 
 def _candidates(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
