@@ -1,6 +1,7 @@
 """Which family a model belongs to."""
 
 import logging
+import re
 
 from torch import nn
 
@@ -49,7 +50,8 @@ def family(model: nn.Module) -> Family:
             f"{type(model).__name__} belongs to no known model family and has no numbered blocks of linear layers: "
             f"describe it with recombine.register(recombine.Family(...))"
         )
-    blank = {in_block(name, guess.blocks) for name in layers if not guess.plays(name)}
+    body = (name for name in layers if not re.fullmatch(guess.head, name.partition(".")[0]))
+    blank = {in_block(name, guess.blocks) for name in body if not guess.plays(name)}
     _say(f"{type(model).__name__} is of no known family: {' '.join(guess.roles)} by name and shape, no role for", blank)
     return guess
 

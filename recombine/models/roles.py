@@ -53,8 +53,15 @@ def find(model: nn.Module, wanted: tuple[str, ...], kind: type | tuple[type, ...
             raise UsageError(_missing(model, row, target))
         layers = {name: role for name, role in names.items() if _is(modules[name], kind)}
         if not layers:
-            other = type(modules[next(iter(names))]).__name__
-            raise UsageError(f"role {target!r} of {type(model).__name__} is already rewritten ({other}): drop the role")
+            name = next(iter(names))
+            kind_of, other = "role" if target.removesuffix("?") in row.roles else "target", type(modules[name]).__name__
+            if "weight" in modules[name]._parameters:
+                raise UsageError(
+                    f"{kind_of} {target!r} names {name}, a {other}, which the method cannot rewrite: drop it"
+                )
+            raise UsageError(
+                f"{kind_of} {target!r} of {type(model).__name__} is already rewritten ({other}): drop the {kind_of}"
+            )
         found |= layers
     return {name: found[name] for name in modules if name in found}
 
