@@ -84,7 +84,7 @@ class SplitLinear(nn.Module):
         super().__init__()
         assert fused.out_features == layout.groups * sum(layout.widths), (fused, layout)
         self.in_features, self.out_features = fused.in_features, fused.out_features
-        self.parts, self.layout = parts, layout
+        self.parts, self.layout, self.kind = parts, layout, type(fused)
         for i, name in enumerate(parts):
             self.add_module(name, _part(fused, layout, i, copy=True))
         self.train(fused.training)
@@ -191,7 +191,7 @@ def _part(fused: nn.Linear, layout: Layout, i: int, copy: bool) -> nn.Linear:
 
 def _join(split: SplitLinear) -> nn.Linear:
     layers, groups = [getattr(split, name) for name in split.parts], split.layout.groups
-    fused = nn.Linear(split.in_features, split.out_features, bias=layers[0].bias is not None, device="meta")
+    fused = split.kind(split.in_features, split.out_features, bias=layers[0].bias is not None, device="meta")
     for key in dict(fused.named_parameters()):
         parts = [getattr(linear, key) for linear in layers]
         value = torch.cat([part.detach().unflatten(0, (groups, -1)) for part in parts], dim=1).flatten(0, 1)
