@@ -38,9 +38,8 @@ class Family:
         """Whether class and layers have such names. Another library may have a class of the same name."""
         if not any(re.fullmatch(self.classes, cls.__name__) for cls in type(model).__mro__):
             return False
-        patterns = [pattern for role, pattern in self.roles.items() if role not in ("norm", "embed")]
-        names = {re.sub(r"(?<=\.)\d+(?=\.|$)", "0", name) for name, _ in model.named_modules()}  # blocks are alike
-        return any(re.fullmatch(pattern, name) for pattern in patterns for name in names)
+        layers = "|".join(f"(?:{x})" for role, x in self.roles.items() if role not in ("norm", "embed"))
+        return any(re.fullmatch(layers, name) for name, _ in model.named_modules())
 
     def plays(self, name: str) -> str | None:
         """The role of the module of that name; None: it has none."""

@@ -25,6 +25,8 @@ __all__ = [
     "role_names", "split_fused",
 ]  # fmt: skip
 
+ROLES = {"o", "down", "norm", "embed", "reduction", *FUSED, *(part for parts in FUSED.values() for part in parts)}
+
 
 def find(model: nn.Module, wanted: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear) -> dict[str, str]:
     """Finds the layers that these targets name: {module name: role} in model order. The model is not changed.
@@ -103,7 +105,7 @@ def _resolve(model: nn.Module, row: Family, wanted: Collection[str]) -> tuple[di
     """The modules by name as they are once the fused layers are split, and for each target {module name: role}."""
     modules = dict(model.named_modules())
     words = {target.removesuffix("?") for target in wanted}
-    patterns = words - row.roles.keys() - FUSED.keys() - {ALL}
+    patterns = words - row.roles.keys() - ROLES
     fused = {
         name: parts
         for name, parts in _fused(row, modules).items()
@@ -115,17 +117,17 @@ def _resolve(model: nn.Module, row: Family, wanted: Collection[str]) -> tuple[di
         if words.issuperset(parts):  # together they are the fused layer, where that is not split
             one = {name: whole for name in _named(row, whole, modules) if not isinstance(modules[name], SplitLinear)}
             named |= {target: names | one for target, names in named.items() if target.removesuffix("?") in parts}
-    if unknown := [target for target, names in named.items() if not names]:
-        layers = _candidates(model, modules)
-        named |= {target: _pattern(row, target.removesuffix("?"), layers, modules) for target in unknown}
+    layers = _candidates(model, modules) if patterns else []
+    named |= {t: _pattern(row, word, layers, modules) for t in wanted if (word := t.removesuffix("?")) in patterns}
     return modules, named
 
 
 def _pattern(row: Family, word: str, layers: list[str], modules: dict[str, nn.Module]) -> dict[str, str]:
     """The layers that the word names without being a role, each with the role that it plays or its name."""
-    names = [n for n in layers if stands_for_linear(modules[n])] if word == ALL else []
-    if not names and word not in row.roles:
-        names = [n for n in layers if targets.names(word, n) or _splits(modules, n, word)]
+    if word == ALL:
+        names = [name for name in layers if stands_for_linear(modules[name])]
+    else:
+        names = [name for name in layers if targets.names(word, name) or _splits(modules, name, word)]
     return {name: row.plays(name) or targets.in_block(name, row.blocks) for name in names}
 
 
@@ -220,4 +222,4 @@ def _missing(model: nn.Module, row: Family, target: str) -> str:
     if row.note:
         return f"{text}; {row.note}"
     near = targets.nearest(word, _candidates(model, modules), row.blocks)
-    return f"{text}; layers with a like name: {' '.join(near)}" if near and word not in row.roles else text
+    return f"{text}; layers with a like name: {' '.join(near)}" if near and word not in ROLES else text
