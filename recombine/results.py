@@ -30,7 +30,14 @@ ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", 
     "data.num_workers",
     "trainer.checkpoint_minutes",
 }  # on what a run runs, not what it computes
-LATER = {"optim.name": "adamw"}  # keys that came after the first results, with what they were by then
+LATER = {  # keys that came after the first results, with what they were by then
+    "optim.name": "adamw",
+    "stage.distil.l1": 0.0,
+} | {
+    f"{slot}.{key}": value
+    for slot in ("method", "compressor")
+    for key, value in {"loss": "plain", "mimicry.factor": 1.0, "mimicry.noise": 0.0, "mimicry.clip": None}.items()
+}
 
 
 @contextmanager

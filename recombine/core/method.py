@@ -16,6 +16,7 @@ from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.models import roles
 from recombine.runtime import progress
+from recombine.runtime.kinds import Rate
 
 
 class Site(NamedTuple):
@@ -53,7 +54,7 @@ class Method:
     """
 
     targets: tuple[str, ...] = ("q", "k", "v", "o", "up", "down", "gate?")
-    lr: float = 1e-3
+    lr: Rate = 1e-3
 
     # What a method can do
 
@@ -147,7 +148,10 @@ class Method:
         return 0.0
 
     def distillation_parameters(self, model: nn.Module) -> set[str]:
-        """Names of the parameters that distillation trains: factors, norms and biases (CRISP Alg. 4)."""
+        """Names of the parameters that distillation trains: factors, norms and biases (CRISP Alg. 4).
+
+        Paper: line 8 of the algorithm updates B and A alone. Here: also what has one dimension, outside the head.
+        """
         factors = {id(p) for m in model.modules() if isinstance(m, RecombinedLinear) for p in m.parameters()}
         head = {id(p) for p in h.parameters()} if (h := roles.head(model)) is not None else set()
         return {n for n, p in model.named_parameters() if id(p) in factors or p.ndim <= 1 and id(p) not in head}

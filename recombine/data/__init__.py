@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from inspect import Parameter, signature
 from pkgutil import walk_packages
 from typing import TYPE_CHECKING
 
 from recombine.errors import UsageError
+from recombine.runtime.schema import checked
 from recombine.runtime.user_code import load_class
 
 if TYPE_CHECKING:
@@ -26,11 +26,16 @@ def build(name: str, **settings) -> DataModule:
     Raises:
         UsageError: there is no such data set, or it takes no such setting, or refuses its value.
     """
-    cls = find(name)
-    known = parameters(cls)
-    if unknown := [key for key in settings if key not in known]:
-        raise UsageError(f"data.{unknown[0]}={settings[unknown[0]]}: data={name} takes {', '.join(known)}; remove it")
-    return cls(**settings)
+    return find(name)(**checked(find(name), settings, "data"))
+
+
+def check(name: str, *, key: str = "data", **settings) -> None:
+    """Refuses a setting that `build` does not take. ``key``: of the node, for the error.
+
+    Raises:
+        UsageError: as `build` does.
+    """
+    checked(find(name), settings, key)
 
 
 def suite(name: str) -> dict[str, str]:
@@ -89,16 +94,3 @@ def _of_the_user(path: str) -> type[DataModule]:
     if not cls.name:
         raise UsageError(f"data.name={path}: the class has no name of its own: write name = ... in it")
     return cls
-
-
-def parameters(cls: type) -> list[str]:
-    """The settings that a class takes: its own and, as long as it passes **kwargs on, those of its bases."""
-    names: list[str] = []
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        own = list(signature(base.__init__).parameters.values())[1:]
-        names += [p.name for p in own if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
-        if not any(p.kind is Parameter.VAR_KEYWORD for p in own):
-            break
-    return list(dict.fromkeys(names))

@@ -196,13 +196,6 @@ class TokenModule(DataModule):
             )
 
 
-def require_int(least: int, **settings: Any) -> None:
-    """Refuses with a UsageError for a setting that is neither None nor a whole number from `least`."""
-    for key, value in settings.items():
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise UsageError(f"data.{key}={value!r} is no whole number from {least}: give one")
-
-
 def require_known(what: str, name: Any, known: Collection[str], more: str = "") -> None:
     """Refuses with a UsageError for a name that is not among the known ones, with the one that is closest."""
     if name not in known:

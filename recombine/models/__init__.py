@@ -9,7 +9,7 @@ where ``num_classes`` is that number (``has_own_head``); data of other classes g
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -20,13 +20,15 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from recombine.errors import UsageError
-from recombine.models import packaged, roles
+from recombine.models import packaged, roles, sizes
 from recombine.models.weights import hub_file, load
 from recombine.runtime import conf
+from recombine.runtime.kinds import Colours, Deviations, Name, PartialShare, Pixels, Place, Whole
+from recombine.runtime.schema import checked
 
 __all__ = [
-    "build", "for_data", "for_task", "has_own_head", "list_models", "modality", "objective", "reset_head", "tags",
-    "tokenizer",
+    "build", "check", "for_data", "for_task", "has_own_head", "list_models", "modality", "objective", "reset_head",
+    "schema", "tags", "tokenizer",
 ]  # fmt: skip
 
 CONF = conf.CONF / "model"
@@ -56,19 +58,35 @@ def build(name: str, *, arch: str | None = None, library: str = "timm", **config
     Raises:
         UsageError: there is no such architecture, its weights cannot be had, or they do not fit.
     """
-    if library == "timm":
-        if arch is None:
-            if name == "timm":
-                raise UsageError("model=timm: say which architecture: model.name=eva02_base_patch14_224")
-            arch, _, tag = name.partition(".")
-            config["tag"] = config.get("tag") or tag or None
-        return timm_model(name, arch=arch, **config)
-    return _of_transformers(name, library, arch).build(name, arch=arch, **config)
+    values = check(name, arch=arch, library=library, **config)
+    return schema(name, library, values["arch"])(**values)
+
+
+def check(name: str, *, arch: str | None = None, library: str = "timm", **config) -> dict:
+    """The arguments of the function that builds such a model; nothing is built.
+
+    Raises:
+        UsageError: it takes no such key, or no such kind of value.
+    """
+    if library == "timm" and arch is None:
+        arch, _, tag = str(name).partition(".")
+        config["tag"] = config.get("tag") or tag or None
+    values = checked(schema(name, library, arch), {"name": name, "arch": arch} | config, "model")
+    sizes.check(config)
+    return values
 
 
 def tokenizer(source: Mapping):
-    """The tokenizer that belongs to a text model, by its ``recombine_source``."""
-    return _of_transformers(source["name"], source.get("library", "timm"), source["arch"]).tokenizer(source)
+    """The tokenizer that belongs to a text model, by its ``recombine_source``.
+
+    Raises:
+        UsageError: the model knows fewer tokens.
+    """
+    found = _of_transformers(source["name"], source.get("library", "timm"), source["arch"]).tokenizer(source)
+    known = source.get("vocab_size", len(found))
+    if known < len(found) and not source["pretrained"] and source["checkpoint"] is None:  # others bring theirs
+        raise UsageError(f"model.vocab_size={known}: the tokenizer has {len(found)} tokens; set it to that or more")
+    return found
 
 
 def modality(source: Mapping) -> str:
@@ -113,6 +131,11 @@ def tags(arch: str, classes: int) -> list[str]:
     return [name.partition(".")[2] for name in tagged if get_pretrained_cfg(name).num_classes == classes]
 
 
+def schema(name: str, library: str, arch: str) -> Callable[..., nn.Module]:
+    """The function that builds a model; its arguments are the keys of the model's YAML."""
+    return timm_model if library == "timm" else _of_transformers(name, library, arch).build
+
+
 def _of_transformers(name: str, library: str, arch: str):
     """The module for an architecture, imported on demand: transformers is slow to load."""
     if library == "timm":
@@ -123,18 +146,18 @@ def _of_transformers(name: str, library: str, arch: str):
 
 
 def timm_model(
-    name: str,
+    name: Name,
     *,
-    arch: str,
-    tag: str | None = None,
+    arch: Name,
+    tag: Name | None = None,
     pretrained: bool = True,
-    checkpoint: str | Path | None = None,
-    image_size: int | None = None,
-    num_classes: int = 0,
-    drop_path: float = 0.0,
-    attn_drop: float = 0.0,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    checkpoint: Place | None = None,
+    image_size: Pixels | None = None,
+    num_classes: Whole = 0,
+    drop_path: PartialShare = 0.0,
+    attn_drop: PartialShare = 0.0,
+    mean: Colours | None = None,
+    std: Deviations | None = None,
     **timm_kwargs,
 ) -> nn.Module:
     """A timm model; ``model.recombine_source`` says where it came from, and how its images are normalised."""
@@ -142,7 +165,7 @@ def timm_model(
     source = arch if tag in (None, "packaged") else f"{arch}.{tag}"
     path = None  # looked for before the model is built: what is missing is said at once
     if checkpoint is not None:
-        path = Path(checkpoint)
+        path = Path(checkpoint).expanduser()
     elif pretrained:
         path = packaged.WEIGHTS[name]() if tag == "packaged" else hub_file(name, source)
     kwargs = {key: tuple(x) if isinstance(x, list | ListConfig) else x for key, x in timm_kwargs.items()}
@@ -192,6 +215,8 @@ def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapp
 
 def _resolve_tag(name: str, arch: str, tag: str | None) -> str | None:
     """The tag that is meant where none is given: the packaged weights, else timm's default."""
+    if arch == "timm":
+        raise UsageError("model=timm: say which architecture: model.name=eva02_base_patch14_224")
     known = timm.list_models()
     if arch not in known:
         close = ", ".join(difflib.get_close_matches(arch, known, n=3, cutoff=0.4)) or "one of timm.list_models()"

@@ -12,9 +12,9 @@ the result, so that it is built again from the same weights.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub.errors import StrictDataclassError
-from omegaconf import ListConfig
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,6 +29,7 @@ from recombine.errors import UsageError
 from recombine.models import causal_lm, encoders, roles
 from recombine.models.hf_folder import UNREADABLE, folder, read_tokenizer, refuse_damaged
 from recombine.models.weights import first_line, silence
+from recombine.runtime.kinds import Colours, Deviations, Name, Pixels, Place, Whole
 
 TASKS = {
     "lm": AutoModelForCausalLM,
@@ -36,24 +37,26 @@ TASKS = {
     "image": AutoModelForImageClassification,
 }
 WAYS = "connect once, or give model.checkpoint=FOLDER, or model.pretrained=false"
+NO_NAME = "model=hf: say which, by its name on the hub or its folder: model.name=Qwen/Qwen3-0.6B"
+NO_TASK = f"model.task=null: say one of {', '.join(TASKS)}"
 FORMS = {"image_mean": "mean", "image_std": "std"}  # of preprocessor_config.json
 
 
 def build(
-    name: str,
+    name: Name,
     *,
-    arch: str = "auto",
-    task: str | None = None,
-    model_type: str | None = None,
-    revision: str | None = None,
+    arch: Name = "auto",
+    task: Literal["lm", "text", "image"] | None = None,
+    model_type: Name | None = None,
+    revision: Name | None = None,
     pretrained: bool = True,
-    checkpoint: str | Path | None = None,
-    dtype: str = "float32",
+    checkpoint: Place | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     gradient_checkpointing: bool = False,
-    image_size: int | None = None,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    num_classes: int = 0,
+    image_size: Pixels | None = None,
+    mean: Colours | None = None,
+    std: Deviations | None = None,
+    num_classes: Whole = 0,
     **sizes,
 ) -> nn.Module:
     """A transformers model for a task; ``model.recombine_source`` says where it came from.
@@ -69,8 +72,8 @@ def build(
     Raises:
         UsageError: the model cannot be had, is of no such task, or a key is not its own.
     """
-    refuse(name, task, dtype)
-    sizes = {key: list(value) if isinstance(value, ListConfig) else value for key, value in sizes.items()}
+    if name == "hf" or task is None:
+        raise UsageError(NO_NAME if name == "hf" else NO_TASK)
     path, where = place(name, revision, pretrained, checkpoint)
     config = configuration(name, path, model_type, sizes | ({} if image_size is None else {"image_size": image_size}))
     own = 0 if task == "lm" else config.num_labels
@@ -83,10 +86,11 @@ def build(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.own_classes = own if whole else 0
-    looks = _normalisation(path, config, mean, std) if task == "image" else {}
     model.recombine_source = {"name": name, "library": "transformers", "arch": arch, "task": task} | where
     model.recombine_source |= {"model_type": config.model_type, "dtype": dtype, "num_classes": num_classes}
-    model.recombine_source |= {"gradient_checkpointing": gradient_checkpointing, **looks, **sizes}
+    model.recombine_source |= {"gradient_checkpointing": gradient_checkpointing, **sizes}
+    if task == "image":
+        model.recombine_source |= _normalisation(path, config, mean, std)
     return model.train()
 
 
@@ -98,20 +102,6 @@ def place(name: str, revision: str | None, pretrained: bool, checkpoint: str | P
     if path is not None and checkpoint is None:
         where["revision"] = path.name  # the commit
     return path, where
-
-
-def refuse(name: str, task: str | None, dtype: str) -> None:
-    """Refuses what names no model.
-
-    Raises:
-        UsageError: the key and what it may be.
-    """
-    if name == "hf":
-        raise UsageError("model=hf: say which, by its name on the hub or its folder: model.name=Qwen/Qwen3-0.6B")
-    if task not in TASKS:
-        raise UsageError(f"model.task={task}: must be one of {', '.join(TASKS)}")
-    if dtype not in causal_lm.DTYPES:
-        raise UsageError(f"model.dtype={dtype}: must be one of {', '.join(causal_lm.DTYPES)}")
 
 
 def configuration(name: str, path: Path | None, model_type: str | None, sizes: Mapping) -> PretrainedConfig:

@@ -12,6 +12,7 @@ counts, FLOPs and speed of the gated models need no access.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from recombine.errors import UsageError
 from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged
 from recombine.models.weights import first_line, silence
+from recombine.runtime.kinds import Name, Place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 THEIRS = ("rope_parameters", "initializer_range")  # taken from the weights where there are any
@@ -29,15 +31,15 @@ WAYS = "accept its licence on the hub and `hf auth login`, or model.checkpoint=F
 
 
 def build(
-    name: str,
+    name: Name,
     *,
-    arch: str,
-    id: str | None = None,
-    revision: str | None = None,
-    tag: str | None = None,
+    arch: Name,
+    id: Name | None = None,
+    revision: Name | None = None,
+    tag: Name | None = None,
     pretrained: bool = True,
-    checkpoint: str | Path | None = None,
-    dtype: str = "float32",
+    checkpoint: Place | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     gradient_checkpointing: bool = False,
     **sizes,
 ) -> nn.Module:
@@ -48,8 +50,6 @@ def build(
         gradient_checkpointing: the backward pass computes each block again; only its input was kept.
         sizes: of LlamaConfig; pretrained weights must have them, but for THEIRS.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"model.dtype={dtype}: must be one of {', '.join(DTYPES)}")
     where = {"id": id, "revision": revision, "tag": tag, "pretrained": pretrained, "checkpoint": checkpoint}
     path = folder(name, WAYS, **where)
     config = configuration(name, sizes)

@@ -15,6 +15,7 @@ run. Paper (CERSA Tab. 8): 730.5 MiB for LoRA r=32, which leaves the pooler froz
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -35,6 +36,7 @@ from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged
 from recombine.models.weights import first_line, silence
+from recombine.runtime.kinds import Name, Place, Whole
 
 log = logging.getLogger(__name__)
 
@@ -74,16 +76,16 @@ WAYS = "connect once, or give model.checkpoint=FOLDER, or take model=minilm or m
 
 
 def build(
-    name: str,
+    name: Name,
     *,
-    arch: str,
-    pooling: str = "cls",
-    id: str | None = None,
-    revision: str | None = None,
-    tag: str | None = None,
+    arch: Name,
+    pooling: Literal["cls", "mean"] = "cls",
+    id: Name | None = None,
+    revision: Name | None = None,
+    tag: Name | None = None,
     pretrained: bool = True,
-    checkpoint: str | Path | None = None,
-    num_classes: int = 0,
+    checkpoint: Place | None = None,
+    num_classes: Whole = 0,
     **config,
 ) -> nn.Module:
     """A transformers model for sequence classification; ``model.recombine_source`` says where it came from.

@@ -7,6 +7,7 @@ so is its deviation. An extra is averaged over the columns, once all of them hav
 """
 
 import itertools
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ class Groups:
             row = tuple(labels[axis] for axis in down)
             return (row, labels[across] if across else None), tuple(labels[axis] for axis in replicates)
 
+        self.across = across
         self.cells: dict[Place, Counter[Labels]] = defaultdict(Counter)  # how many runs make up each replicate
         self.records: dict[Place, dict[Labels, list[Record]]] = defaultdict(lambda: defaultdict(list))
         for cell in runs.cells:
@@ -57,8 +59,14 @@ class Groups:
                 numbers[replicate] = statistics.fmean(values)
         return numbers
 
+    def error(self, row: Labels, column: str | None, m: Measure) -> float | None:
+        """The standard error by the test set's size. A cell's runs score the same samples, so it stays."""
+        each = [m.error(record) for records in self.records.get((row, column), {}).values() for record in records]
+        return statistics.fmean(each) if each and None not in each else None
+
     def cell(self, row: Labels, column: str | None, m: Measure) -> Entry:
-        return entry(list(self.values(row, column, m).values()), self.wanted(row, column), m.digits)
+        numbers = list(self.values(row, column, m).values())
+        return replace(entry(numbers, self.wanted(row, column), m.digits), error=self.error(row, column, m))
 
     def extra(self, row: Labels, columns: Sequence[str | None], m: Measure) -> Entry:
         """The mean over the columns that the row has, once every one of them has a number."""
@@ -79,7 +87,12 @@ class Groups:
         numbers = {column: self.values(row, column, m) for column in below}
         replicates = set.intersection(*(set(values) for values in numbers.values()))
         each = [over(lambda column, r=replicate: numbers[column][r], name) for replicate in sorted(replicates)]
-        return entry(each, wanted, m.digits)
+        errors = {column: self.error(row, column, m) for column in below}
+        error = None
+        if None not in errors.values():
+            shares = [over(lambda c, one=column: errors[c] * (c == one), name) for column in errors]
+            error = math.hypot(*shares) if self.across == "data.task" else sum(shares)  # other tasks, other samples
+        return replace(entry(each, wanted, m.digits), error=error)
 
 
 def entry(numbers: Sequence[float], wanted: int, digits: int) -> Entry:

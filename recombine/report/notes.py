@@ -1,10 +1,10 @@
 """The lines below a table: how many runs it rests on, how its rows compare with the paper's, what is doubtful."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from recombine.report import records, words
+from recombine.report.agreement import agreement
 from recombine.report.paper import Paper
 from recombine.report.records import Runs
 from recombine.report.table_data import Table, measures
@@ -48,29 +48,6 @@ def source(paper: Paper) -> str:
     if not paper.compares:
         how = "its setting differs, so compare the order of the rows and not the numbers"
     return f"Paper: {paper.spec['file']}; {how}."
-
-
-def agreement(table: Table) -> list[str]:
-    """For every column: how many of the pairs of rows that the paper tells apart come in its order here.
-
-    Pairs that come in the other order by more than both deviations together are named. Rows of different blocks make no
-    pair.
-    """
-    lines = []
-    for j, column in enumerate(table.columns):
-        both = [(row, e) for row in table.rows if (e := row.entries[j]).paper and e.mean is not None]
-        same, pairs, against = 0, 0, []
-        for pair in itertools.combinations(both, 2):
-            (above, high), (below, low) = sorted(pair, key=lambda side: -side[1].paper.value)
-            if high.paper.value == low.paper.value or above.labels[:-1] != below.labels[:-1]:
-                continue
-            pairs, same = pairs + 1, same + (float(high.text) > float(low.text))
-            if None not in (high.spread, low.spread) and low.mean - high.mean > high.spread + low.spread:
-                against.append(f"{below.name} over {above.name}")
-        if pairs:
-            named = f"{', '.join(against[:3])}{', ...' if len(against) > 3 else ''}"
-            lines.append(f"{column.title} {same} of {pairs}" + (f" (clearly not: {named})" if against else ""))
-    return [f"Pairs of rows in the paper's order: {'; '.join(lines)}."] if lines else []
 
 
 def doubts(table: Table, most: int = 6) -> list[str]:

@@ -29,6 +29,21 @@ class Measure:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return value * self.scale if number else None
 
+    def error(self, record: Record) -> float | None:
+        """The standard error of a run's number that the size of its test set gives; None where it is not known.
+
+        It is binomial for a share of samples (`acc`), else what the harness wrote beside its score.
+        """
+        if (value := self.of(record)) is None:
+            return None
+        path = self.key.replace("{metric}", record.get("metric") or "")
+        split, _, name = path.partition(".")
+        if name == "acc":
+            share, count = value / self.scale, record.get(f"data.sizes.{split}")
+            return abs(self.scale) * math.sqrt(share * (1 - share) / count) if count else None
+        beside = record.get(f"{path}_stderr")
+        return abs(self.scale) * beside if isinstance(beside, int | float) else None
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -38,6 +53,7 @@ class Entry:
     spread: float | None = None  # sample standard deviation; None for n = 1
     n: int = 0  # replicates that exist
     wanted: int = 0  # replicates that the grid has
+    error: float | None = None  # standard error by the test set's size; None where it is not known
     paper: Number | None = None
     best: bool = False
     truncate: bool = False

@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from recombine import results
+from recombine import data as data_sets
+from recombine import models, results
 from recombine.core.budget import Budget
 from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.methods.from_config import from_config, from_name
 from recombine.runner.labels import chosen_labels
-from recombine.runner.typed_settings import group, typed
 from recombine.runtime import conf
+from recombine.runtime.kinds import Seed, Word, shown
+from recombine.runtime.schema import annotations, checked, group, typed
 from recombine.stages import STAGES
 from recombine.stages.settings import (
     STAGE_SETTINGS,
@@ -27,11 +29,34 @@ from recombine.stages.settings import (
     RunSettings,
     StageSettings,
 )
-from recombine.training.lit import OPTIMIZERS
 from recombine.training.loggers import LoggerSettings
-from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
+from recombine.training.settings import OptimizerSettings, TrainerSettings
 
 GROUPS = ("model", "data", "method", "stage", "optim", "trainer", "logger", "calibration", "harness", "analyse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RootKeys:
+    """The keys of the configuration that are no groups."""
+
+    seed: Seed = 0
+    probe: bool = True
+    budget: Word = "none"
+    grid: Any = None
+    only: Word | list[Word] | None = None
+    retry: bool = False
+    report: Any = None
+
+
+NODES = {  # node -> the schema of its keys, where it is always the same
+    "": RootKeys,
+    "optim": OptimizerSettings,
+    "trainer": TrainerSettings,
+    "calibration": CalibrationSettings,
+    "analyse": AnalysisSettings,
+    "harness": HarnessSettings,
+    "logger": LoggerSettings,
+}
 
 
 @dataclass(frozen=True)
@@ -64,23 +89,30 @@ def resolve(cfg: DictConfig) -> RunSpec:
     Raises:
         UsageError: a value that would fail, or mislead, only after minutes of work.
     """
-    validate_config(cfg)
+    validate_root(cfg)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    stage = stage_settings(plain["stage"])
     method, compressor = resolve_methods(cfg)
     labels = chosen_labels(cfg)
     method.label = labels["method"]
     if compressor is not None:
         compressor.label = labels["compressor"]
-    plain = OmegaConf.to_container(cfg, resolve=True)
     calibration = dict(plain["calibration"])
     chosen = calibration.pop("data")
     analyse = dict(plain["analyse"])
-    transfer_tasks = tuple(analyse.pop("elsewhere"))
+    transfer_tasks = analyse.pop("elsewhere")
+    if not isinstance(transfer_tasks, list) or not all(isinstance(task, str) for task in transfer_tasks):
+        raise UsageError(
+            f"analyse.elsewhere={shown(transfer_tasks)}: must be a list of tasks; say analyse.elsewhere=[task]"
+        )
     data = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
+    data_sets.check(**data | {"seed": cfg.seed})
+    models.check(**plain["model"])
     return RunSpec(
         config=results.settings(cfg),
         settings=RunSettings(
             seed=cfg.seed,
-            stage=stage_settings(plain["stage"]),
+            stage=stage,
             optim=typed(OptimizerSettings, plain["optim"], "optim"),
             trainer=typed(TrainerSettings, plain["trainer"], "trainer"),
             calibration=typed(CalibrationSettings, calibration, "calibration"),
@@ -95,20 +127,34 @@ def resolve(cfg: DictConfig) -> RunSpec:
         data=data | {"seed": cfg.seed},
         model=plain["model"],
         calibration_data=calibration_data(chosen, cfg.seed),
-        transfer_tasks=transfer_tasks,
+        transfer_tasks=tuple(transfer_tasks),
         logger=typed(LoggerSettings, plain["logger"], "logger"),
     )
 
 
+def stage_schema(name: str) -> type[StageSettings]:
+    """The schema of a stage's keys."""
+    return STAGE_SETTINGS.get(name, StageSettings)
+
+
 def stage_settings(values: Mapping[str, Any]) -> StageSettings:
-    """The settings of the stage that `values` name."""
-    values = dict(values)
-    if "distil" in values:
-        values["distil"] = typed(DistillationSettings, values["distil"], "stage.distil")
-    if "reference" in values:
+    """The settings of the stage that `values` name. Keys of other stages, which an experiment sets for some of its
+    cells, say nothing to this one.
+
+    Raises:
+        UsageError: there is no such stage, no stage has a key, or a value does not fit.
+    """
+    if (name := values.get("name")) not in STAGES:
+        raise UsageError(f"stage.name={name}: must be one of {', '.join(STAGES)}")
+    cls = stage_schema(name)
+    others = {key for stage in STAGE_SETTINGS.values() for key in annotations(stage)} - annotations(cls).keys()
+    values = {key: value for key, value in values.items() if key not in others}
+    if values.get("reference") is not None:
         reference = dict(group(values["reference"], "stage.reference"))
-        values["reference"] = from_name(reference.pop("name"), reference, "stage.reference.name")
-    return typed(STAGE_SETTINGS.get(values["name"], StageSettings), values, "stage")
+        values["reference"] = from_name(reference.pop("name", None), reference, "stage.reference")
+    settings = typed(cls, values, "stage")
+    require_checkpoint(settings)
+    return settings
 
 
 def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:
@@ -119,8 +165,15 @@ def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:
     """
     chosen = {"name": chosen} if not isinstance(chosen, dict) else chosen
     if (name := chosen.get("name")) is None:
+        if lost := [key for key in chosen if key != "name"]:
+            raise UsageError(
+                f"calibration.data.{lost[0]}={shown(chosen[lost[0]])}: has no effect without calibration.data.name; "
+                "say data@calibration.data=<name> too"
+            )
         return None
-    return (conf.load("data", name) or {}) | chosen | {"seed": seed}
+    values = (conf.load("data", name) or {}) | chosen | {"seed": seed}
+    data_sets.check(**values, key="calibration.data")
+    return values
 
 
 def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
@@ -134,7 +187,7 @@ def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
     method = from_config(cfg.method)
     if cfg.get("compressor") is None:
         return method, None
-    compressor = from_config(cfg.compressor)
+    compressor = from_config(group(cfg.compressor, "compressor"), "compressor")
     name = chosen_labels(cfg)["compressor"]
     if not compressor.compresses:
         raise UsageError(f"method@compressor: {name} does not compress; choose one that does")
@@ -150,47 +203,25 @@ def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
     return method, compressor
 
 
-def validate_config(cfg: DictConfig) -> None:
-    """Refuses settings that would fail, or mislead, only after minutes of work.
+def validate_root(cfg: DictConfig) -> None:
+    """Refuses a group that is one value, and what the keys beside the groups cannot be. An experiment may have others
+    there, for its grid to refer to.
 
     Raises:
         UsageError: names the first of them.
     """
-
-    def require(key: str, ok, why: str) -> None:
-        value = OmegaConf.select(cfg, key)
-        if not ok(value):
-            raise UsageError(f"{key}={value}: must be {why}")
-
-    number = lambda x: isinstance(x, int | float) and x >= 0  # noqa: E731
-    whole = lambda x: isinstance(x, int) and x >= 1  # noqa: E731
-    share = lambda x: x is None or isinstance(x, int | float) and 0 < x <= 1  # noqa: E731
     for key in GROUPS:
         group(OmegaConf.select(cfg, key), key)
-    require("seed", lambda x: isinstance(x, int) and 0 <= x < 2**32, "a whole number from 0 to 2^32 - 1")
-    if "distil" in cfg.stage:
-        group(cfg.stage.distil, "stage.distil")
-        require("stage.distil.epochs", lambda x: isinstance(x, int) and x >= 0, "a whole number from 0")
-    Budget.parse(cfg.budget)
-    require("optim.name", lambda x: x in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
-    require("stage.name", lambda x: x in STAGES, f"one of {', '.join(STAGES)}")
-    require("optim.head", lambda x: x in ("random", "probe"), "random or probe")
-    require("optim.lr", lambda x: x is None or number(x), "a number from 0, or null for the method's own")
-    for key in ("lr_head", "weight_decay", "warmup", "label_smoothing"):
-        require(f"optim.{key}", number, "a number from 0")
-    require("harness.limit", lambda x: x is None or whole(x), "a whole number from 1, or null for all documents")
-    for key in ("samples", "batch_size"):
-        require(f"calibration.{key}", whole, "a whole number from 1")
-    require("probe", lambda x: isinstance(x, bool), "true or false")
-    names = lambda x: isinstance(x, ListConfig) and all(isinstance(name, str) for name in x)  # noqa: E731
-    require("analyse.elsewhere", names, "a list of tasks; say analyse.elsewhere=[task]")
-    require("analyse.subspaces", share, "a share of the energy in (0, 1], or null")
-    require("analyse.maps", lambda x: x is None or whole(x), "a whole number from 1, or null")
-    require("trainer.epochs", whole, "a whole number from 1")
-    require("trainer.patience", lambda x: x is None or whole(x), "a whole number from 1, or null")
-    if "bits" in cfg.stage:
-        why = "a whole number from 2 to 16, or null for weights as they are"
-        require("stage.bits", lambda x: x is None or isinstance(x, int) and 2 <= x <= 16, why)
-    if cfg.stage.name == "evaluate":
-        why = "the file of a checkpoint, which result.json of a run names, or null for the original model"
-        require("stage.checkpoint", lambda x: x is None or Path(str(x)).is_file(), f"{why} (no such file)")
+    checked(RootKeys, {key: OmegaConf.select(cfg, key) for key in cfg if key in annotations(RootKeys)}, "")
+
+
+def require_checkpoint(stage: StageSettings) -> None:
+    """Refuses a file that is not there.
+
+    Raises:
+        UsageError: names it.
+    """
+    path = getattr(stage, "checkpoint", None)
+    if path is not None and not Path(path).expanduser().is_file():
+        fix = "must be the file of a checkpoint, which result.json of a run names, or null for the original model"
+        raise UsageError(f"stage.checkpoint={path}: there is no such file; it {fix}")

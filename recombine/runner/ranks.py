@@ -27,8 +27,8 @@ import recombine.runtime.naming  # noqa: F401  resolvers
 from recombine import data, results
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.runner import pipeline
-from recombine.runner.typed_settings import typed
 from recombine.runtime.logs import quiet_libraries
+from recombine.runtime.schema import typed
 from recombine.training import distributed
 from recombine.training.settings import TrainerSettings
 from recombine.training.trainer import build_trainer

@@ -54,7 +54,7 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
     part = {"weight_error": weight_errors(teacher, run.model)}
     if settings.epochs:
         train_only(run.model, method.distillation_parameters(run.model))
-        objective = Distillation(teacher, settings.kl, settings.mse, settings.features)
+        objective = Distillation(teacher, settings.kl, settings.mse, settings.features, settings.l1)
         _, best = fit(run, objective, settings, settings.epochs, "distilled", method)
         part["distil"] = {
             "val_loss": None if run.data.val is None else best.value,

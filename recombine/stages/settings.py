@@ -4,8 +4,12 @@
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
 
 from recombine.core.method import Method
+from recombine.runtime.kinds import BatchSize, Bits, Count, Place, PositiveShare, Seed
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
 
@@ -25,7 +29,7 @@ class RetrofitSettings(StageSettings):
 
     name: str = "retrofit"
     test: bool = False
-    bits: int | None = None
+    bits: Bits | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +48,8 @@ class EvaluateSettings(StageSettings):
     """
 
     name: str = "evaluate"
-    checkpoint: str | None = None
-    bits: int | None = None
+    checkpoint: Place | None = None
+    bits: Bits | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class ProfileSettings(StageSettings):
 
     name: str = "profile"
     rewrite: bool = True
-    rounds: int = 5
+    rounds: Annotated[int, Field(ge=0, le=10_000)] = 5
     reference: Method | None = None
     keep: bool = True
 
@@ -67,8 +71,8 @@ class ProfileSettings(StageSettings):
 class CalibrationSettings:
     """How much of the training set calibration sees: so many samples, in batches of that size."""
 
-    samples: int = 256
-    batch_size: int = 32
+    samples: Count = 256
+    batch_size: BatchSize = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +83,8 @@ class AnalysisSettings:
     maps: ranks a side of the maps of that; None: no maps.
     """
 
-    subspaces: float | None = None
-    maps: int | None = None
+    subspaces: PositiveShare | None = None
+    maps: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +95,14 @@ class HarnessSettings:
     """
 
     tasks: tuple[str, ...] | None = None
-    limit: int | None = None
+    limit: Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The settings of one run. probe: fit the linear probe first and report it."""
 
-    seed: int = 0
+    seed: Seed = 0
     stage: StageSettings = field(default_factory=StageSettings)
     optim: OptimizerSettings = field(default_factory=OptimizerSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from lightning.pytorch.loggers.logger import Logger
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 
 from recombine import results
 from recombine.errors import UsageError
+from recombine.runtime.kinds import Positive, Word
 from recombine.training import distributed
 from recombine.training.logged_values import layer_table, numbers, rank_plot
 
@@ -35,13 +37,13 @@ class LoggerSettings:
     mode: online or offline; None: online where there is a key. timeout: seconds that the server may take to answer.
     """
 
-    name: str = "none"
-    project: str = "recombine"
-    entity: str | None = None
-    group: str | None = None
-    mode: str | None = None
-    tags: tuple[str, ...] = ()
-    timeout: float = 10.0
+    name: Literal["none", "wandb", "tensorboard"] = "none"
+    project: Word = "recombine"
+    entity: Word | None = None
+    group: Word | None = None
+    mode: Literal["online", "offline"] | None = None
+    tags: tuple[Word, ...] = ()
+    timeout: Positive = 10.0
 
 
 @dataclass(frozen=True)

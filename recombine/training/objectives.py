@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from recombine.errors import UsageError
 from recombine.models import roles
 
 NOT_INPUTS = ("labels", "part")
@@ -169,29 +170,32 @@ def build(data, label_smoothing: float = 0.0) -> Objective:
 class Distillation(Objective):
     """The student follows the original model (CRISP Alg. 4): KL and MSE of the logits, MSE of every block's output.
 
-    loss = kl KL(teacher || student) + mse |logits|^2 + features mean_l |block_l|^2, each MSE relative to the teacher's
-    mean square, so that deep layers and large logits do not drown the rest. Labels are not used, padding is left out.
-    A student that lost blocks is compared with the blocks it kept; one whose width changed, by its logits alone.
+    loss = kl KL(teacher || student) + mse |logits|^2 + features mean_l |block_l|^2 + l1 |last block|_1, each MSE
+    relative to the teacher's mean square, so that deep layers and large logits do not drown the rest. Labels are not
+    used, padding is left out. A student that lost blocks is compared with the blocks it kept; one whose width changed,
+    by its logits alone. With l1 alone it is WeCoLoRA's loss: the mean absolute error of the last block's output.
     Paper: prints KL(student || teacher) and gives no weights. Here: the usual direction, T = 1, all weights 1.
+    Paper: plain squared errors, summed over the blocks. Here: relative ones, and their mean over the blocks.
+    Paper: the teacher is the CRISP model at its exact size. Here: the original model, whose weights are the same.
     """
 
     schedules_method = True
 
-    def __init__(self, teacher: nn.Module, kl: float = 1.0, mse: float = 1.0, features: float = 1.0):
+    def __init__(self, teacher: nn.Module, kl: float = 1.0, mse: float = 1.0, features: float = 1.0, l1: float = 0.0):
         super().__init__()
         self.teacher = teacher.eval().requires_grad_(False)
-        self.kl, self.mse, self.features = kl, mse, features
+        self.kl, self.mse, self.features, self.l1 = kl, mse, features, l1
 
     def loss(self, model: nn.Module, batch, shard: Shard = WHOLE) -> tuple[Tensor, None]:
         with torch.no_grad():
             target, target_blocks = outputs(self.teacher, batch)
         logits, blocks = outputs(model, batch)
-        kept = model.recombined.blocks
+        kept, last = model.recombined.blocks, target_blocks[-1]
         if kept is not None:
             target_blocks = [target_blocks[i] for i in kept]
         classes, rows = logits.shape[-1], logits[..., 0].numel()
         energies = [1 if shard.ranks == 1 else x.float().square().sum() for x in (target, *target_blocks)]
-        share, of_logits, *of_blocks = shard.factors([rows, *energies])
+        share, of_last, of_logits, *of_blocks = shard.factors([rows, blocks[-1].numel(), *energies])
         divergence = F.kl_div(
             logits.reshape(-1, classes).log_softmax(-1),
             target.reshape(-1, classes).log_softmax(-1),
@@ -203,6 +207,10 @@ class Distillation(Objective):
         if self.features and blocks[0].shape == target_blocks[0].shape:
             errors = (share * relative_mse(b, t) for share, b, t in zip(of_blocks, blocks, target_blocks, strict=True))
             loss = loss + self.features * sum(errors) / len(blocks)
+        if self.l1:
+            if blocks[-1].shape != last.shape:
+                raise UsageError(f"stage.distil.l1={self.l1:g}: the last block's width has changed; leave it at 0")
+            loss = loss + self.l1 * of_last * (blocks[-1].float() - last.float()).abs().mean()
         return loss, None
 
     def weight(self, batch) -> int:

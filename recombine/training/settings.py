@@ -2,7 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from recombine.runtime.kinds import Count, Epochs, Positive, Rate, Share, Weight, Whole
+
+Minutes = Annotated[float, Field(ge=0, le=10_000)]
+LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,28 +27,36 @@ class OptimizerSettings:
     head: where the classification head starts: random, or probe (the linear probe on the same data).
     """
 
-    name: str = "adamw"
-    lr: float | None = None
-    lr_head: float = 5e-3
-    weight_decay: float = 0.0
-    warmup: float = 0.1
-    schedule: str = "cosine"
-    clip: float | None = 1.0
-    label_smoothing: float = 0.0
-    head: str = "random"
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Rate | None = None
+    lr_head: Rate = 5e-3
+    weight_decay: Rate = 0.0
+    warmup: Share = 0.1
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    clip: Positive | None = 1.0
+    label_smoothing: LabelSmoothing = 0.0
+    head: Literal["random", "probe"] = "random"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationSettings(OptimizerSettings):
     """The training that follows the original model (CRISP Alg. 4).
 
-    epochs: 0 for none. kl, mse, features: the weights of its losses, as `objectives.Distillation` has them.
+    epochs: 0 for none. kl, mse, features, l1: the weights of its losses, as `objectives.Distillation` has them.
     """
 
-    epochs: int = 4
-    kl: float = 1.0
-    mse: float = 1.0
-    features: float = 1.0
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = 4
+    kl: Weight = 1.0
+    mse: Weight = 1.0
+    features: Weight = 1.0
+    l1: Weight = 0.0
+
+    def contradiction(self, key: str) -> str | None:
+        """Why the values do not go together; None: they do. key: of the node."""
+        if self.epochs and not (self.kl or self.mse or self.features or self.l1):
+            none = " ".join(f"{key}.{name}=0" for name in ("kl", "mse", "features", "l1"))
+            return f"{none}: nothing is left to learn; set one, or {key}.epochs=0"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +72,12 @@ class TrainerSettings:
     progress: show bars and lines while it works.
     """
 
-    accelerator: str = "auto"
-    devices: int | str | list[int] = 1
-    num_nodes: int = 1
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    devices: Count | Literal["auto"] | list[Whole] = 1
+    num_nodes: Count = 1
     strategy: str | Mapping[str, Any] = "auto"
-    precision: str = "auto"
-    epochs: int = 4
-    patience: int | None = None
-    checkpoint_minutes: float = 5
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    epochs: Epochs = 4
+    patience: Count | None = None
+    checkpoint_minutes: Minutes = 5
     progress: bool = True

@@ -63,7 +63,7 @@ def test_cells_are_runs(name, experiments):
         for cell in sample(experiments[name]):
             cfg = compose("config", [f"experiment={name}", *cell.overrides])
             OmegaConf.resolve(cfg)
-            config.validate_config(cfg)
+            config.resolve(cfg)
             for method in filter(None, config.resolve_methods(cfg)):
                 net = model(json.dumps(OmegaConf.to_container(cfg.model), sort_keys=True))
                 assert find_sites(net, method)

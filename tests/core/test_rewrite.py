@@ -90,6 +90,8 @@ BAD = {
     "ssf start": (Ssf(start="zero"), "identity"),
     "jactus sensitivity": (Jactus(sensitivity="loss"), "gradient"),
     "dobi_svd unit": (DobiSvd(unit="share"), "rank"),
+    "dobi_svd loss": (DobiSvd(loss="ppl"), "exp"),
+    "dobi_svd stands still": (DobiSvd(unit="rank", basis="batch", beta=10.0), "step_size=0.02"),
     "dobi_svd basis": (DobiSvd(basis="layer"), "pooled"),
     "prunenet estimator": (PruneNet(estimator="reinforce"), "exact"),
     "isomorphic round_to": (Isomorphic(round_to=0), "round_to=0"),

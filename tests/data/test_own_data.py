@@ -76,7 +76,7 @@ def test_what_is_wrong_with_a_class_of_ones_own_is_one_line(own, tmp_path):
     (tmp_path / f"torn_{own}.py").write_text("import recombine\nraise ValueError('not\\nready')\n")
     assert "fails (ValueError: not): correct it" in refusal(data.find, f"torn_{own}.Data")
     known = refusal(data.build, f"{own}.Squares", task=None, shad=1)
-    assert "data.shad=1" in known and "takes shade, task, image_size" in known
+    assert "data.shad=1" in known and "data has task, image_size" in known
 
 
 @pytest.mark.parametrize("name", data.known_classes())

@@ -246,7 +246,11 @@ ROWS = {
     "balf": Row(Balf(targets=ALL), False, None),
     "balf whole": Row(Balf(targets=SPLIT, ratio=1.0), True, lambda layers: (dense(layers), 0)),
     "dobi_svd": Row(DobiSvd(targets=ALL, steps=6), False, None),
-    "dobi_svd paper": Row(DobiSvd(targets=ALL, steps=2, basis="batch", unit="rank", beta=10.0), False, None),
+    "dobi_svd paper": Row(
+        DobiSvd(targets=ALL, steps=2, basis="batch", unit="rank", beta=10.0, step_size=5.0, weight=200.0, loss="exp"),
+        False,
+        None,
+    ),
     "lora": Row(Peft(targets=QKV, rank=4, options=LORA), True, lora_sizes(4, 0)),
     "lora all": Row(Peft(targets=SPLIT, rank=2, options=LORA), True, lora_sizes(2, 0)),
     "dora": Row(Peft(targets=QKV, rank=4, options=LORA | {"use_dora": True}), True, lora_sizes(4, 1)),

@@ -92,7 +92,7 @@ def test_a_folder_brings_weights_tokenizer_and_head(roberta, tmp_path):
 
 def test_what_cannot_be_is_one_line(roberta):
     assert "model.name=Qwen/Qwen3-0.6B" in refusal(models.build, **hf(task="lm"))
-    assert "model.task=None" in refusal(models.build, **hf(name=str(roberta)))
+    assert "model.task=null" in refusal(models.build, **hf(name=str(roberta)))
     nothing = refusal(models.build, **hf(name="Qwen/Qwen3-0.6B", task="lm", pretrained=False))
     assert "give model.checkpoint=FOLDER" in nothing and "model.model_type" in nothing
     random = {"name": "mine", "pretrained": False, "task": "lm"}

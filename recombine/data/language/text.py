@@ -17,7 +17,6 @@ import hashlib
 from array import array
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from recombine.data.language.base import LanguageData
 from recombine.data.readers import lines, table
 from recombine.errors import UsageError
 from recombine.runtime import assets
+from recombine.runtime.kinds import Place
 
 PORTION = 500  # documents tokenised at a time
 C4_FILES = {"train": "c4-train.00000-of-01024.json.gz", "test": "c4-validation.00000-of-00008.json.gz"}
@@ -87,7 +87,7 @@ class Text(LanguageData):
     repository, revision = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3"
     c4, c4_revision = "allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 
-    def __init__(self, *, root: str | Path | None = None, **kwargs):
+    def __init__(self, *, root: Place | None = None, **kwargs):
         super().__init__(**kwargs)
         self.root = root
         if self.task == "c4" and self.limit is None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,15 +27,15 @@ from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler
 from torchmetrics import MetricCollection
 
-from recombine.data.base import SPLITS, CachedModule, TokenModule, log_once, require_int
+from recombine.data.base import SPLITS, CachedModule, TokenModule, log_once
 from recombine.data.sampling import shuffled, stratified
 from recombine.data.text.metrics import collection
 from recombine.data.text.tokenised import Buckets, Row, Texts, description, encode, fingerprint, join, write
 from recombine.errors import UsageError
 from recombine.runtime.assets import cache_dir
+from recombine.runtime.kinds import BatchSize, Count, Seed, Tokens, Word, Workers
 
 HELD_OUT = 0.1  # of train, where a task has no validation set of its own
-SELECT = ("val", "test", "last")
 
 
 @dataclass(frozen=True)
@@ -78,21 +78,16 @@ class TextData(CachedModule, TokenModule):
     def __init__(
         self,
         *,
-        task: str,
-        batch_size: int = 32,
-        max_length: int = 128,
-        bucket: int = 32,
-        select: str = "val",
-        seed: int = 0,
-        num_workers: int = 0,
-        limit: int | None = None,
+        task: Word,
+        batch_size: BatchSize = 32,
+        max_length: Tokens = 128,
+        bucket: Count = 32,
+        select: Literal["val", "test", "last"] = "val",
+        seed: Seed = 0,
+        num_workers: Workers = 0,
+        limit: Count | None = None,
     ):
         super().__init__()
-        require_int(1, batch_size=batch_size, bucket=bucket, limit=limit)
-        require_int(8, max_length=max_length)
-        require_int(0, num_workers=num_workers)
-        if select not in SELECT:
-            raise UsageError(f"data.select={select}: must be one of {', '.join(SELECT)}")
         self.task, self.batch_size, self.max_length, self.bucket = task, batch_size, max_length, bucket
         self.select, self.seed, self.num_workers, self.limit = select, seed, num_workers, limit
 

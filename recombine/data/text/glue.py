@@ -27,6 +27,7 @@ from recombine.data.base import require_known
 from recombine.data.readers import arrow_table
 from recombine.data.text.base import TextData, TextSource
 from recombine.errors import UsageError
+from recombine.runtime.kinds import Name, Place, Word
 
 REPOSITORY, REVISION = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 LICENCE = "each task its own, see the GLUE data sets' pages"
@@ -88,7 +89,7 @@ class Glue(TextData):
     }  # fmt: skip
     suite = dict.fromkeys(SUITE, "glue")
 
-    def __init__(self, *, task: str, root: str | Path | None = None, revision: str | None = None, **kwargs):
+    def __init__(self, *, task: Word, root: Place | None = None, revision: Name | None = None, **kwargs):
         require_known("GLUE task", task, TASKS)
         super().__init__(task=task, **kwargs)
         self.row = TASKS[task]

@@ -30,6 +30,7 @@ from recombine.data.text.tokenised import Row
 from recombine.errors import UsageError
 from recombine.runtime.archives import read, read_many
 from recombine.runtime.assets import ASSETS, cache_dir, fetch
+from recombine.runtime.kinds import Word
 
 SIZES = {"train": 4000, "val": 1000, "test": 2000}  # rows; an epoch of minilm is a minute or two on two cores
 VADER = {  # source -> its files
@@ -62,7 +63,7 @@ class Sentences(TextData):
     }
     suite = {"sentiment": "single", "rating": "single", "gloss_match": "pair"}
 
-    def __init__(self, *, task: str, **kwargs):
+    def __init__(self, *, task: Word, **kwargs):
         require_known("sentences task", task, (*SUITE, *SHIFTS))
         super().__init__(task=task, **kwargs)
         self.group = "shift" if task in SHIFTS else self.suite[task]

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KINDS = ("none", "flip", "crop")
 AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 
 

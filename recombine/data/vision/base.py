@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recombine.data.base import SPLITS, CachedModule, log_once, require_int
+from recombine.data.base import SPLITS, CachedModule, log_once
 from recombine.data.vision import augment as augmentation
 from recombine.data.vision import cache
 from recombine.data.vision.source import Source
 from recombine.errors import UsageError
 from recombine.runtime.assets import cache_dir
+from recombine.runtime.kinds import BatchSize, Colours, Count, Deviations, Pixels, Seed, Word, Workers
 
 
 class VisionData(CachedModule):
@@ -55,21 +56,17 @@ class VisionData(CachedModule):
     def __init__(
         self,
         *,
-        task: str | None,
-        image_size: int | None = None,
-        batch_size: int = 32,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        seed: int = 0,
-        num_workers: int = 0,
-        limit: int | None = None,
-        augment: str = "none",
+        task: Word | None,
+        image_size: Pixels | None = None,
+        batch_size: BatchSize = 32,
+        mean: Colours | None = None,
+        std: Deviations | None = None,
+        seed: Seed = 0,
+        num_workers: Workers = 0,
+        limit: Count | None = None,
+        augment: Literal["none", "flip", "crop"] = "none",
     ):
         super().__init__()
-        require_int(1, image_size=image_size, batch_size=batch_size, limit=limit)
-        require_int(0, num_workers=num_workers)
-        if augment not in augmentation.KINDS:
-            raise UsageError(f"data.augment={augment}: must be one of {', '.join(augmentation.KINDS)}")
         self.task, self.image_size, self.batch_size, self.augment = task, image_size, batch_size, augment
         self.mean = None if mean is None else tuple(mean)
         self.std = None if std is None else tuple(std)

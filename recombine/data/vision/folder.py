@@ -22,6 +22,7 @@ from recombine.data.sampling import stratified
 from recombine.data.vision.base import VisionData
 from recombine.data.vision.source import Lazy, Part, Source, decode
 from recombine.errors import UsageError
+from recombine.runtime.kinds import Place, Word
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
@@ -52,9 +53,9 @@ class Folder(VisionData):
     name = "folder"
     group = "folder"
 
-    def __init__(self, *, root: str | Path, task: str | None = None, **kwargs):
+    def __init__(self, *, root: Place, task: Word | None = None, **kwargs):
         super().__init__(task=task, **kwargs)
-        self.root = Path(str(root)).expanduser() / (task or "")
+        self.root = Path(root).expanduser() / (task or "")
         if not self.root.is_dir():
             raise UsageError(f"no folder {self.root}: set data.root (and data.task) to where the pictures are")
         self._listing: Listing | None = None

@@ -18,6 +18,7 @@ from recombine.data.vision.base import VisionData
 from recombine.data.vision.source import Source
 from recombine.errors import UsageError
 from recombine.runtime.assets import cache_dir
+from recombine.runtime.kinds import Word
 
 TASKS = {  # name: group, classes, what builds it
     "emoji": ("natural", 19, packaged.emoji),
@@ -50,7 +51,7 @@ class Offline(VisionData):
     name = "offline"
     suite = {task: TASKS[task][0] for task in SUITE}
 
-    def __init__(self, *, task: str, **kwargs):
+    def __init__(self, *, task: Word, **kwargs):
         if task not in TASKS:
             close = get_close_matches(str(task), TASKS, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""

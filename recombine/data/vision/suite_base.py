@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from recombine.data.vision.base import VisionData
 from recombine.data.vision.folder import OFFICIAL, is_tree, splits, stamp
 from recombine.data.vision.source import Lazy, Part, Source, decode, join
 from recombine.errors import UsageError
+from recombine.runtime.kinds import Name, Place, Word
 
 HOLDOUT = 0.1  # of train, for validation
 NORMS = {
@@ -77,12 +78,12 @@ class Suite(VisionData):
     def __init__(
         self,
         *,
-        task: str,
-        root: str | Path | None = None,
-        revision: str | None = None,
-        split: str | int = "official",
-        select: str = "val",
-        normalize: str | float = "model",
+        task: Word,
+        root: Place | None = None,
+        revision: Name | None = None,
+        split: Word = "official",
+        select: Literal["val", "last"] = "val",
+        normalize: Word = "model",
         **kwargs,
     ):
         require_known(f"{self.name} task", task, self.rows, ", all")

@@ -29,6 +29,7 @@ from recombine.data.vision.source import Part, decode
 from recombine.data.vision.suite_base import Row, Suite
 from recombine.errors import UsageError
 from recombine.runtime.assets import cache_dir, writing
+from recombine.runtime.kinds import Word
 
 REPOSITORY, ARCHIVE = "XiN0919/VTAB-1k", "vtab-1k.zip"
 TESTS = {  # group -> task -> pictures of its test set in CRISP's Tab. 6
@@ -68,7 +69,7 @@ class Vtab(Suite):
     complete = False  # 800 pictures need not show all of 397 classes
     expects = "CRISP Tab. 6 prints"
 
-    def __init__(self, *, split: str | int = "800/200", normalize: str | float = "imagenet", **kwargs):
+    def __init__(self, *, split: Word = "800/200", normalize: Word = "imagenet", **kwargs):
         super().__init__(split=split, normalize=normalize, **kwargs)
         self.merge_train_val, self.cutting = self.split == "1000", "noah"
         if self.merge_train_val and self.select == "val":

@@ -8,6 +8,7 @@ model starts exactly as it was.
 Paper: LoRA trains alone first, and the gradients of that model choose the entries. In its code training then begins
 again with both parts at 0 (`warmup=64`: Adam on the calibration batches at `lr`). Here: the gradients of the pretrained
 model choose the entries.
+Paper's code: int(density m n) entries, and alpha 8 by default. Here: round(density m n), and 16.
 """
 
 import math

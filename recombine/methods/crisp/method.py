@@ -31,6 +31,7 @@ from recombine.methods.crisp.mimicry import Mimicry, mimic
 from recombine.methods.crisp.refinement import Refine, refine
 from recombine.methods.crisp.regularizers import PENALTIES
 from recombine.runtime import progress
+from recombine.runtime.kinds import Steps, Weight
 
 log = logging.getLogger(__name__)
 
@@ -117,12 +118,12 @@ class Crisp(SharedBases):
     placement: str = "pre"
     gauge: str = "svd"
     fit: str = "closed"
-    alternations: int = 3
+    alternations: Steps = 3
     cluster: Cluster = field(default_factory=Cluster)
     mimicry: Mimicry = field(default_factory=Mimicry)
     refine: Refine = field(default_factory=Refine)
     regulariser: str = "none"
-    strength: float = 1e-3
+    strength: Weight = 1e-3
 
     def __post_init__(self):
         super().__post_init__()

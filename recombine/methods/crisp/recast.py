@@ -6,6 +6,8 @@ train. A group of g layers stores r m n + g r weights. It is exact at r = g.
 Paper: W_i = (1/K) sum_k sum_t a_ikt T_t with K coefficient sets. Here: one set. The map is linear in a, so the mean of
 K sets makes the same weights, K times cheaper. As in the paper, a group is two consecutive layers of a role (12 layers
 make 6 groups).
+Paper: templates and coefficients come from gradient descent. Here: from the closed form. The switches of its code's
+descent, and what differs then, stand in mimicry.py.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import ClassVar
 
 from recombine.core.method import Site, need
 from recombine.methods.crisp.method import Crisp
+from recombine.runtime.kinds import Rate
 
 
 @dataclass(kw_only=True)
@@ -27,7 +30,7 @@ class Recast(Crisp):
 
     chunk: int = 1
     gate: str = "none"
-    lr: float = 2e-3
+    lr: Rate = 2e-3
 
     budget_fields: ClassVar[dict[str, str]] = {
         "retained": "basis_rank",

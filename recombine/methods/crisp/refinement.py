@@ -16,6 +16,7 @@ from torch import Tensor
 from recombine.core.calibration import Losses, passes
 from recombine.errors import UsageError
 from recombine.layers import SharedBasisLinear
+from recombine.runtime.kinds import Rate, Steps, Weight
 
 
 @dataclass
@@ -30,10 +31,10 @@ class Refine:
         relative: each layer's error of the weights is divided by |W_i|^2 and by the number of layers.
     """
 
-    steps: int = 0
-    lr: float = 1e-3
-    weight: float = 1.0
-    task: float = 1.0
+    steps: Steps = 0
+    lr: Rate = 1e-3
+    weight: Weight = 1.0
+    task: Weight = 1.0
     relative: bool = True
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ Paper: relaxed Bernoulli noise is added to a; sum(log a) of the drawn rows count
 is taken as it is; the last policy draws once more (`estimator=paper`). Here: the log-probability of a draw without
 replacement (Plackett-Luce); the reward less its mean so far; the best of all slices met, among them the k highest
 scores. So the result is no worse than the random slices it began with.
+Paper's code: run again, its script loads the policy of the best reward. Here: `estimator=paper` is its first run.
 Paper's code: 1 / KS is at most 99999, and gradients are clipped too late to matter. Here: 1 / KS is at most the number
 of singular values, and gradients are clipped to 1.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 from recombine.core.method import Site, need
 from recombine.methods.pruning.mlp import Mlp, MlpPruning
 from recombine.methods.pruning.prunenet_policy import search
+from recombine.runtime.kinds import Epochs, Rate, Seed
 
 
 @dataclass(kw_only=True)
@@ -39,9 +41,9 @@ class PruneNet(MlpPruning):
         estimator: of the policy's gradient: exact (Plackett-Luce, with a baseline) or paper (the authors' code).
     """
 
-    episodes: int = 20
-    policy_lr: float = 1e-3
-    seed: int = 0
+    episodes: Epochs = 20
+    policy_lr: Rate = 1e-3
+    seed: Seed = 0
     estimator: str = "exact"
 
     def check(self, sites: list[Site]) -> None:

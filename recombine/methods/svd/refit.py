@@ -6,6 +6,9 @@ own block still dense. Of W' = left right, right stays and left is fitted to the
     left' = argmin E|W x - left' right x|^2 = left + (W - left right) M right^T (right M right^T)^+,
 
 where directions that M does not reach stay as they were. Every block takes one pass over the calibration batches.
+
+That is SVD-LLM's local update. Paper: Basis Sharing's code takes one pass over the wholly compressed model, and one M
+for a group, the sum over its layers. Here: this fit serves both, block after block.
 """
 
 from itertools import groupby

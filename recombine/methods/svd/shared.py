@@ -8,6 +8,8 @@ k (n + sum m_i) <= ratio n sum m_i. Nothing trains.
 Basis Sharing groups consecutive layers of one role. It weighs inputs with S S^T = E[x x^T], summed over the group.
 Paper: at high ratios the coefficients left_i are fitted again to the inputs that the compressed layers give (`refit`).
 Here: they are fitted to the original model's inputs.
+Paper's code: refits all at once, to the inputs of the wholly compressed model, with x x^T summed over the group. Here:
+`refit` goes block after block, with each layer's own moment.
 DFJR groups q with k, and gate with up, of one block. It uses no data.
 """
 

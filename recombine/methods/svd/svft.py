@@ -6,6 +6,8 @@ alone train; a band of d diagonals on each side has N (2 d + 1) - d (d + 1) entr
 
 Paper: top-k takes the largest u_i . v_j (`pattern=top_k_signed`). Here: the largest in magnitude, since a singular pair
 has no sign of its own.
+Paper's code: top-k takes the largest entries of U V instead of U^T V, and random places are drawn with replacement.
+Here: u_i . v_j as in the text, and places without replacement, so that there are as many.
 Paper: its code draws M from a Kaiming normal over its e entries, of variance 2 / e (`start=kaiming`). Here: M = 0, so
 the model starts as it was.
 """

@@ -17,6 +17,7 @@ from recombine import models
 from recombine.core.calibration import KINDS, collect
 from recombine.core.rewrite import find_sites
 from recombine.data.text import glue
+from recombine.runtime.schema import checked
 from recombine.training import objectives
 
 
@@ -85,7 +86,7 @@ def test_select(cache, tokenizer):
     assert last.val is None and last.val_dataloader() == [] and "last epoch" in last.info["protocol"]
     other = ready(Toy(seed=1), tokenizer)
     assert whole(other.val) != whole(val.val)
-    assert "data.select=best" in refusal(Toy, select="best")
+    assert "data.select=best" in refusal(checked, Toy, {"task": "toy", "select": "best"}, "data")
 
 
 def test_what_is_wrong_with_the_data_is_said(cache, tokenizer, capsys):
@@ -98,7 +99,7 @@ def test_what_is_wrong_with_the_data_is_said(cache, tokenizer, capsys):
     assert "2 rows of train are in test too, the first is row 4 of train and 0 of test" in capsys.readouterr().err
     assert "at most 128 tokens" in refusal(ready, Toy(max_length=256), tokenizer)
     assert "no tokenizer" in refusal(Toy().prepare_data)
-    assert "data.batch_size=0" in refusal(Toy, batch_size=0)
+    assert "data.batch_size=0" in refusal(checked, Toy, {"task": "toy", "batch_size": 0}, "data")
 
 
 @pytest.mark.parametrize("name", ["bert", "deberta"])

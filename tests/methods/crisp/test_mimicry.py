@@ -42,11 +42,52 @@ def test_mimicry_fits_every_gate_in_every_place(gate, placement):
 
 
 def test_mimicry_starts_from_the_basis_that_is_asked_for():
-    """With no step that is taken the best iterate is the start: RECAST's Kaiming templates, or N(0, 0.01^2)."""
+    """With no step that is taken the best iterate is the start: N(0, 0.01^2), Kaiming's of B itself, or of a template.
+
+    RECAST's code draws each template (m, n) by kaiming_normal_, so its deviation is that of n inputs.
+    """
     weights, _ = group()
-    for basis, size in (("normal", 0.01), ("kaiming", (6 / 4) ** 0.5 / 3**0.5)):
-        found = mimic(weights, 4, S, "silu", "pre", Mimicry(basis=basis, steps=1), torch.Generator().manual_seed(0))[0]
-        assert found.std().item() == pytest.approx(size, rel=0.1)
+    template = torch.nn.init.kaiming_normal_(torch.empty(500, weights[0].shape[1])).std().item()
+    for basis, size in (("normal", 0.01), ("kaiming", (6 / 4) ** 0.5 / 3**0.5), ("template", template)):
+        for chunk in (1, S):
+            how, rng = Mimicry(basis=basis, steps=1), torch.Generator().manual_seed(0)
+            found = mimic(weights, 4, chunk, "none", "pre", how, rng)[0]
+            assert found.std().item() == pytest.approx(size, rel=0.15)
+
+
+def test_the_switches_of_recasts_code_run_its_loop():
+    """Against its notebook's loop, written out: templates, noise on coefficients, SmoothL1 times 2, clip 1, RMSprop.
+
+    Its notebook/reconstruction-ViT.ipynb, with one coefficient set and one bank.
+    """
+    weights, _ = group(scale=0.3)
+    how = Mimicry(
+        basis="template", optimizer="rmsprop", lr=0.1, factor=2, noise=1e-2, clip=0.05, steps=40, decay_every=15
+    )
+    basis, mixer, reached = mimic(weights, 2, 1, "none", "pre", how, torch.Generator().manual_seed(0))
+    rng, (m, n) = torch.Generator().manual_seed(0), weights[0].shape
+    templates = (
+        torch.empty(m * n, 2).normal_(0, (2 / n) ** 0.5, generator=rng).T.reshape(2, m, n).clone().requires_grad_()
+    )
+    sets = [torch.nn.init.orthogonal_(torch.empty(2, 1), generator=rng).requires_grad_() for _ in weights]
+    optimizer = torch.optim.RMSprop([templates, *sets], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=15, gamma=0.1)
+    losses, clipped = [], 0
+    for _ in range(40):
+        optimizer.zero_grad()
+        noise = 1e-2 * torch.randn(2, 2, generator=rng)
+        built = [(templates * (a + e[:, None])[:, None]).sum(0) for a, e in zip(sets, noise.T, strict=True)]
+        loss = sum(2.0 * F.smooth_l1_loss(b, w.float()) for b, w in zip(built, weights, strict=True))
+        losses.append((loss.item(), templates.detach().clone(), [a.detach().clone() for a in sets]))
+        loss.backward()
+        clipped += torch.nn.utils.clip_grad_norm_([templates, *sets], 0.05) > 0.05
+        optimizer.step()
+        scheduler.step()
+    best, bank, coefficients = min(losses, key=lambda one: one[0])
+    assert 0 < clipped < 40 and best < losses[0][0] / 3
+    assert reached == pytest.approx(best, rel=1e-4)
+    assert torch.allclose(basis.T.reshape(2, m, n), bank, atol=1e-4)
+    assert torch.allclose(mixer, torch.cat(coefficients, 1), atol=1e-4)
 
 
 def test_mimicry_is_deterministic():
@@ -58,6 +99,6 @@ def test_mimicry_is_deterministic():
 def test_options_survive_as_plain_dicts():
     method = Crisp(mimicry=Mimicry(loss="l1"), cluster=Cluster(printed=True), fit="mimicry")
     assert Crisp(**asdict(method)) == method
-    for options in ({"loss": "l3"}, {"steps": 0}, {"init": "zeros"}, {"lr": -1}):
+    for options in ({"loss": "l3"}, {"steps": 0}, {"init": "template"}, {"lr": -1}, {"noise": -1}, {"clip": 0}):
         with pytest.raises(recombine.UsageError, match=rf"^method.mimicry.{next(iter(options))}=[^\n]*$"):
             recombine.apply(build("tiny_vit"), Crisp(chunk=8, mimicry=Mimicry(**options)))

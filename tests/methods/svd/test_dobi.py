@@ -137,18 +137,18 @@ def test_dobi_truncation_bears_equal_singular_values(y):
     assert y.grad.isfinite().all() and gate.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("unit", ["ratio", "rank"])
-def test_adam_moves_ratios_or_ranks(unit, monkeypatch):
+@pytest.mark.parametrize("unit, size", [("ratio", 0.03), ("rank", 2.0)])
+def test_adam_moves_ratios_or_ranks(unit, size, monkeypatch):
     """The first step of Adam is the step size, in the unit that it moves."""
     found = []
     monkeypatch.setattr(
         dobi, "round_to_budget", lambda ranks, *more: found.append(ranks) or round_to_budget(ranks, *more)
     )
-    method, sites = learnt(DobiSvd(targets=ALL, steps=1, unit=unit, step_size=0.03), build("tiny_vit"))
+    method, sites = learnt(DobiSvd(targets=ALL, steps=1, unit=unit, step_size=size), build("tiny_vit"))
     shapes = torch.tensor([dims(site) for site in sites], dtype=torch.float64)
     one = shapes.sum(1) / shapes.prod(1)  # the ratio of one rank
     moved = (found[0] - 0.5 / one).abs() * (one if unit == "ratio" else 1)
-    assert torch.allclose(moved, torch.full_like(moved, 0.03), rtol=0.02)
+    assert torch.allclose(moved, torch.full_like(moved, size), rtol=0.02)
 
 
 def test_dobi_as_the_paper_has_it_lowers_the_loss():
@@ -161,3 +161,35 @@ def test_dobi_as_the_paper_has_it_lowers_the_loss():
             return sum(loss.item() for loss in losses(model)())
 
     assert loss_of(30) < loss_of(0)
+
+
+def test_the_switches_of_the_papers_code_move_ranks():
+    """With its step and weight most ranks change by more than rounding; without them the run is refused."""
+    code = {"targets": ALL, "basis": "batch", "unit": "rank", "beta": 10.0}
+    model = build("tiny_vit")
+    found = {}
+    for steps in (0, 6):
+        method, _ = learnt(DobiSvd(steps=steps, step_size=5.0, weight=200.0, loss="exp", **code), model)
+        found[steps] = torch.tensor(method._ranks)
+    assert ((found[6] - found[0]).abs() > 1).sum() > len(found[0]) / 2
+    with pytest.raises(
+        recombine.UsageError, match=r"^method.step_size=0.02: moves a rank by some 0.6 in steps=30[^\n]*$"
+    ):
+        recombine.apply(build("tiny_vit"), DobiSvd(**code), losses=losses(model))
+
+
+def test_exp_of_the_loss_has_its_gradient(monkeypatch):
+    """d exp(l) = exp(l) dl: the ratios' gradient is the plain one times the perplexity."""
+    grads, model = {}, build("tiny_vit")
+    step = torch.optim.Adam.step
+    for name in ("plain", "exp"):
+        with monkeypatch.context() as patch:
+
+            def catch(self, *args, name=name):
+                grads[name] = self.param_groups[0]["params"][0].grad.clone()
+                return step(self, *args)
+
+            patch.setattr(torch.optim.Adam, "step", catch)
+            learnt(DobiSvd(targets=ALL, steps=1, step_size=0.1, weight=0.0, loss=name), model)
+    share = grads["exp"] / grads["plain"]
+    assert share.std() < 1e-3 * share.mean() and share.mean() > 1.5
