@@ -1,7 +1,7 @@
 """The schema of result.json: for every key its type, its meaning, its unit and who writes it.
 
 `Result` is the whole file. `docs/result.md` is generated from this module by scripts/make_docs.py. A key that a run
-has no use for is left out (`NotRequired`). JSON knows no nan: a number that is not finite is null.
+has no use for is left out (`NotRequired`). JSON knows no nan: it is null. An infinity is 1e999 or -1e999.
 """
 
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
@@ -228,7 +228,7 @@ class AnalysisPart(TypedDict):
 class OriginPart(TypedDict):
     """Where the numbers come from."""
 
-    seconds: Annotated[dict[str, float], Key("time of each part of the run, and in total", RUNNER, "s")]
+    seconds: Annotated[dict[str, float], Key("time of each part and in total, over all its processes", RUNNER, "s")]
     config: Annotated[dict, Key("the whole configuration, without the experiment around it", RUNNER)]
     environment: Annotated[Environment, Key("versions, machine and commit", RUNNER)]
 

@@ -4,8 +4,8 @@ Its keys are declared in result_schema.py.
 """
 
 import json
-import math
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,6 +26,8 @@ from recombine.runtime.progress import wrapped
 
 PACKAGES = ("recombine", "torch", "lightning", "hydra-core", "timm", "peft", "transformers", "torchmetrics", "numpy")
 LOCK = ".running"
+WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')  # a string of JSON, or what Python writes for no finite number
+VALID = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}
 ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", "num_nodes", "strategy")} | {
     "data.num_workers",
     "trainer.checkpoint_minutes",
@@ -89,7 +91,7 @@ def load_finished(folder: Path, config: dict) -> Result | None:
     if not (path := folder / "result.json").is_file():
         return None
     before = read(path)
-    if (what := config_difference(before["config"], json.loads(json.dumps(config, default=str)))) is not None:
+    if (what := config_difference(before["config"], json.loads(dumps(config)))) is not None:
         raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")
     return before
 
@@ -167,20 +169,24 @@ def method_part(name: str, fields: Mapping[str, Any], label: str, compresses: bo
 
 
 def write(path: Path, result: Mapping[str, Any]) -> Path:
-    """Writes a result, whole or not at all; a number that is not finite, which JSON does not know, as null."""
-    text = json.dumps(finite(result), indent=1, default=str, allow_nan=False)
+    """Writes a result, whole or not at all."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(dumps(result, indent=1))
     return path
 
 
-def finite(value):
-    """The value with None for every number that is not finite, in nested lists and dicts too."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+def dumps(value: Any, **options: Any) -> str:
+    """Results as JSON, which knows no word for an infinity or for nan.
+
+    An infinity is the number 1e999 or -1e999, which Python and JavaScript read back as an infinity. nan is null.
+
+    Args:
+        options: further arguments of `json.dumps`.
+
+    >>> dumps({"ppl": float("inf"), "acc": float("nan"), "note": "NaN"})
+    '{"ppl": 1e999, "acc": null, "note": "NaN"}'
+    """
+    return WORD.sub(lambda word: VALID.get(word[0], word[0]), json.dumps(value, default=str, **options))
 
 
 def read(path: Path) -> Result:

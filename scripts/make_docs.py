@@ -27,7 +27,8 @@ HEAD = """# result.json
 A run ends with one file, `result.json`, in its folder. It says what was asked for, what came out, what the model costs,
 and on what machine and commit it ran. This page lists its keys.
 
-- **Type** is Python's. JSON has no nan, so a number that is not finite is written as `null` (`None` here).
+- **Type** is Python's. JSON has no nan, so it is written as `null` (`None` here). An infinity is written as `1e999` or
+  `-1e999`, which is valid JSON: Python and JavaScript read it back as an infinity.
 - **Written by** names the parts of a run that may write the key: stages (`adapt`, `compress`, `joint`, `evaluate`,
   `retrofit`, `profile`), the `analysis` after the stage, or the `runner` around both. A run has one stage. Where the
   runner is named beside stages, it writes the key if the stage did not. No part overrides what another wrote: that is

@@ -5,18 +5,21 @@ import json
 import math
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, get_args, get_origin, get_type_hints, is_typeddict
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import recombine
 import run
 from helpers import CONF, ROOT
 from recombine import result_schema, results
+from recombine.report import records, table_data
 from recombine.result_schema import Result
 from recombine.runner import labels, pipeline, ranks, summary
 from scripts import make_docs
@@ -216,7 +219,42 @@ def test_other_configurations_are_told_apart():
 
 
 def test_a_score_that_is_no_number_does_not_lose_the_result(tmp_path):
-    whole = {"config": {}, "metric": "acc", "val": {"acc": float("nan")}, "test": {"loss": float("inf"), "acc": 0.5}}
+    whole = {"config": {}, "metric": "acc", "val": {"acc": math.nan}, "test": {"loss": -math.inf, "acc": 0.5}}
     found = results.read(results.write(tmp_path / "result.json", whole))
-    assert found["val"] == {"acc": None} and found["test"] == {"loss": None, "acc": 0.5}
+    assert found["val"] == {"acc": None} and found["test"] == {"loss": -math.inf, "acc": 0.5}
     assert math.isnan(results.score(found))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just('a "NaN" \\'),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.just("-Infinity"), inner),
+    )
+)
+@settings(max_examples=40, deadline=None)
+def test_what_is_written_is_read_back(value):
+    """As JSON of the standard, which has no words for infinities, and in one line as in several."""
+    for options in ({}, {"indent": 1}, {"ensure_ascii": False, "separators": (",", ":")}):
+        assert json.loads(results.dumps(value, **options), parse_constant=pytest.fail) == value
+
+
+def test_a_finished_run_with_infinities_is_found_and_shown(tmp_path, capsys):
+    """Its score and its curves, and its configuration; the report keeps them too."""
+    words = [*VIT, "method=linear_probe", "probe=false"]
+    result = execute(tmp_path, *words)
+    for key in ("val", "test", "curves"):
+        result[key] = json.loads(json.dumps(result[key]).replace(str(result["val"]["acc"]), "Infinity"))
+    result["test"]["acc"] = math.inf
+    results.write(tmp_path / "result.json", result)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert ranks.main(compose("config", words), tmp_path) == math.inf
+    out = capsys.readouterr().out
+    assert "finished before" in out and "accuracy inf %" in out
+    config = {"optim": {"clip": math.inf}}
+    results.write(tmp_path / "with" / "result.json", result | {"config": config})
+    assert results.load_finished(tmp_path / "with", config)["config"] == config
+    record = records.Record({}, results.read(tmp_path / "result.json"), "cell")
+    (line,) = records.dump([record]).splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["val"]["acc"] == math.inf
+    score = table_data.Measure("accuracy", "test.{metric}", scale=100, best="max")
+    assert score.of(record) is None and score.of(replace(record, result=record.result | {"test": {"acc": 0.5}})) == 50

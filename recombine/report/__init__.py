@@ -7,11 +7,11 @@
 Nothing here imports torch, so a thousand results take about a second.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recombine import results
 from recombine.errors import UsageError
 from recombine.report import records, render, table
 from recombine.report.records import CONFIG, RUNS, Runs
@@ -74,7 +74,7 @@ def save(report: Report) -> list[Path]:
 
     texts = {
         RUNS: records.dump(report.runs.records),
-        CONFIG: json.dumps(records.common(report.experiment), indent=1, ensure_ascii=False) + "\n",
+        CONFIG: results.dumps(records.common(report.experiment), indent=1, ensure_ascii=False) + "\n",
         "table.md": render.markdown(report.table),
         "table.tex": render.latex(report.table),
         "table.csv": render.as_csv(report.table),

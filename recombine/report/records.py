@@ -130,7 +130,7 @@ def lines(path: Path) -> list[dict]:
 def dump(records: Iterable[Record]) -> str:
     """The text of a runs.jsonl, in the order of the cells' names, so that a new run changes one line."""
     slims = sorted((record.data for record in records), key=lambda data: data["cell"])
-    return "".join(json.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n" for data in slims)
+    return "".join(results.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n" for data in slims)
 
 
 def slim(result: Mapping[str, Any], cell: str) -> dict[str, Any]:

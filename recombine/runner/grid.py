@@ -22,7 +22,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from recombine.errors import UsageError
 from recombine.runtime.conf import CONF, need_clone
@@ -55,7 +55,7 @@ class Experiment:
     @property
     def grid(self) -> dict[str, Any]:
         """The axes as plain values, as `cells` takes them."""
-        return OmegaConf.to_container(self.config.grid, resolve=True) if self.config.grid else {}
+        return plain_axes(self.config)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -94,8 +94,14 @@ def jobs(config: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
     if any(len(values(line)) > 1 for line in experiment):
         raise UsageError(f"{experiment[0]}: a sweep takes one experiment; call run.py once for each")
     shown = [line for line in arguments if line.startswith(("logger", "trainer.progress"))]  # no cell's, but each run's
-    grid = OmegaConf.to_container(config.grid, resolve=True) if config.grid else {}
-    return [[*experiment, *shown, *cell.overrides] for cell in cells(grid, arguments, config.only)]
+    return [[*experiment, *shown, *cell.overrides] for cell in cells(plain_axes(config), arguments, config.only)]
+
+
+def plain_axes(config: DictConfig) -> dict[str, Any]:
+    """The axes of a configuration's grid as plain values; none where it is null."""
+    if not isinstance(config.grid, DictConfig | None):
+        raise UsageError(f"grid={config.grid}: must be null or axes with values, as in grid={{seed:[0,1]}}")
+    return OmegaConf.to_container(config.grid, resolve=True) if config.grid else {}
 
 
 def cells(grid: Mapping[str, Any], overrides: Iterable[str] = (), only: Sequence[str] | None = None) -> list[Cell]:
@@ -136,7 +142,9 @@ def choose(axes: dict[str, dict], only: Sequence[str] | None) -> dict[str, dict]
     """The axes cut down to the labels in `only`, where an axis has any of them."""
     if only is None:
         return axes
-    wanted = [str(label) for label in ([only] if isinstance(only, str) else only)]
+    wanted = [str(label) for label in (only if isinstance(only, list | tuple | ListConfig) else [only])]
+    if not wanted:
+        raise UsageError("only=[]: chooses nothing, so nothing would run; name labels of the grid, or leave it out")
     for name in wanted:
         if not any(name in axis for axis in axes.values()):
             known = ", ".join(label for axis in axes.values() for label in axis)
@@ -180,6 +188,9 @@ def values(line: str) -> list[str]:
     parsed = OverridesParser.create().parse_override(line)
     if not parsed.is_sweep_override():
         return [line]
+    example = f"for example {parsed.get_key_element()}=1,2"
     if not parsed.is_discrete_sweep():
-        raise UsageError(f"{line}: a grid takes lists of values, for example {parsed.get_key_element()}=1,2")
-    return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+        raise UsageError(f"{line}: a grid takes lists of values, {example}")
+    if not (found := [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]):
+        raise UsageError(f"{line}: there is no value in it, so nothing would run; give some, {example}")
+    return found

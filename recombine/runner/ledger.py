@@ -52,6 +52,8 @@ class Ledger:
                 f"{self.root}: {len(self.ended) - failed - refused} finished before"
                 + (f", {failed} failed before (retry=true runs them again)" if failed else "")
                 + (f", {refused} refused" if refused else ""),
+                *(f"FAILED {self.folders[job]}: {why}" for job, (_, why) in self.ended.items() if why is not None),
+                sep="\n",
                 flush=True,
             )
 
@@ -114,13 +116,12 @@ class Ledger:
 
 
 def refuse_failed(returns: Sequence[JobReturn]) -> None:
-    """Lists what failed, and why.
+    """Raises where a run failed. The ledger has said why.
 
     Raises:
         UsageError: any run failed.
     """
     if failed := [r for r in returns if r.status is JobStatus.FAILED]:
-        print("".join(f"FAILED {r.working_dir}: {r._return_value}\n" for r in failed), end="", flush=True)
         again = any((Path(r.working_dir) / FAILED).is_file() for r in failed)
         hint = "; retry=true runs them again" if again else ""
         raise UsageError(f"{len(failed)} of {len(returns)} runs failed{hint}")

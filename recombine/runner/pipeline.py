@@ -83,7 +83,7 @@ def execute(spec: RunSpec, out: Path) -> dict:
             original = analysis.before(run)
             added = STAGES[spec.settings.stage.name](run)
             result = assemble_result(spec, run, added, analysis.after(run, original))
-            result["seconds"]["total"] = round(time.perf_counter() - start, 3)
+            result["seconds"]["total"] = round(run.earlier + time.perf_counter() - start, 3)
             if distributed.rank() == 0:
                 report(result, run)
     return result

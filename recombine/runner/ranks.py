@@ -38,7 +38,13 @@ GRACE = 10.0  # seconds in which ranks may end by themselves once one has
 
 
 def task(cfg: DictConfig) -> float:
-    """What Hydra runs, once for each configuration."""
+    """What Hydra runs, once for each configuration. The runs of a grid are chosen by now.
+
+    Raises:
+        UsageError: `only` chooses from a grid that is not there.
+    """
+    if cfg.only is not None:
+        raise UsageError(f"only={cfg.only}: there is no grid to choose from; name an experiment, or leave it out")
     return main(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 

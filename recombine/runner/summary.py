@@ -87,7 +87,7 @@ def worded(key: str) -> str:
 
 
 def number(value: float | None) -> float:
-    """A number of a result.json as a float; nan for null, which stands for one that was not finite."""
+    """A number of a result.json as a float; nan for null, which stands for nan."""
     return float("nan") if value is None else value
 
 

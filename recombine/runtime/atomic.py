@@ -14,13 +14,20 @@ from recombine.errors import UsageError
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place when the block ends well and vanishes when it does not.
 
+    Whoever may read new files of this user may read it: it gets the permissions of the umask, which safetensors, for
+    one, does not give.
+
     Raises:
         UsageError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != permissions:
+            temporary.chmod(permissions)
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(

@@ -70,6 +70,7 @@ def fit(
         if distributed.rank() == 0:
             checkpoint.save(unwrapped, best.path)
     run.seconds[f"train_{name}"] += round(state.before, 3)
+    run.earlier += state.before
     run.curves[name] = history.curves
     return lit, best
 

@@ -30,7 +30,8 @@ class RunContext:
     compressor: compresses first, then `method` adapts; None: there is only the method.
     calibration_data: what calibrates, if not the data itself. transfer_data: other tasks, which `analyse` probes.
     labels: what the user called the compressor and the method, by "compressor" and "method".
-    seconds, curves: fill up as parts of the run finish. logger: `loggers.RunLogger` while the run is watched.
+    seconds, curves: fill up as parts of the run finish. earlier: those of the seconds that earlier processes took.
+    logger: `loggers.RunLogger` while the run is watched.
     """
 
     settings: RunSettings
@@ -46,6 +47,7 @@ class RunContext:
     labels: dict[str, str] = field(default_factory=dict)
     probe: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    earlier: float = 0.0
     curves: dict[str, dict[str, list]] = field(default_factory=dict)
     logger: Any = None
 
@@ -90,6 +92,7 @@ class RunContext:
             self.model = checkpoint.load(path, base or self.model)
             for part, seconds in (done or {}).get("seconds", {}).items():
                 self.seconds[part] = round(self.seconds.get(part, 0.0) + seconds, 3)
+                self.earlier += seconds
 
     def rewrite(self, method: Method) -> None:
         """Applies the method and adds up its seconds.

@@ -17,8 +17,8 @@ from recombine.runtime import progress
 class Curves(Callback):
     """Keeps the curves of a training: {"train/loss": [...], "val/loss": [...], "val/acc": [...], ...}.
 
-    Each has one number an epoch; None stands for one that is not finite. train/loss is the mean over the epoch's
-    steps, each with the weights of that step.
+    Each has one number an epoch; None stands for nan. train/loss is the mean over the epoch's steps, each with the
+    weights of that step.
     """
 
     def __init__(self):
@@ -37,7 +37,7 @@ class Curves(Callback):
         metrics["train/loss"] = float(trainer.strategy.reduce(self.loss / self.steps, reduce_op="mean"))
         self.loss, self.steps = 0.0, 0
         for name, value in metrics.items():
-            self.curves.setdefault(name, []).append(float(f"{value:.5g}") if math.isfinite(value) else None)
+            self.curves.setdefault(name, []).append(None if math.isnan(value) else float(f"{value:.5g}"))
 
     def state_dict(self) -> dict:
         """What a training state keeps of the curves."""

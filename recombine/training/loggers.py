@@ -1,8 +1,8 @@
 """What can be watched while a run works: logger=wandb (Weights & Biases) or logger=tensorboard (a local page).
 
 Both get the configuration when the run starts, every metric over the training step, and at the end the scores, what
-the model costs, a table of its layers and a plot of their ranks. Of a run that is killed at most a second is lost. A
-run that is taken up again goes on under the same id. Only the first rank writes.
+the model costs, a table of its layers and a plot of their ranks. A kill loses nothing of TensorBoard's file and less
+than `wandb_record.EVERY` rows of W&B's. A run that is taken up again keeps its id. Only the first rank writes.
 
 A run may hold two fits, and both count their steps from 0: the metrics of the distillation begin with "distilled/".
 """
@@ -25,6 +25,7 @@ from recombine.errors import UsageError
 from recombine.runtime.kinds import Positive, Word
 from recombine.training import distributed
 from recombine.training.logged_values import layer_table, numbers, rank_plot
+from recombine.training.wandb_record import INTERVAL, Rows
 
 PATIENCE = 120  # seconds that the end of a run waits for its upload; `wandb sync` brings what is left
 
@@ -131,8 +132,6 @@ class WandB(RunLogger):
         super().__init__(settings, run)
         import wandb
 
-        if not isinstance(settings.timeout, int | float) or settings.timeout <= 0:
-            raise UsageError(f"logger.timeout={settings.timeout}: must be a number of seconds, more than 0")
         wandb.setup(wandb.Settings(silent=True))
         how = self.arguments(settings, run)
         why = "no key, so offline" if settings.mode is None else "offline"
@@ -150,12 +149,13 @@ class WandB(RunLogger):
             print(f"W&B: {why}; upload: wandb sync '{self.experiment.settings.sync_dir}'", file=sys.stderr)
         self.experiment.define_metric("trainer/global_step")
         self.experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        self.rows = Rows(self.experiment)
 
     def arguments(self, settings: LoggerSettings, run: Watched) -> dict:
         """The arguments of wandb.init without its mode."""
         import wandb
 
-        options = {"silent": True, "x_transaction_log_flush_interval": 1, "finish_timeout": PATIENCE}
+        options = {"silent": True, "x_transaction_log_flush_interval": INTERVAL, "finish_timeout": PATIENCE}
         options |= {"init_timeout": settings.timeout, "disable_git": True}  # a remote's URL may hold a token
         return {
             "project": settings.project,
@@ -173,7 +173,7 @@ class WandB(RunLogger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         at = {} if step is None else {"trainer/global_step": step}
-        self.experiment.log({self.prefix + key: value for key, value in metrics.items()} | at)
+        self.rows.log({self.prefix + key: value for key, value in metrics.items()} | at)
 
     def report(self, result: dict) -> None:
         import wandb
@@ -181,7 +181,7 @@ class WandB(RunLogger):
         if result["layers"]:
             columns, rows = layer_table(result["layers"])
             table, plot = wandb.Table(columns=columns, data=rows), wandb.Image(rank_plot(result["layers"]))
-            self.experiment.log({"layers": table, "ranks": plot})
+            self.rows.log({"layers": table, "ranks": plot})
         self.experiment.summary.update(numbers(result))
 
     def close(self, failed: bool) -> None:
@@ -204,7 +204,7 @@ class TensorBoard(RunLogger):
             key: value if isinstance(value, bool | int | float | str) else str(value)
             for key, value in results.flat(run.config).items()
         }
-        self.experiment = SummaryWriter(str(run.out), flush_secs=1)
+        self.experiment = SummaryWriter(str(run.out))
         text = OmegaConf.to_yaml(OmegaConf.create(run.config))
         self.experiment.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
         self.experiment.flush()
@@ -212,6 +212,7 @@ class TensorBoard(RunLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         for key, value in metrics.items():
             self.experiment.add_scalar(self.prefix + key, value, step)
+        self.experiment.flush()
 
     def report(self, result: dict) -> None:
         from torch.utils.tensorboard.summary import hparams

@@ -132,9 +132,8 @@ def test_hub_weights_come_from_the_cache_without_network(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     chosen = config("vit_s16", arch="vit_tiny_patch16_224")
     folder = tmp_path / f"models--timm--{chosen['arch']}.{chosen['tag']}"
-    start = time.perf_counter()
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s for the network"))
     line = refused(**chosen)
-    assert time.perf_counter() - start < 5
     assert all(way in line for way in ("connect once", "model.checkpoint=FILE", "model=dinov2_s14", "pretrained=false"))
 
     original = timm.create_model(chosen["arch"], num_classes=1000)

@@ -3,6 +3,7 @@
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from helpers.command import line
 from recombine.errors import UsageError
 from recombine.runner import grid
 
@@ -39,10 +40,28 @@ def test_the_command_line_narrows_a_grid():
     ({"seed": []}, [], None, r"grid.seed=\[\]: must be a list of values, or labels"),
     ({"x": {"A": {"seed": 1}, "B": {"seed": 1}}}, [], None, r"grid: two cells are seed=1; their overrides must differ"),
     ({}, ["optim.lr=interval(0,1)"], None, r"optim.lr=interval\(0,1\): a grid takes lists of values"),
+    ({}, ["seed=range(0)"], None, r"seed=range\(0\): there is no value in it, so nothing would run; give .* seed=1,2"),
+    ({"seed": {}}, [], None, r"grid.seed=\{\}: must be a list of values, or labels"),
+    ({"seed": None}, [], None, "grid.seed=None: must be a list of values, or labels"),
+    (GRID, [], [], r"only=\[\]: chooses nothing, so nothing would run"),
+    ({}, [], ["LoRA"], "only=LoRA: no axis of the grid has this label"),
 ])  # fmt: skip
 def test_bad_grids_are_one_line(axes, overrides, only, why):
     with pytest.raises(UsageError, match=why):
         grid.cells(axes, overrides, only)
+
+
+@pytest.mark.parametrize("arguments, why", [
+    (["hydra.mode=MULTIRUN", "seed=range(0)"], "seed=range(0): there is no value in it, so nothing would run"),
+    (["hydra.mode=MULTIRUN", "grid=5"], "grid=5: must be null or axes with values, as in grid={seed:[0,1]}"),
+    (["only=LoRA"], "only=LoRA: there is no grid to choose from; name an experiment, or leave it out"),
+    (["hydra.mode=MULTIRUN", "seed=1", "only=[nope]"], "only=nope: no axis of the grid has this label; they are"),
+    (["experiment=offline/cersa_tab06", "only=[]"], "only=[]: chooses nothing, so nothing would run"),
+])  # fmt: skip
+def test_a_sweep_that_would_run_nothing_is_an_error(arguments, why, tmp_path, capsys, monkeypatch):
+    words = [*arguments, f"hydra.sweep.dir={tmp_path}/out"]
+    assert why in line(capsys, monkeypatch, tmp_path, *words)
+    assert not list(tmp_path.rglob("failed.txt"))
 
 
 @pytest.mark.parametrize(

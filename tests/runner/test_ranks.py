@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,10 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from helpers import CONF, ROOT
+from helpers.waiting import LIMIT, Waits, children, until
 from recombine.errors import UsageError
 from recombine.methods.adapters.ssf import Ssf
+from recombine.methods.crisp.method import Crisp
 from recombine.runner import ranks
 from recombine.training import distributed
 
@@ -60,37 +61,39 @@ def joint(tmp_path_factory) -> Path:
     return folder
 
 
+@dataclass(kw_only=True)
+class WaitingCrisp(Waits, Crisp):
+    """CRISP that can be made to wait in a step."""
+
+
 def test_two_ranks_are_one(joint, tmp_path):
     """Killed on the way and started again, at that: nothing of the ranks outlives the process that started them."""
-    whole = subprocess.Popen(command(*JOINT, *TWO, f"hydra.run.dir={tmp_path}"), stderr=subprocess.DEVNULL)
-    while not list(tmp_path.rglob("best-*.ckpt")):
-        assert whole.poll() is None
-        time.sleep(0.02)
+    (gate := tmp_path / "gate").touch()
+    waiting = [f"method._target_={__name__}.WaitingCrisp", f"+method.shut={gate}", "+method.steps=10"]
+    words = command(*JOINT, *TWO, *waiting, f"hydra.run.dir={tmp_path}/run")
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT / 'tests'}"}
+    whole = subprocess.Popen(words, stderr=subprocess.DEVNULL, env=environment)
+    until(Path(f"{gate}.reached").is_file, whole)
+    assert list(tmp_path.rglob("best-*.ckpt"))  # in its second epoch
     ranks = children(whole.pid)
     assert len(ranks) == 2
     whole.kill()
     whole.wait()
-    for _ in range(100):
-        time.sleep(0.1)
-        if not any(Path(f"/proc/{pid}").exists() for pid in ranks):
-            break
-    else:
-        pytest.fail("a rank outlived the run")
-    subprocess.run(command(*JOINT, *TWO, f"hydra.run.dir={tmp_path}"), check=True, stdout=subprocess.DEVNULL)
-    same(joint, tmp_path)
-    assert "distil" in json.loads((tmp_path / "result.json").read_text())
-    assert not (tmp_path / ".state").exists() and not (tmp_path / ".ranks").exists()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    gate.unlink()
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=environment)
+    same(joint, tmp_path / "run")
+    assert "distil" in json.loads((tmp_path / "run" / "result.json").read_text())
+    assert not (tmp_path / "run" / ".state").exists() and not (tmp_path / "run" / ".ranks").exists()
 
 
 def test_told_to_stop_two_ranks_leave_one_state(tmp_path):
     """Lightning's own handler would have one rank wait for the other for ever."""
     long = ["method=lora", "method.rank=4", "probe=false", "trainer.epochs=900", f"hydra.run.dir={tmp_path}"]
     told = subprocess.Popen(command(*long, *TWO), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.rglob("best-*.ckpt")):
-        assert told.poll() is None
-        time.sleep(0.02)
+    until(lambda: list(tmp_path.rglob("best-*.ckpt")), told)
     told.terminate()
-    said = told.communicate(timeout=60)[1]
+    said = told.communicate(timeout=LIMIT)[1]
     assert told.returncode == 128 + signal.SIGTERM
     step = int(re.search(r"stopped by SIGTERM at step (\d+) of best", said)[1])
     assert list(tmp_path.rglob(f"best-{step:08}-*.ckpt")) and not list(tmp_path.rglob("result.json"))
@@ -136,10 +139,3 @@ def test_a_killed_rank_is_named():
 def test_several_machines_need_a_launcher(tmp_path):
     with pytest.raises(UsageError, match="trainer.num_nodes=2.*slurm_multinode"):
         execute(tmp_path, *TWO, "trainer.num_nodes=2")
-
-
-def children(pid: int, word: str = "") -> list[int]:
-    """The processes that a process started and that live."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    found = [int(child) for task in tasks for child in task.read_text().split()]
-    return [child for child in found if word in Path(f"/proc/{child}/cmdline").read_text()]

@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from helpers import CONF, ROOT
+from helpers.waiting import until
 from recombine.runner import ranks
 
 TOOL = str(ROOT / "scripts" / "local_slurm.sh")
@@ -48,15 +48,6 @@ def sweep(slurm: dict, folder: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "run.py"), "-m", *TINY, *QUEUE, f"hydra.sweep.dir={folder}", *overrides]
     STARTED.append(subprocess.Popen(command, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     return STARTED[-1]
-
-
-def until(condition, seconds: float = 240):
-    """What the condition gives as soon as that is something."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-    return found
 
 
 def job(folder: Path, index: int) -> str | None:

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from helpers import ROOT
+from helpers.waiting import LIMIT, children, until
 from recombine import results
 from recombine.runtime.naming import run_folder
 
@@ -18,17 +18,20 @@ TINY = [
     *("model=tiny_vit", "trainer=cpu", "trainer.progress=false", "trainer.epochs=1", "data.limit=64", "probe=false"),
     *("method=linear_probe", "hydra.mode=MULTIRUN"),
 ]
+WAITING = ["method._target_=helpers.waiting.WaitingProbe", "data.batch_size=16", "trainer.checkpoint_minutes=0"]
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "run.py", *TINY, f"hydra.sweep.dir={folder}", *overrides]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
 
 
 def sweep(folder: Path, *overrides: str) -> tuple[int, str]:
     process = start(folder, *overrides)
-    return process.wait(timeout=300), process.stdout.read()
+    out, _ = process.communicate(timeout=LIMIT)
+    return process.returncode, out
 
 
 def test_a_sweep_skips_what_is_finished_and_retries_what_failed_on_request(tmp_path):
@@ -37,12 +40,14 @@ def test_a_sweep_skips_what_is_finished_and_retries_what_failed_on_request(tmp_p
         "method.rank=9999: must be from 1 to 48, the narrowest target layer",
     )
     code, out = sweep(tmp_path, *args)
-    assert code == 2 and "[1 done, 1 failed, 0 left]" in out and out.count(why) == 2  # when it fails, and in the end
+    assert code == 2 and "[1 done, 1 failed, 0 left]" in out and out.count(why) == 1
     assert out.splitlines()[-1] == "run.py: 1 of 2 runs failed; retry=true runs them again"
     (result,) = tmp_path.glob("*/result.json")
     before = result.read_bytes(), result.stat().st_mtime_ns
     code, out = sweep(tmp_path, *args)
-    assert code == 2 and "1 finished before, 1 failed before (retry=true runs them again)" in out and why in out
+    assert (
+        code == 2 and "1 finished before, 1 failed before (retry=true runs them again)" in out and out.count(why) == 1
+    )
     assert "left]" not in out  # nothing ran
     code, out = sweep(tmp_path, *args, "retry=true")
     assert code == 2 and "[1 done, 1 failed, 0 left]" in out
@@ -58,40 +63,45 @@ def test_a_sweep_skips_what_is_finished_and_retries_what_failed_on_request(tmp_p
     assert code == 2 and "not a readable result.json" in out and "move it away" in out
 
 
-def workers(process: subprocess.Popen) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(p) for p in children if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+def gates(folder: Path, shut: str, names: str) -> tuple[list[Path], str]:
+    """Files that runs wait at, those of the names in `shut`, and what gives each run of a sweep its own."""
+    folder.mkdir()
+    for name in shut:
+        (folder / name).touch()
+    return [folder / name for name in shut], "+method.shut=" + ",".join(str(folder / name) for name in names)
 
 
 def test_a_killed_run_takes_no_other_with_it(tmp_path):
-    process = start(tmp_path, "seed=0,1,2")
-    second = tmp_path / run_folder([*TINY[:-1], "seed=1"])
-    while not (second / "log.txt").is_file():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    (worker,) = workers(process)
+    (gate,), own = gates(tmp_path / "gates", "b", "abc")
+    process = start(tmp_path / "sweep", *WAITING, own)
+    until(Path(f"{gate}.reached").is_file, process)
+    (worker,) = children(process.pid, "spawn_main")
     os.kill(worker, signal.SIGKILL)
-    assert process.wait(timeout=300) == 2
-    assert "[2 done, 1 failed, 0 left]" in process.stdout.read()
-    assert (second / "failed.txt").read_text() == "killed by signal 9\n" and not (second / "result.json").exists()
-    code, out = sweep(tmp_path, "seed=0,1,2", "retry=true", "hydra.launcher.jobs=2")
+    out, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 2 and "[2 done, 1 failed, 0 left]" in out
+    (failed,) = tmp_path.rglob("failed.txt")
+    assert failed.read_text() == "killed by signal 9\n" and not (failed.parent / "result.json").exists()
+    gate.unlink()
+    code, out = sweep(tmp_path / "sweep", *WAITING, own, "retry=true", "hydra.launcher.jobs=2")
     assert code == 0 and "2 finished before" in out and "[3 done, 0 failed, 0 left]" in out
-    assert len(list(tmp_path.glob("*/result.json"))) == 3 and not list(tmp_path.glob("*/failed.txt"))
+    assert len(list(tmp_path.rglob("result.json"))) == 3 and not list(tmp_path.rglob("failed.txt"))
 
 
 def test_a_sweep_that_is_told_to_stop_leaves_no_worker_and_goes_on(tmp_path):
-    given = ["seed=0,1", "hydra.launcher.jobs=2", "trainer.epochs=50", "trainer.checkpoint_minutes=0"]
-    process = start(tmp_path, *given)
-    while len({path.parent for path in tmp_path.rglob("best-*.ckpt")}) < 2:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
-    working = workers(process)
-    assert len(working) == 2 and results.running(next(tmp_path.glob("*seed=0*")))
+    shut, own = gates(tmp_path / "gates", "ab", "ab")
+    given = [*WAITING, own, "+method.steps=1", "hydra.launcher.jobs=2"]
+    process = start(tmp_path / "sweep", *given)
+    until(lambda: all(Path(f"{gate}.reached").is_file() for gate in shut), process)
+    working, folders = children(process.pid, "spawn_main"), {path.parents[2] for path in tmp_path.rglob("best-*.ckpt")}
+    assert len(working) == 2 == len(folders) and all(map(results.running, folders))
     process.terminate()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    process.communicate(timeout=LIMIT)
+    assert process.returncode == 128 + signal.SIGTERM
     assert not any(Path(f"/proc/{pid}").exists() for pid in working) and not list(tmp_path.rglob("failed.txt"))
-    assert not results.running(next(tmp_path.glob("*seed=0*")))
-    code, out = sweep(tmp_path, *given)
+    assert not any(map(results.running, folders))
+    for gate in shut:
+        gate.unlink()
+    code, out = sweep(tmp_path / "sweep", *given)
     assert code == 0 and "[2 done, 0 failed, 0 left]" in out
 
 

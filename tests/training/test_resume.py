@@ -29,15 +29,26 @@ PROCESSES.set_forkserver_preload(
 
 
 def work(folder: Path, overrides: list[str], kill: tuple[str, int, int] | None) -> None:
-    """A run; kill: (name, n, signal) comes just before the n-th file of a name that starts so is put in its place."""
+    """A run; kill: (name, n, signal) comes just before the n-th file of a name that starts so is put in its place.
+
+    The name "open" stands for any file that is opened.
+    """
     torch.set_num_threads(1)
     placed: list[str] = []
+    opened = 0
 
     def watch(event: str, arguments: tuple) -> None:
-        if event == "os.rename":
+        nonlocal opened
+        if event == "open":
+            opened += 1
+            due = kill and kill[:2] == ("open", opened)
+        elif event == "os.rename":
             placed.append(Path(arguments[1]).name)
-            if kill and placed[-1].startswith(kill[0]) and sum(p.startswith(kill[0]) for p in placed) == kill[1]:
-                os.kill(os.getpid(), kill[2])
+            due = kill and placed[-1].startswith(kill[0]) and sum(p.startswith(kill[0]) for p in placed) == kill[1]
+        else:
+            return
+        if due:
+            os.kill(os.getpid(), kill[2])
 
     sys.addaudithook(watch)
     with (folder.parent / f"{folder.name}.log").open("a") as log:
@@ -45,15 +56,14 @@ def work(folder: Path, overrides: list[str], kill: tuple[str, int, int] | None) 
         os.dup2(log.fileno(), 2)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         ranks.main(compose("config", [*TINY, *overrides]), folder)
+    (folder.parent / f"{folder.name}.opened").write_text(str(opened))
     (folder.parent / f"{folder.name}.placed").write_text("\n".join(placed))
 
 
-def run(folder: Path, *overrides: str, kill: tuple[str, int, int] | None = None, after: float | None = None) -> int:
-    """The exit code of a run in a process of its own; after: seconds of work before SIGKILL."""
+def run(folder: Path, *overrides: str, kill: tuple[str, int, int] | None = None) -> int:
+    """The exit code of a run in a process of its own."""
     process = PROCESSES.Process(target=work, args=(folder, overrides, kill))
     process.start()
-    process.join(after)
-    process.kill()
     process.join()
     return process.exitcode
 
@@ -98,7 +108,8 @@ def test_killed_anywhere(case, whole, tmp_path):
     for part in ("distilled", "best") if case != "draws" else ("rewritten", "best"):
         some = draw.randint(1, max(1, sum(name.startswith(part) for name in placed) // 2))
         assert run(broken, *CASES[case], kill=(part, some, signal.SIGKILL)) == -signal.SIGKILL
-    assert run(broken, *CASES[case], after=draw.uniform(0.5, 3)) in (0, -signal.SIGKILL)  # between any two files too
+    some = draw.randint(1, int((expected.parent / "whole.opened").read_text()))  # between any two files too
+    assert run(broken, *CASES[case], kill=("open", some, signal.SIGKILL)) in (0, -signal.SIGKILL)
     assert run(broken, *CASES[case]) == 0, log(broken)
     assert outcome(broken) == outcome(expected)
     assert not [p for p in broken.iterdir() if p.name.startswith(".")]
@@ -122,9 +133,15 @@ def test_what_is_finished_is_not_done_again(tmp_path):
     assert run(tmp_path / "run", *case, kill=("result.json", 1, signal.SIGKILL)) == -signal.SIGKILL
     states = {p.name for p in (tmp_path / "run").rglob("best-*.ckpt")}
     assert any(name.startswith("best-00000024-") for name in states)  # three epochs of eight steps
+    (manifest,) = (tmp_path / "run").rglob("rewritten.json")
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(facts | {"seconds": facts["seconds"] | {"retrofit": 1000.0}}))
     assert run(tmp_path / "run", *case) == 0
     assert not [n for n in (tmp_path / "run.placed").read_text().split("\n") if n.startswith(("best-", "rewritten"))]
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["best_epoch"] == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["best_epoch"] == 0
+    total = result["seconds"].pop("total")  # of both processes
+    assert result["seconds"]["retrofit"] == 1000 and sum(result["seconds"].values()) - 0.1 < total < 2000
 
 
 def test_a_damaged_state_is_named_and_the_one_before_used(whole, tmp_path):
