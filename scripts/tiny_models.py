@@ -235,6 +235,12 @@ TRANSFORMERS = {
     "SigLIP, pictures": _hf("SiglipVisionModel", "SiglipVisionConfig", _seen, **_EYES),
     "SigLIP, classes": _hf("SiglipForImageClassification", "SiglipConfig", _seen, **_TWO),
     "timm ViT in a TimmWrapper": Tiny(_wrapped, _seen),
+    "ALBERT, inferred": _hf("AlbertForSequenceClassification", "AlbertConfig", **_TEXT, embedding_size=8),
+    "MPNet, inferred": _hf("MPNetForSequenceClassification", "MPNetConfig", **_TEXT),
+    "Phi, inferred": _hf("PhiForCausalLM", "PhiConfig", **_TEXT),
+    "GPT-J, inferred": _hf(
+        "GPTJForCausalLM", "GPTJConfig", **_SPECIAL, vocab_size=64, n_embd=16, n_layer=2, n_head=2, rotary_dim=4
+    ),
 }  # fmt: skip
 
 MODELS = VISION | TRANSFORMERS

@@ -10,6 +10,7 @@ from recombine.core.budget import Budget, solve
 from recombine.core.calibration import Losses, collect
 from recombine.core.method import Method, Site, need_losses
 from recombine.core.rollback import unchanged_on_failure
+from recombine.errors import UsageError
 from recombine.models import roles
 
 
@@ -139,12 +140,38 @@ def find_sites(model: nn.Module, method: Method) -> list[Site]:
     rows.
 
     Raises:
-        UsageError: the model lacks a role, or a field is out of range for these layers.
+        UsageError: the model lacks a role, a field is out of range for these layers, or layers share a weight.
     """
     roles_by_name = roles.find(model, method.targets, method.target_types)
     sites = [Site(name, role, roles.layer_at(model, name)) for name, role in roles_by_name.items()]
     method.check(sites)
+    if method.target_types != (nn.Module,):  # the others replace no weight
+        refuse_shared(model, sites)
     return sites
+
+
+def refuse_shared(model: nn.Module, sites: list[Site]) -> None:
+    """Refuses layers whose weight another layer has too: replacing one would part them without a word.
+
+    A whole block that is used twice stays one block.
+
+    Raises:
+        UsageError: names the two layers.
+    """
+    holders: dict[int, list[str]] = {}
+    for owner, module in model.named_modules():
+        for key, layer in module.named_children():
+            if (weight := layer._parameters.get("weight")) is not None:
+                holders.setdefault(id(weight), []).append(f"{owner}.{key}".removeprefix("."))
+    shared = {name: names for names in holders.values() if len(names) > 1 for name in names}
+    for site in sites:
+        for name in (site.name, parent(site.name)):  # the latter of a part of a fused layer
+            if name in shared:
+                other = next(n for n in shared[name] if n != name)
+                raise UsageError(
+                    f"{name} and {other} have one weight, which rewriting would part: leave the layer out of the "
+                    f"targets, or untie them first"
+                )
 
 
 def started_record(model: nn.Module, sites: list[Site]) -> Record:

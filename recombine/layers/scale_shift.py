@@ -30,6 +30,11 @@ class ScaleShift(nn.Module):
         y = self.base_layer(x) * self.gamma.view(self.channels)
         return y if self.beta is None else y + self.beta.view(self.channels)
 
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight, scaled: models look at its type."""
+        return self.gamma.view(-1, *[1] * (self.base_layer.weight.ndim - 1)) * self.base_layer.weight
+
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """The layer itself with gamma and beta in its weight and bias; one whose bias is None gets a bias."""

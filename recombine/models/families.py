@@ -192,7 +192,7 @@ FAMILIES = [
         r"Wav2Vec2PreTrainedModel",
         r"(?:\w+\.)?encoder\.layers\.\d+",
         head=rf"projector|{_HEADS}",
-        norm=_NORM,
+        norm=r"(?:\w+\.)?(?:encoder|feature_projection)\.(?:.*\.)?\w*norm",
         **_names(r"q k v: attention\.{}_proj", r"o: attention\.out_proj"),
         **_names(r"up: feed_forward\.intermediate_dense", r"down: feed_forward\.output_dense"),
     ),

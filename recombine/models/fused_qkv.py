@@ -138,8 +138,8 @@ def close(model: nn.Module) -> None:
     """Undoes `call` and `split` wherever the layers are plain nn.Linear again, in place."""
     fuse(model)
     for owner in list(model.modules()):
-        if getattr(owner, READS, None) == OPENED and type(getattr(owner, "qkv", None)) is nn.Linear:
-            setattr(owner, READS, False)
+        if getattr(owner, READS, None) == OPENED and type(owner.qkv) is nn.Linear and owner.qkv.bias is None:
+            setattr(owner, READS, False)  # a bias that a method has added would not be read
         if names := getattr(owner, TRANSPOSED, None):
             left = [key for key in names if type(getattr(owner, key)) is not nn.Linear]
             for key in set(names) - set(left):

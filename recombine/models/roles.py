@@ -199,8 +199,15 @@ def _named(row: Family, role: str, modules: Iterable[str]) -> list[str]:
 
 def _play(row: Family, role: str, modules: dict[str, nn.Module]) -> dict[str, str]:
     names = {name: role for name in _named(row, role, modules) if not isinstance(modules[name], SplitLinear)}
+    if role in ("norm", "embed"):  # neither what holds one, nor a norm without weights
+        names = {n: r for n, r in names.items() if holds_tensors(modules[n])}
     parts = {name: part for part in FUSED.get(role, ()) for name in _named(row, part, modules)}
     return names | parts
+
+
+def holds_tensors(module: nn.Module) -> bool:
+    """Whether it is a layer with parameters of its own, or was one before it was adapted."""
+    return next(module.parameters(recurse=False), None) is not None or hasattr(module, "base_layer")
 
 
 def role_names(model: nn.Module) -> list[str]:

@@ -75,3 +75,19 @@ def test_a_file_of_another_model_leaves_it_as_it_was(tmp_path):
     with pytest.raises(recombine.UsageError, match="differs from the backbone"):
         recombine.load(file, other)
     assert same(before, state(other))
+
+
+def test_layers_with_one_weight_are_not_parted_in_silence():
+    model = zoo.build("tiny_vit")
+    model.blocks[2].mlp.fc1.weight = model.blocks[1].mlp.fc1.weight
+    with pytest.raises(recombine.UsageError, match="blocks.1.mlp.fc1 and blocks.2.mlp.fc1 have one weight"):
+        recombine.apply(model, recombine.Svd(ratio=0.5))
+    recombine.apply(model, recombine.Svd(targets=("qkv", "o"), ratio=0.5))
+
+    twice = zoo.build("tiny_vit")
+    twice.blocks[2] = twice.blocks[1]  # one block, used twice
+    x = zoo.batch(twice)
+    recombine.apply(twice, recombine.Svd(ratio=0.5))
+    assert twice.blocks[2] is twice.blocks[1] and len(twice.recombined.targets) == 3 * 6
+    recombine.merge(twice)
+    assert twice.blocks[2] is twice.blocks[1] and twice(x).isfinite().all()
