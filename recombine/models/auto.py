@@ -39,6 +39,7 @@ TASKS = {
 WAYS = "connect once, or give model.checkpoint=FOLDER, or model.pretrained=false"
 NO_NAME = "model=hf: say which, by its name on the hub or its folder: model.name=Qwen/Qwen3-0.6B"
 NO_TASK = f"model.task=null: say one of {', '.join(TASKS)}"
+BYTES = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # of the byte tokenizers
 FORMS = {"image_mean": "mean", "image_std": "std"}  # of preprocessor_config.json
 
 
@@ -120,7 +121,8 @@ def configuration(name: str, path: Path | None, model_type: str | None, sizes: M
         unknown = [key for key in sizes if not hasattr(plain, key)]
         if not unknown:
             made = AutoConfig.from_pretrained(path, local_files_only=True, **sizes) if path else None
-            return made or AutoConfig.for_model(model_type, **sizes)
+            ours = {key: value for key, value in BYTES.items() if hasattr(plain, key)}
+            return made or AutoConfig.for_model(model_type, **ours | sizes)
     except (*UNREADABLE, StrictDataclassError, ZeroDivisionError) as error:
         raise UsageError(f"model {name}: no configuration can be made ({first_line(error)}); correct it") from error
     raise UsageError(f"model.{unknown[0]}={sizes[unknown[0]]}: {type(plain).__name__} has no such key; drop it")

@@ -7,6 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import recombine
 from helpers import config, refusal
 from helpers.command import config as whole_config
 from recombine import models
@@ -75,6 +76,10 @@ def test_a_folder_brings_weights_tokenizer_and_head(roberta, tmp_path):
     plain = transformers.RobertaForSequenceClassification.from_pretrained(roberta).eval()
     tokens = models.tokenizer(model.recombine_source)("a cat", return_tensors="pt")
     assert torch.equal(model(**tokens).logits, plain(**tokens).logits)
+    recombine.apply(model, recombine.Cersa(rank=4))
+    again = recombine.load(recombine.save(model, tmp_path / "cersa.safetensors")).eval()  # builds it from its source
+    assert torch.equal(again(**tokens).logits, model(**tokens).logits)
+    recombine.merge(model)
     models.reset_head(model, 5)
     assert not models.has_own_head(model) and model(**tokens).logits.shape == (1, 5)
     other = models.build(**hf(name=str(roberta), task="text", num_classes=4))
