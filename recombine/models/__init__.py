@@ -220,7 +220,8 @@ def _resolve_tag(name: str, arch: str, tag: str | None) -> str | None:
     known = timm.list_models()
     if arch not in known:
         close = ", ".join(difflib.get_close_matches(arch, known, n=3, cutoff=0.4)) or "one of timm.list_models()"
-        raise UsageError(f"model.arch={arch} is no timm architecture: did you mean {close}?")
+        key = "name" if name.partition(".")[0] == arch else "arch"
+        raise UsageError(f"model.{key}={arch} is no timm architecture: did you mean {close}?")
     tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{arch}.*")]
     if tag is None:
         return "packaged" if name in packaged.WEIGHTS else get_pretrained_cfg(arch).tag or None
