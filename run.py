@@ -11,8 +11,9 @@ from omegaconf import DictConfig
 
 import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
 from recombine.errors import EXPECTED, UsageError, one_line
+from recombine.runner import arguments, effects, typed_keys
 from recombine.runner.announce import say_what_loads
-from recombine.runtime import budget_words, conf, help, logs, threads
+from recombine.runtime import budget_words, help, logs, threads
 
 DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
 failures: list[Exception] = []
@@ -23,6 +24,7 @@ cores: list[str | None] = [None]  # how many torch takes, in words; None: all
 def main(cfg: DictConfig) -> float:
     """One run of a composed configuration; Hydra calls it. Returns the validation score."""
     try:
+        effects.refuse_misleading(cfg, HydraConfig.get())
         say_what_loads(cfg, HydraConfig.get().runtime.choices, cores[0])
         from recombine.runner import ranks  # imports torch
 
@@ -35,15 +37,17 @@ def main(cfg: DictConfig) -> float:
 def cli() -> int:
     """Runs the command line. Bad input is one line on stderr and exit code 2."""
     failures.clear()
-    arguments = sys.argv[1:]
-    if any(flag in arguments for flag in help.FLAGS):
-        return show_help(arguments)
+    given = sys.argv[1:]
+    if any(flag in given for flag in help.FLAGS):
+        return show_help(given)
     cores[0] = threads.settle()
     logs.quiet_libraries()  # for the sweeps, which load some in this process
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors of its own and exits
     try:
-        budget_words.refuse_two_keys(arguments)
-        conf.refuse_unknown_keys(arguments)
+        budget_words.refuse_two_keys(given)
+        flags, overrides = arguments.prepared(given)
+        typed_keys.refuse_unread(overrides)
+        sys.argv[1:] = [*flags, *arguments.cell_by_cell(overrides)]
         main()
     except EXPECTED as error:
         failures.append(error)
@@ -68,10 +72,10 @@ def raised_by_hydra(error: Exception) -> bool:
     return not began and frames[-1].f_globals["__name__"].startswith(("hydra.", "omegaconf."))
 
 
-def show_help(arguments: list[str]) -> int:
+def show_help(given: list[str]) -> int:
     """Prints the help, which Hydra would print without the comments of conf/."""
     try:
-        print(help.text(arguments), flush=True)
+        print(help.text(given), flush=True)
     except BrokenPipeError:  # its reader has seen enough: --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:

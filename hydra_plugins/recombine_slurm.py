@@ -17,9 +17,13 @@ class SlurmLauncher(Launcher):
         """Keeps what Hydra gives.
 
         Raises:
-            UsageError: the extra packages for Slurm are not installed.
+            UsageError: a key is out of its range, or the extra packages for Slurm are not installed.
         """
         from recombine.errors import UsageError
+        from recombine.runner.sweep_settings import SlurmSettings
+        from recombine.runtime.schema import typed
+
+        typed(SlurmSettings, self.params, "hydra.launcher")
 
         try:
             from recombine.runner.slurm import Jobs

@@ -5,6 +5,7 @@ SearchSweeper: hydra-optuna-sweeper, whose complaints become one line.
 LocalLauncher: runs them on this machine, in processes of their own.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ class SearchSweeper(Sweeper):
         """Makes Optuna's sweeper."""
         from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 
+        self.config = config
         self.search = OptunaSweeper(**self.params)
         self.search.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
@@ -63,12 +65,17 @@ class SearchSweeper(Sweeper):
         """Runs the search.
 
         Raises:
-            UsageError: a trial ended without a number.
+            UsageError: it can try or score nothing, or a trial ended without a number.
         """
         from recombine.errors import EXPECTED, UsageError, one_line
+        from recombine.runner.sweep_settings import best_trial, require_search
 
+        require_search(self.params, self.config, arguments)
+        for name in ("optuna", "hydra_plugins.hydra_optuna_sweeper"):  # the ledger says what becomes of the trials
+            logging.getLogger(name).setLevel(logging.WARNING)
         try:
             self.search.sweep(arguments)
+            print(best_trial(self.config.hydra.sweep.dir), flush=True)
         except EXPECTED:
             raise
         except ValueError as error:  # no trial ended with a number, or one ended with nan
@@ -87,7 +94,15 @@ class LocalLauncher(Launcher):
         self.jobs = jobs
 
     def setup(self, *, hydra_context, task_function, config) -> None:
-        """Keeps what Hydra gives."""
+        """Keeps what Hydra gives.
+
+        Raises:
+            UsageError: a key is out of its range.
+        """
+        from recombine.runner.sweep_settings import LocalSettings
+        from recombine.runtime.schema import typed
+
+        typed(LocalSettings, {"jobs": self.jobs}, "hydra.launcher")
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

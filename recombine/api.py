@@ -9,6 +9,7 @@ from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.methods import *  # noqa: F403
 from recombine.methods import __all__ as _methods
+from recombine.methods.adapters.peft_config import peft_config
 from recombine.models.family import Family
 from recombine.models.fused_qkv import Layout
 from recombine.models.lookup import register
@@ -29,6 +30,7 @@ __all__ = [
     "finish",
     "load",
     "merge",
+    "peft_config",
     "register",
     "save",
     "train_only",

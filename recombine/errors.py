@@ -1,9 +1,11 @@
 """The one exception that users see, and how all errors that a user can mend become one line."""
 
 import re
+from collections.abc import Iterator
 from difflib import get_close_matches
 
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 
@@ -16,8 +18,12 @@ class UsageError(ValueError):
 
 EXPECTED = (UsageError, HydraException, OmegaConfBaseException, OSError)  # a user can mend these
 NO_CHOICE = re.compile(r"In '.*?': Could not find '(.+)/(.+?)' Available options in '\1': (.+)")
-NO_VALUE = re.compile(r"Error parsing override '(.+?)' missing EQUAL at '<EOF>'")
-NO_KEY = re.compile(r"Could not override '(.+)'. To append to your config use (\+.+)")
+NO_KEY = re.compile(r"Could not override '(.+)'. To append to your config use \+(.+)")
+THERE = re.compile(r"Could not append to config\. An item is already at '.+'\. Either remove \+ prefix: '(.+)' Or .*")
+NO_MERGE = re.compile(r"Error merging override (.+)")
+SWEPT = re.compile(r"Ambiguous value for argument '(.+?)=(.+)' 1\. To use it as a list.*")
+ADDED = re.compile(r"model|(method|compressor)\.options")  # nodes that take keys which their YAML does not have
+ASIDE = ("hydra", "grid", "report")  # nodes of the configuration whose keys say nothing about a run
 
 
 def one_line(error: BaseException) -> str:
@@ -28,18 +34,58 @@ def one_line(error: BaseException) -> str:
     if not isinstance(error, EXPECTED):
         return f"{type(error).__name__}: {text}"
     if match := NO_CHOICE.fullmatch(text):
-        group, choice, known = match[1], match[2], match[3].split()
-        more = ", and those in folders that --help lists" if group == "experiment" else ""
+        group, choice, known = match[1], match[2], [name for name in match[3].split() if name[0] != "_"]
         hint = did_you_mean(choice, known)
-        return f"{group}={choice}: there is no such choice; {hint}choose from {', '.join(known)}{more}"
-    if match := NO_KEY.fullmatch(text):
-        node = getattr(error.__cause__, "parent_node", None)  # the part of the configuration that lacks the key
-        known = [key for key in node or () if not key.startswith("_")]
-        hint = did_you_mean(str(getattr(error.__cause__, "key", match[1])), known)
-        return f"{match[1]}: there is no such key; {hint}choose from {', '.join(known)}, or add it: {match[2]}"
-    if match := NO_VALUE.match(text):
-        return f"{match[1]}: a key without a value: say {match[1]}=..."
+        return f"{group}={choice}: there is no such choice; {hint}choose from {', '.join(known)}"
+    if (match := NO_KEY.fullmatch(text)) and (node := getattr(error.__cause__, "parent_node", None)) is not None:
+        return unknown_key(match[2], match[1], node._get_root())
+    if match := THERE.fullmatch(text):
+        return f"+{match[1]}: there is this key already; say {match[1]}, without +"
+    if match := NO_MERGE.fullmatch(text):
+        return f"{match[1]}: {str(error.__cause__).splitlines()[0]}; give it a value of its own kind"
+    if match := SWEPT.fullmatch(text):
+        key, value = match.groups()
+        text = value.replace("'", "")
+        fix = f"as a sweep say -m, as a list {key}=[{value}], as a text '{key}=\"{text}\"'"
+        return f"{key}={value}: several values; {fix}"
     return text
+
+
+def unknown_key(typed: str, key: str, config: DictConfig) -> str:
+    """What to say of a key that a configuration lacks: the key that is nearest, and those of its node.
+
+    Args:
+        typed: the override, for example "optim.momentum=0.9".
+        key: the key in it.
+        config: the whole configuration.
+    """
+    node, where, last = config, "", key
+    for last in key.split("."):
+        if not isinstance(below := node.get(last) if last in node else None, DictConfig):
+            break
+        node, where = below, f"{where}{last}."
+    one_value = f"{typed}: there is no such key; {{}} is one value and has no keys of its own"
+    if last in node and where + last != key:
+        return one_value.format(where + last)
+    if not (known := [str(name) for name in node if not str(name).startswith("_")]):
+        return one_value.format(where[:-1])
+    there = [name for name in every_key(config) if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = [where + name for name in get_close_matches(last, known, 1)] or there[:3]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    listed = f"{where[:-1] or 'the configuration'} has {', '.join(known)}"
+    added = f"; a key of its class is added with +{typed.lstrip('+')}" if ADDED.fullmatch(where[:-1]) else ""
+    return f"{typed}: there is no such key; {hint}{listed}{added}"
+
+
+def every_key(config: DictConfig, where: str = "") -> Iterator[str]:
+    """The full names of the keys that say something about a run."""
+    for name in config:
+        full = f"{where}{name}"
+        node = config._get_node(name)
+        if full not in ASIDE:
+            yield full
+            if isinstance(node, DictConfig) and not (node._is_none() or node._is_interpolation()):
+                yield from every_key(node, f"{full}.")
 
 
 def did_you_mean(wrong: str, known: list[str]) -> str:

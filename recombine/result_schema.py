@@ -1,7 +1,6 @@
 """The schema of result.json: for every key its type, its meaning, its unit and who writes it.
 
-`Result` is the whole file. `docs/result.md` is generated from this module by scripts/make_docs.py. A key that a run
-has no use for is left out (`NotRequired`). JSON knows no nan: it is null. An infinity is 1e999 or -1e999.
+`Result` is the whole file. A key that a run has no use for is left out. nan is null. An infinity is 1e999 or -1e999.
 """
 
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
@@ -10,8 +9,7 @@ from typing import Annotated, NamedTuple, NotRequired, TypedDict
 class Key(NamedTuple):
     """What there is to know of a key beside its type.
 
-    by: the parts of a run that may write it: stages, the analysis after them, or the runner, which does where no other
-    part did. Empty inside of a part, which has one writer. unit: empty where there is none.
+    by: who may write it: stages, the analysis, or the runner where none of these did; empty for a key inside a part.
     """
 
     meaning: str
@@ -206,9 +204,11 @@ class StagePart(TypedDict):
     linear_probe: Annotated[Probe | None, Key("a linear probe on the pretrained features; null: none", RUNNER)]
     account: Annotated[AccountPart, Key("what the model costs after the stage", ("profile", *RUNNER))]
     layers: Annotated[list[Layer], Key("one entry a rewritten layer", RUNNER)]
+    notes: Annotated[NotRequired[list[str]], Key("fields of the method that were adapted to some layers", RUNNER)]
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
     checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]
+    sha256: Annotated[NotRequired[dict[str, str]], Key("hash of each file of weights, by file name", RUNNER)]
     distil: Annotated[NotRequired[Distil], Key("the distillation", ("compress", "joint"))]
     weight_error: Annotated[NotRequired[Scores], Key("|W - W'| / |W| by layer, before training", REWRITING, "share")]
     logit_error: Annotated[NotRequired[float | None], Key("largest change of an output", ("retrofit",))]

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +23,7 @@ from recombine.runtime import budget_words
 from recombine.runtime.atomic import atomic_write
 from recombine.runtime.naming import aside
 from recombine.runtime.progress import wrapped
+from recombine.runtime.shapes import first_wrong
 
 PACKAGES = ("recombine", "torch", "lightning", "hydra-core", "timm", "peft", "transformers", "torchmetrics", "numpy")
 LOCK = ".running"
@@ -32,6 +33,7 @@ ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", 
     "data.num_workers",
     "trainer.checkpoint_minutes",
 }  # on what a run runs, not what it computes
+SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "stage", "test", "val")  # in every result
 LATER = {  # keys that came after the first results, with what they were by then
     "optim.name": "adamw",
     "stage.distil.l1": 0.0,
@@ -90,7 +92,7 @@ def load_finished(folder: Path, config: dict) -> Result | None:
     """
     if not (path := folder / "result.json").is_file():
         return None
-    before = read(path)
+    before = read(path, SHOWN)
     if (what := config_difference(before["config"], json.loads(dumps(config)))) is not None:
         raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")
     return before
@@ -189,18 +191,21 @@ def dumps(value: Any, **options: Any) -> str:
     return WORD.sub(lambda word: VALID.get(word[0], word[0]), json.dumps(value, default=str, **options))
 
 
-def read(path: Path) -> Result:
+def read(path: Path, required: Sequence[str] = ("config", "val", "metric")) -> Result:
     """Reads a result.json.
+
+    Args:
+        required: keys that it must have.
 
     Raises:
         UsageError: it cannot be read, or is no result of a run.
     """
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a readable result.json ({error}); move it away") from error
-    if missing := [k for k in ("config", "val", "metric") if not isinstance(result, dict) or k not in result]:
-        raise UsageError(f"{path}: no result.json of a run, {missing[0]} is missing; move it away")
+    if (what := first_wrong(result, Result, required)) is not None:
+        raise UsageError(f"{path}: no result.json of a run ({what}); move it away")
     return result
 
 

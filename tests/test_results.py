@@ -258,3 +258,13 @@ def test_a_finished_run_with_infinities_is_found_and_shown(tmp_path, capsys):
     assert json.loads(line, parse_constant=pytest.fail)["val"]["acc"] == math.inf
     score = table_data.Measure("accuracy", "test.{metric}", scale=100, best="max")
     assert score.of(record) is None and score.of(replace(record, result=record.result | {"test": {"acc": 0.5}})) == 50
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "5", "null", '{"config": 5}', '{"config": {}, "val": {}, "metric": "acc"}', "["]
+)
+def test_a_file_of_another_shape_is_no_finished_run(text, tmp_path):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(recombine.UsageError, match="result.json.*move it away") as error:
+        results.load_finished(tmp_path, {})
+    assert "\n" not in str(error.value)

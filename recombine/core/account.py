@@ -10,6 +10,7 @@ from torch import nn
 
 from recombine.core.method import Method, Site
 from recombine.models import roles
+from recombine.models.wrappers import unwrapped
 
 ADAM = 8  # bytes of AdamW state for each trained weight: two float32 moments
 MIB = 2**20
@@ -57,6 +58,7 @@ def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Accoun
     Args:
         sample: one input (1, ...), or keyword arguments of the model by name; with it FLOPs are measured too.
     """
+    model = unwrapped(model)
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
     head = list(h.parameters()) if (h := roles.head(model)) is not None else []

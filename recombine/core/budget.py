@@ -56,6 +56,21 @@ class Budget:
         """
         return cls(*budget_words.parse(word))
 
+    @classmethod
+    def of(cls, budget: "Budget | str | None") -> "Budget":
+        """The budget that a caller gave: itself, that of a word, or none.
+
+        Raises:
+            UsageError: no such word, or something else, such as a number.
+        """
+        if budget is None or isinstance(budget, Budget):
+            return budget or cls()
+        if isinstance(budget, str):
+            return cls.parse(budget)
+        number = isinstance(budget, int | float) and 0 < budget <= 100
+        word = f"retained_{100 * budget if budget <= 1 else budget:g}" if number else "retained_50"
+        raise UsageError(f"budget={budget!r}: give a word that says what it limits, such as {word}")
+
     def __str__(self) -> str:
         return budget_words.word(self.kind, self.value)
 

@@ -94,6 +94,10 @@ class Method:
     def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         """Learns from model and data what depends on the solved budget. From then on `sizes` is exact."""
 
+    def notes(self, sites: list[Site]) -> list[str]:
+        """What of the fields is adapted to layers that they do not fit, a sentence each; said once."""
+        return []
+
     # Sizes, in closed form
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
@@ -176,8 +180,15 @@ class Method:
 
 
 def layer_class(kind: str) -> type[RecombinedLinear]:
-    """The subclass of RecombinedLinear with that name: "FactoredLinear", for example."""
-    return next(cls for cls in RecombinedLinear.__subclasses__() if cls.__name__ == kind)
+    """The subclass of RecombinedLinear with that name: "FactoredLinear", for example.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = {cls.__name__: cls for cls in RecombinedLinear.__subclasses__()}
+    if kind not in known:
+        raise UsageError(f"there is no layer {kind}; import the module that defines it")
+    return known[kind]
 
 
 def method_classes() -> dict[str, type[Method]]:

@@ -1,17 +1,24 @@
 """`apply` runs a method on a model, in place, and records what it did as `model.recombined`."""
 
+import logging
 from dataclasses import asdict, dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import nn
 
 from recombine.core.budget import Budget, solve
 from recombine.core.calibration import Losses, collect
+from recombine.core.checks import check_call, check_fields, check_layers, checked
 from recombine.core.method import Method, Site, need_losses
+from recombine.core.places import kept_around
 from recombine.core.rollback import unchanged_on_failure
-from recombine.errors import UsageError
-from recombine.models import roles
+from recombine.core.tied import declare_tied
+from recombine.core.untouched import Mark, remember
+from recombine.models import rebuild, roles
+from recombine.models.wrappers import unwrapped
+
+log = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
@@ -33,6 +40,10 @@ class Record:
     untouched: names of the parameters that still hold the pretrained values.
     trainable: names of the parameters that the last method trains.
     blocks: indices of the original blocks that are left; None: all.
+    marks: of the untouched parameters, by which a change of their values is found.
+    architecture: how the model before is built without its weights; None: that is not known.
+    frozen: names of the parameters that were frozen before the first method; merging freezes them again.
+    notes: what was adapted to the layers, a sentence each.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -42,6 +53,10 @@ class Record:
     untouched: set[str] = field(default_factory=set)
     trainable: set[str] = field(default_factory=set)
     blocks: list[int] | None = None
+    marks: dict[str, Mark] = field(default_factory=dict)
+    architecture: dict[str, Any] | None = None
+    frozen: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
 
 def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, losses: Losses | None = None):
@@ -49,24 +64,33 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
 
     Afterwards only what the method trains and the classification head, where there is one, are trainable. A model that
     one method has compressed can be adapted by another: apply the second to what the first returned. The record of what
-    was done is `model.recombined`.
+    was done is `model.recombined`. Forward and backward hooks of a layer move to the new one.
 
     Args:
+        model: what torch.compile gave stands for the model inside it.
         budget: a `Budget` or its word: "retained_50", "trainable_150k", "energy_95" or "memory_1200mb".
         losses: for methods that calibrate. Each call yields one task loss per calibration batch, with its graph.
 
     Raises:
         UsageError: a field is out of range, the model lacks a role, or the budget cannot be met.
 
-    Whatever is raised, an interruption included, the model is unchanged then.
+    Whatever is raised, Ctrl-C included, the model is as it was.
     """
-    with unchanged_on_failure(model):
-        return _apply(model, method, budget, losses)
+    check_call(model, method)
+    inner, losses = unwrapped(model), checked(losses)
+    with unchanged_on_failure(inner):
+        _apply(inner, method, Budget.of(budget), losses)
+    return model
 
 
-def _apply(model: nn.Module, method: Method, budget: Budget | str | None, losses: Losses | None) -> nn.Module:
+def _apply(model: nn.Module, method: Method, budget: Budget, losses: Losses | None) -> None:
+    """`apply` on what has been checked."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     method, sites = prepare(model, method, budget, losses)
-    record = started_record(model, sites)
+    record = started_record(model, sites, frozen)
+    for note in method.notes(sites):
+        log.warning(note)
+        record.notes.append(note)
     old = getattr(model, "recombined", None)
     before = {  # by identity: a weak reference, since a new parameter may get the place of one that is gone
         id(p): (ref(p), p.data_ptr(), p._version)
@@ -74,7 +98,8 @@ def _apply(model: nn.Module, method: Method, budget: Budget | str | None, losses
         if old is None or name in old.untouched
     }
     model.requires_grad_(False)
-    method.rewrite(model, sites, losses)
+    with kept_around(model):
+        method.rewrite(model, sites, losses)
     if (head := roles.head(model)) is not None:
         head.requires_grad_(True)
     model.train(model.training)  # the new layers follow
@@ -92,34 +117,32 @@ def _apply(model: nn.Module, method: Method, budget: Budget | str | None, losses
         and not p.requires_grad
     }
     record.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    remember(model, record)
     model.recombined = record
-    return model
+    declare_tied(model)
 
 
-def prepare(
-    model: nn.Module, method: Method, budget: Budget | str | None, losses: Losses | None
-) -> tuple[Method, list[Site]]:
+def prepare(model: nn.Module, method: Method, budget: Budget, losses: Losses | None) -> tuple[Method, list[Site]]:
     """The first half of `apply`: a copy of the method that is ready to rewrite, and its target layers.
 
     The copy is calibrated and holds the solved budget. A fused qkv is split where the method names q, k or v; the model
     is not changed otherwise.
 
     Raises:
-        UsageError: as in `apply`; the model is unchanged then.
+        UsageError: as in `apply`.
     """
     label, method = method.label, replace(method)  # the caller's keeps its fields, and no factors of this model
     method.label = label
-    budget = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
     sites = find_sites(model, method)
-    with unchanged_on_failure(model):
+    with kept_around(model):
         roles.split_fused(model, method.targets)
-        sites = [Site(name, role, model.get_submodule(name)) for name, role, _ in sites]
-        if kinds := method.statistics_needed():
-            calibrate(model, method, sites, losses, kinds)
-        method.before_budget(model, sites, losses)
-        if budget.kind != "none":
-            solve(method, model, sites, budget)
-        method.after_budget(model, sites, losses)
+    sites = [Site(name, role, model.get_submodule(name)) for name, role, _ in sites]
+    if kinds := method.statistics_needed():
+        calibrate(model, method, sites, losses, kinds)
+    method.before_budget(model, sites, losses)
+    if budget.kind != "none":
+        solve(method, model, sites, budget)
+    method.after_budget(model, sites, losses)
     return method, sites
 
 
@@ -140,48 +163,30 @@ def find_sites(model: nn.Module, method: Method) -> list[Site]:
     rows.
 
     Raises:
-        UsageError: the model lacks a role, a field is out of range for these layers, or layers share a weight.
+        UsageError: the model lacks a role, a field has another type or is out of range for these layers, or a layer is
+            not what it seems.
     """
+    check_fields(method)
     roles_by_name = roles.find(model, method.targets, method.target_types)
     sites = [Site(name, role, roles.layer_at(model, name)) for name, role in roles_by_name.items()]
+    check_layers(model, method, sites)
     method.check(sites)
-    if method.target_types != (nn.Module,):  # the others replace no weight
-        refuse_shared(model, sites)
     return sites
 
 
-def refuse_shared(model: nn.Module, sites: list[Site]) -> None:
-    """Refuses layers whose weight another layer has too: replacing one would part them without a word.
+def started_record(model: nn.Module, sites: list[Site], frozen: set[str]) -> Record:
+    """The record of a model as it stands, with the sizes of the layers that are rewritten next added.
 
-    A whole block that is used twice stays one block.
-
-    Raises:
-        UsageError: names the two layers.
+    Args:
+        frozen: of the record, where this is the first method.
     """
-    holders: dict[int, list[str]] = {}
-    for owner, module in model.named_modules():
-        for key, layer in module.named_children():
-            if (weight := layer._parameters.get("weight")) is not None:
-                holders.setdefault(id(weight), []).append(f"{owner}.{key}".removeprefix("."))
-    shared = {name: names for names in holders.values() if len(names) > 1 for name in names}
-    for site in sites:
-        for name in (site.name, parent(site.name)):  # the latter of a part of a fused layer
-            if name in shared:
-                other = next(n for n in shared[name] if n != name)
-                raise UsageError(
-                    f"{name} and {other} have one weight, which rewriting would part: leave the layer out of the "
-                    f"targets, or untie them first"
-                )
-
-
-def started_record(model: nn.Module, sites: list[Site]) -> Record:
-    """The record of a model as it stands, with the sizes of the layers that are rewritten next added."""
     old = getattr(model, "recombined", None)
     counted = set() if old is None else old.targets.keys()
     dense = sum(site.module.weight.numel() for site in sites if not {site.name, parent(site.name)} & counted)
     if old is not None:
-        return replace(old, dense=old.dense + dense, steps=list(old.steps))
-    return Record(dense=dense, total=sum(p.numel() for p in model.parameters()))
+        return replace(old, dense=old.dense + dense, steps=list(old.steps), notes=list(old.notes))
+    total = sum(p.numel() for p in model.parameters())
+    return Record(dense=dense, total=total, architecture=rebuild.architecture(model), frozen=frozen)
 
 
 def finish(model: nn.Module, method: Method, alone: bool) -> None:
@@ -192,15 +197,19 @@ def finish(model: nn.Module, method: Method, alone: bool) -> None:
     """
     record = model.recombined
     untouched = {id(p): ref(p) for name, p in model.named_parameters() if name in record.untouched}
-    method.on_distillation_end(model, alone)
+    with kept_around(model):
+        method.on_distillation_end(model, alone)
+    declare_tied(model)
     targets = roles.find(model, method.targets, nn.Module)
     record.steps[-1] = record.steps[-1]._replace(layers=method.to_spec(model, list(targets)))
     record.untouched = {name for name, p in model.named_parameters() if id(p) in untouched and untouched[id(p)]() is p}
     record.trainable &= {name for name, _ in model.named_parameters()}
+    record.marks = {name: mark for name, mark in record.marks.items() if name in record.untouched}
 
 
 def train_only(model: nn.Module, names: set[str]) -> None:
     """Makes exactly these parameters trainable. They no longer count as untouched in the record."""
+    model = unwrapped(model)
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     if hasattr(model, "recombined"):

@@ -8,6 +8,7 @@ the hub, or from its cache. ``commonsense_<set>`` lets the model answer LLM-Adap
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -102,13 +103,8 @@ def load(names: Sequence[str], root: str | Path | None = None) -> dict:
     Raises:
         UsageError: there is no such task, or its data cannot be had.
     """
-    remote = [name for name in names if name not in LOCAL and name not in FILES]
-    manager = index(bool(remote))
-    if unknown := [name for name in remote if name not in manager.all_tasks]:
-        close = get_close_matches(unknown[0], [*LOCAL, *FILES, *manager.all_tasks], 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UsageError(f"unknown task {unknown[0]!r}: {hint}choose from {', '.join(LOCAL)}, or any of lm-eval's")
-    loaded = {}
+    remote = require_known(names, root)
+    manager, loaded = index(bool(remote)), {}
     for name in names:
         if name in remote:
             try:
@@ -125,6 +121,52 @@ def load(names: Sequence[str], root: str | Path | None = None) -> dict:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(seed=1234)  # as lm-eval's command line
     return {"tasks": loaded}
+
+
+def require_known(names: Sequence[str], root: str | Path | None) -> list[str]:
+    """Refuses a task that there is not, before any of them is loaded. Returns those that are lm-eval's own.
+
+    Raises:
+        UsageError: names the nearest task, or the folder that lacks its file.
+    """
+    remote = [name for name in names if name not in LOCAL and name not in FILES]
+    for name in names:
+        if name in FILES:
+            require_file(name, root)
+    for name in remote:
+        if name not in spelled() or name not in index(True).all_tasks:
+            alike = [known for known in spelled() if known[:2] == name[:2]]
+            close = get_close_matches(name, [*LOCAL, *FILES], 1) or get_close_matches(name, alike, 1, 0.8)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UsageError(f"unknown task {name!r}: {hint}choose from {', '.join(LOCAL)}, or any of lm-eval's")
+    return remote
+
+
+def require_file(name: str, root: str | Path | None) -> Path:
+    """The file of one of LLM-Adapters' tests.
+
+    Raises:
+        UsageError: the folder lacks it, or is not given.
+    """
+    path = None if root is None else Path(root).expanduser() / FILES[name] / "test.json"
+    if path is None or not path.is_file():
+        raise UsageError(
+            f"task {name}: no {path or 'root'}: give the folder of LLM-Adapters' dataset/, or take {COMMONSENSE[0]}"
+        )
+    return path
+
+
+@cache
+def spelled() -> frozenset[str]:
+    """Every word that could be the name of one of lm-eval's tasks: the last ones of the lines of its task files.
+
+    These are all names and many other words. They are read in a second, where lm-eval's index takes twenty.
+    """
+    from lm_eval import tasks
+
+    last = re.compile(r"""[^\s"',\[\]{}:#]+(?=["'\],]*\s*(?:#.*)?$)""", re.MULTILINE)
+    files = [path for path in Path(tasks.__file__).parent.rglob("*") if path.suffix in ("", ".yaml", ".yml")]
+    return frozenset(word for path in files if path.is_file() for word in last.findall(path.read_text("utf-8")))
 
 
 @cache
@@ -151,11 +193,7 @@ def documents(name: str, root: str | Path | None) -> Callable:
         ask = prompts.CHOICES[name].format
         rows = [{"prompt": ask(item["question"]), **item} for item in choices.items(name, "test")]
     elif name in FILES:
-        path = None if root is None else Path(root).expanduser() / FILES[name] / "test.json"
-        if path is None or not path.is_file():
-            raise UsageError(
-                f"task {name}: no {path or 'root'}: give the folder of LLM-Adapters' dataset/, or take {COMMONSENSE[0]}"
-            )
+        path = require_file(name, root)
         tests = table([path], ("instruction", "answer"), str(path))
         rows = [{"prompt": prompts.alpaca(row["instruction"]), "answer": row["answer"]} for row in tests]
     else:

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runtime import progress
 from recombine.runtime.atomic import atomic_write
-from recombine.training import distributed, objectives, resume
+from recombine.training import distributed, finite, objectives, resume
 
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 on standardised features; validation chooses
 
@@ -65,6 +66,8 @@ def features(model: nn.Module, data, split: str) -> tuple[Tensor, Tensor]:
             batch = objectives.fetch(data, samples, list(range(start, min(start + 64, len(samples)))), device)
             objectives.call(model, batch)
             labels.append(objectives.labels_of(batch).cpu())
+            if not caught[-1].isfinite().all():
+                raise UsageError(f"features of {split} are not finite: {finite.blame(model, batch)}")
     finally:
         hook.remove()
         model.train(training)

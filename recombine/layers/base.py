@@ -7,17 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MANY = 2**20  # tokens, where their number is not known: what is built then costs next to nothing
+
 
 class RecombinedLinear(nn.Module, ABC):
     """Stands in for an ``nn.Linear``: x (..., in) -> y (..., out).
 
     A subclass says how its weight is built (`dense_weight`), how it is applied without being built
     (`factored_forward`), and what either costs (`flops`). `forward` takes the cheaper way; both give the same result.
-    In eval mode without gradients a built tensor is kept until a parameter changes.
+    In eval mode without gradients a built tensor is kept until a parameter changes. While torch.compile or
+    torch.export looks on, nothing is kept. Under autocast the output has autocast's dtype, as nn.Linear's has.
 
     Args:
         bias: (out,), which starts frozen; None: the layer has none.
     """
+
+    linear_class: type[nn.Linear] = nn.Linear  # what merging gives; the class of the layer that this one replaces
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None):
         super().__init__()
@@ -57,20 +62,26 @@ class RecombinedLinear(nn.Module, ABC):
         """A layer of that shape with uninitialised tensors, which a checkpoint fills."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> y (..., out), by the way that takes fewer multiplications."""
-        structured, dense, build = self.flops(x.numel() // self.in_features, torch.is_grad_enabled())
+        """x (..., in) -> y (..., out), by the way that takes fewer multiplications.
+
+        An exported graph has one way for every batch size: the one that is cheaper for many tokens.
+        """
+        tokens = MANY if torch.compiler.is_exporting() else x.numel() // self.in_features
+        structured, dense, build = self.flops(tokens, torch.is_grad_enabled())
         if dense + (0 if self.is_frozen else build) < structured:
             return F.linear(x, self.cached(self.dense_weight), self.bias)
         y = self.factored_forward(x)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
     def is_frozen(self) -> bool:
         """Whether nothing can change before the next forward, so that what is built may be kept."""
-        return not (self.training or torch.is_grad_enabled())
+        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def cached(self, build: Callable[[], Tensor]) -> Tensor:
         """build(), computed once while the layer is in eval mode without gradients and no parameter changes."""
+        if torch.compiler.is_compiling():
+            return build()
         if not self.is_frozen:
             self._kept = None
             return build()
@@ -82,7 +93,11 @@ class RecombinedLinear(nn.Module, ABC):
         return self._kept[1]
 
     def share_bias_with(self, linear: nn.Module) -> "RecombinedLinear":
-        """Takes over the bias of the layer that this one replaces, as the same Parameter; returns itself."""
+        """Takes over the bias of the layer that this one replaces, as the same Parameter, and its class.
+
+        Returns itself.
+        """
+        self.linear_class = own_class(linear)
         if linear.bias is not None:
             self.bias = linear.bias
         return self
@@ -95,6 +110,7 @@ class RecombinedLinear(nn.Module, ABC):
     def merged(self) -> nn.Linear:
         """An ordinary linear layer with the same outputs."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.__class__ = self.linear_class
         linear.weight = nn.Parameter(self.dense_weight().detach().clone())
         if self.bias is not None:
             linear.bias = self.bias
@@ -103,6 +119,15 @@ class RecombinedLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The entries of `spec`, for printing."""
         return ", ".join(f"{k}={v}" for k, v in self.spec().items())
+
+
+def own_class(linear: nn.Module) -> type[nn.Linear]:
+    """The class that merging gives a layer: its own where that adds no state to nn.Linear's, or else nn.Linear."""
+    if isinstance(linear, RecombinedLinear):
+        return linear.linear_class
+    more = vars(linear).keys() - vars(nn.Linear(1, 1, device="meta")).keys() - {"_is_hf_initialized"}  # of transformers
+    plain = not (more or linear._modules or linear._buffers)
+    return type(linear) if plain and isinstance(linear, nn.Linear) else nn.Linear
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

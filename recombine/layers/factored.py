@@ -70,9 +70,9 @@ class FactoredLinear(RecombinedLinear):
         if block is not None:
             c = len(block)
             head = z[..., :c] @ block.T
-            z = head if diagonal is None else torch.cat([head, z[..., c:] * diagonal], -1)
+            z = head if diagonal is None else torch.cat([head, z[..., c:] * diagonal.to(z.dtype)], -1)
         elif diagonal is not None:
-            z = z * diagonal
+            z = z * diagonal.to(z.dtype)
         return z @ self.left.T
 
     def dense_weight(self) -> Tensor:

@@ -26,20 +26,28 @@ class ScaleShift(nn.Module):
         self.channels = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, the layer's input -> the scaled and shifted output, of the layer's output shape."""
-        y = self.base_layer(x) * self.gamma.view(self.channels)
-        return y if self.beta is None else y + self.beta.view(self.channels)
+        """x, the layer's input -> the scaled and shifted output, of the layer's output shape and dtype."""
+        y = self.base_layer(x)
+        y = y * self.gamma.to(y.dtype).view(self.channels)
+        return y if self.beta is None else y + self.beta.to(y.dtype).view(self.channels)
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight, scaled: models look at its type."""
+        """The weight of the layer with the same outputs, for who reads it."""
         return self.gamma.view(-1, *[1] * (self.base_layer.weight.ndim - 1)) * self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the layer with the same outputs; None where the layer can have none."""
+        bias = getattr(self.base_layer, "bias", None)
+        return self.beta if bias is None else self.gamma * bias + self.beta
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
         """The layer itself with gamma and beta in its weight and bias; one whose bias is None gets a bias."""
+        weight, bias = self.weight, self.bias
         layer = self.base_layer.merged() if isinstance(self.base_layer, RecombinedLinear) else self.base_layer
-        layer.weight = nn.Parameter(self.gamma.view(-1, *[1] * (layer.weight.ndim - 1)) * layer.weight)
-        if self.beta is not None:
-            layer.bias = nn.Parameter(self.beta if layer.bias is None else self.gamma * layer.bias + self.beta)
+        layer.weight = nn.Parameter(weight)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias)
         return layer

@@ -20,7 +20,8 @@ import torch
 from recombine.core.method import Site, need
 from recombine.layers import FactoredLinear
 from recombine.linalg import energy_rank
-from recombine.methods.svd.truncated import Spectral
+from recombine.methods.ranks import check_rank, rank_notes, widths
+from recombine.methods.svd.truncated import Spectral, directions
 from recombine.runtime import progress
 
 
@@ -61,10 +62,12 @@ class Cersa(Spectral):
             need(self.beta <= self.alpha, self, "beta", f"only kept directions can train, so at most {self.alpha=}")
             need(self.trained_share is None, self, "trained_share", "sets what trains, and so does beta: drop one")
         if self.rank is not None:
-            most = min(min(site.module.weight.shape) for site in sites)
-            need(1 <= self.rank <= most, self, "rank", f"must be from 1 to {most}, the narrowest target layer")
+            check_rank(self, widths(sites))
         need(self.part in ("top", "bottom"), self, "part", "must be top or bottom")
         need(self.core in ("matrix", "array"), self, "core", "must be matrix or array")
+
+    def notes(self, sites: list[Site]) -> list[str]:
+        return rank_notes(self, widths(sites))
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         top = round(1000 * (self.alpha if field == "beta" else 1))
@@ -74,7 +77,7 @@ class Cersa(Spectral):
     def ranks(self, site: Site) -> tuple[int, int]:
         """The ranks (k_alpha, k_beta) of a layer."""
         s = None if self.rank is not None else self.factors(site)[1]
-        kept = energy_rank(s, self.alpha) if self.rank is None else self.rank
+        kept = energy_rank(s, self.alpha) if self.rank is None else min(self.rank, directions(site))
         if self.trained_share is not None:
             return kept, max(1, int(self.trained_share * kept))
         return kept, kept if self.beta is None or self.rank is not None else energy_rank(s, self.beta)

@@ -20,7 +20,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from recombine.errors import UsageError
-from recombine.models import packaged, roles, sizes
+from recombine.models import allowed, packaged, roles, sizes
 from recombine.models.weights import hub_file, load
 from recombine.runtime import conf
 from recombine.runtime.kinds import Colours, Deviations, Name, PartialShare, Pixels, Place, Whole
@@ -162,13 +162,14 @@ def timm_model(
 ) -> nn.Module:
     """A timm model; ``model.recombine_source`` says where it came from, and how its images are normalised."""
     tag = _resolve_tag(name, arch, tag)
+    kwargs = {key: tuple(x) if isinstance(x, list | ListConfig) else x for key, x in timm_kwargs.items()}
+    allowed.timm_arguments(kwargs)
     source = arch if tag in (None, "packaged") else f"{arch}.{tag}"
     path = None  # looked for before the model is built: what is missing is said at once
     if checkpoint is not None:
         path = Path(checkpoint).expanduser()
     elif pretrained:
         path = packaged.WEIGHTS[name]() if tag == "packaged" else hub_file(name, source)
-    kwargs = {key: tuple(x) if isinstance(x, list | ListConfig) else x for key, x in timm_kwargs.items()}
     size = {} if image_size is None else {"img_size": image_size}
     drops = {"drop_path_rate": drop_path, "attn_drop_rate": attn_drop}
     model = _create(name, arch, source, num_classes, {**size, **drops, **kwargs})

@@ -27,6 +27,7 @@ from transformers import (
 
 from recombine.errors import UsageError
 from recombine.models import causal_lm, encoders, roles
+from recombine.models.allowed import config_values
 from recombine.models.hf_folder import UNREADABLE, folder, read_tokenizer, refuse_damaged
 from recombine.models.weights import first_line, silence
 from recombine.runtime.kinds import Colours, Deviations, Name, Pixels, Place, Whole
@@ -118,14 +119,14 @@ def configuration(name: str, path: Path | None, model_type: str | None, sizes: M
         )
     try:
         plain = AutoConfig.from_pretrained(path, local_files_only=True) if path else AutoConfig.for_model(model_type)
-        unknown = [key for key in sizes if not hasattr(plain, key)]
-        if not unknown:
-            made = AutoConfig.from_pretrained(path, local_files_only=True, **sizes) if path else None
-            ours = {key: value for key, value in BYTES.items() if hasattr(plain, key)}
-            return made or AutoConfig.for_model(model_type, **ours | sizes)
+        config_values(type(plain), sizes)
+        if path:
+            return AutoConfig.from_pretrained(path, local_files_only=True, **sizes)
+        return AutoConfig.for_model(model_type, **{k: v for k, v in BYTES.items() if hasattr(plain, k)} | sizes)
+    except UsageError:
+        raise
     except (*UNREADABLE, StrictDataclassError, ZeroDivisionError) as error:
         raise UsageError(f"model {name}: no configuration can be made ({first_line(error)}); correct it") from error
-    raise UsageError(f"model.{unknown[0]}={sizes[unknown[0]]}: {type(plain).__name__} has no such key; drop it")
 
 
 def empty(name: str, config: PretrainedConfig, task: str, dtype: str) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recombine.errors import UsageError
+from recombine.models.allowed import config_values
 from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged
 from recombine.models.weights import first_line, silence
 from recombine.runtime.kinds import Name, Place
@@ -81,10 +82,7 @@ def configuration(name: str, sizes: Mapping) -> LlamaConfig:
     Raises:
         UsageError: LlamaConfig has no such key, or refuses its value.
     """
-    known = LlamaConfig()
-    for key, value in sizes.items():
-        if not hasattr(known, key):
-            raise UsageError(f"model.{key}={value}: LlamaConfig has no such key; drop it")
+    config_values(LlamaConfig, sizes)
     try:
         config = LlamaConfig(**sizes)
         assert config.num_attention_heads % config.num_key_value_heads == 0, "heads must be a multiple of kv heads"

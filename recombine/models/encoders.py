@@ -34,6 +34,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from recombine.errors import UsageError
 from recombine.models import roles
+from recombine.models.allowed import config_values
 from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged
 from recombine.models.weights import first_line, silence
 from recombine.runtime.kinds import Name, Place, Whole
@@ -101,7 +102,7 @@ def build(
     config = {key: list(value) if isinstance(value, ListConfig) else value for key, value in config.items()}
     where = {"id": id, "revision": revision, "tag": tag, "pretrained": pretrained, "checkpoint": checkpoint}
     path = folder(name, WAYS, **where)
-    refuse_unknown(cls, config)
+    config_values(cls.config_class, config, UNDECLARED)
     try:
         wanted = cls.config_class(**config)
         wanted.num_labels = num_classes or 1
@@ -127,18 +128,6 @@ def build(
     return model.train()  # as a new module is; transformers loads into eval mode
 
 
-def refuse_unknown(cls: type, config: Mapping) -> None:
-    """Refuses a key that the model's configuration does not have.
-
-    Raises:
-        UsageError: names the key.
-    """
-    known = cls.config_class()
-    for key, value in config.items():
-        if not hasattr(known, key) and key not in UNDECLARED:
-            raise UsageError(f"model.{key}={value}: {cls.config_class.__name__} has no such key; drop it")
-
-
 def load(name: str, cls: type, path: Path, wanted, config: dict) -> tuple[nn.Module, int]:
     """The folder's weights, and how many classes the folder's own classifier tells apart (0: it has none).
 
@@ -148,7 +137,7 @@ def load(name: str, cls: type, path: Path, wanted, config: dict) -> tuple[nn.Mod
         UsageError: the folder cannot be read, or is of another model.
     """
     try:
-        found = AutoConfig.from_pretrained(path, local_files_only=True)
+        found = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except UNREADABLE as error:
         reason = first_line(error)
         raise UsageError(f"model {name}: {path}/config.json cannot be read ({reason}); replace it") from error

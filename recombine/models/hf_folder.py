@@ -64,7 +64,7 @@ def read_tokenizer(source: Mapping, ways: str) -> PreTrainedTokenizerFast | None
         return None
     try:
         with silence():
-            return AutoTokenizer.from_pretrained(path, local_files_only=True)
+            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (*UNREADABLE, ImportError) as error:
         raise UsageError(f"model {name}: no tokenizer in {path} ({first_line(error)}); complete the folder") from error
 

@@ -36,6 +36,8 @@ def counts(table: Table, runs: Runs) -> str:
         line += f" {committed} of them are from the committed runs.jsonl."
     if runs.other:
         line += f" Left out: {len(runs.other)} of another configuration ({next(iter(runs.other.values()))})."
+    if runs.unread:
+        line += f" {len(runs.unread)} cannot be read: {'; '.join(runs.unread.values())}."
     if runs.failed:
         reasons = list(dict.fromkeys(runs.failed.values()))
         line += f" {len(runs.failed)} failed: {'; '.join(reasons[:3])}{'; ...' if len(reasons) > 3 else ''}."

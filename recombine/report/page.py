@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 class Unread(NamedTuple):
-    """An experiment that has no report because a file of it cannot be read."""
+    """An experiment that has no report because a file of it cannot be read, or a run without its result."""
 
     name: str
     why: str
@@ -43,7 +43,13 @@ def write(path: Path) -> list[Unread]:
     reports = list(read())
     with atomic_write(path) as temporary:
         temporary.write_text(html(reports, path.parent), encoding="utf-8")
-    return [report for report in reports if isinstance(report, Unread)]
+    return [report for report in reports if isinstance(report, Unread)] + runs_unread(reports)
+
+
+def runs_unread(reports: Sequence[Report | Unread]) -> list[Unread]:
+    """The runs of readable experiments whose results cannot be read."""
+    readable = [report for report in reports if isinstance(report, Report)]
+    return [Unread(report.table.name, why) for report in readable for why in report.runs.unread.values()]
 
 
 def read() -> Iterable[Report | Unread]:
@@ -62,7 +68,7 @@ def html(reports: Sequence[Report | Unread], folder: Path) -> str:
     """The page. folder: where it will lie, which its links start from."""
     unread = [report for report in reports if isinstance(report, Unread)]
     readable = [report for report in reports if isinstance(report, Report)]
-    started = [report for report in readable if report.runs.records or report.runs.failed]
+    started = [report for report in readable if report.runs.records or report.runs.failed or report.runs.unread]
     waiting = [report for report in readable if report not in started]
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     body = tag(
@@ -73,7 +79,7 @@ def html(reports: Sequence[Report | Unread], folder: Path) -> str:
             index([*started, *waiting], unread),
             *(section(report, folder) for report in started),
             *([todo(waiting)] if waiting else []),
-            *([broken(unread)] if unread else []),
+            *([broken(unread, runs_unread(reports))] if unread or runs_unread(reports) else []),
         ),
         tag("footer", tag("p", f"Written on {date.today():%Y-%m-%d} by ", command("make report"))),
         tag("script", Markup(script)),
@@ -135,8 +141,9 @@ def state(report: Report) -> list[str]:
     return [bar, f" {table.done} of {table.total}" + (f", {failed} failed" if failed else "")]
 
 
-def broken(unread: Sequence[Unread]) -> Markup:
-    """The experiments that cannot be read, and why."""
+def broken(unread: Sequence[Unread], runs: Sequence[Unread]) -> Markup:
+    """The experiments and the runs that cannot be read, and why."""
     items = [tag("li", name, tag("br"), why, id=name) for name, why in unread]
+    items += [tag("li", link(f"#{quote(name)}", name), tag("br"), why) for name, why in runs]
     title = tag("h2", "Cannot be read", id="unread")
     return tag("section", title, tag("ul", *items, class_="failed"), aria_labelledby="unread")

@@ -1,7 +1,7 @@
 """Slim records: what tables and plots need of each result.json, so that the evidence of a whole grid is one small file.
 
-A record is a result without its configuration, of which a hash is kept, and without its checkpoint's path and its
-layers' names: `layers` is {role: {field: [one value a layer, in model order]}}. Records are committed as
+A record is a result without its configuration, of which a hash is kept, and without its checkpoint and its layers'
+names: `layers` is {role: {field: [one value a layer, in model order]}}. Records are committed as
 experiments/<name>/runs.jsonl, one line a run; the key `cell` is the run's folder. The config.json beside it holds what
 every run of the grid was configured with. It tells results of an older version of the experiment from those of today's.
 """
@@ -19,13 +19,16 @@ from omegaconf import OmegaConf
 
 from recombine import results
 from recombine.errors import UsageError
+from recombine.result_schema import Result
 from recombine.runner.grid import CONF, Experiment, key_of
 from recombine.runtime.naming import aside
+from recombine.runtime.shapes import first_wrong
 
 EVIDENCE = CONF.parent / "experiments"
 RUNS = "runs.jsonl"
 CONFIG = "config.json"
-LEFT_OUT = ("config", "layers", "checkpoint", "weight_error")
+SLIM = ("config", "layers", "weight_error")  # what a record has in another form than a result
+LEFT_OUT = ("config", "layers", "checkpoint", "sha256", "weight_error")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Runs:
     records: list[Record]
     cells: list[dict[str, str]]  # the labels of every cell, run or not
     failed: dict[str, str]  # folder of a run that failed -> why
+    unread: dict[str, str] = field(default_factory=dict)  # folder of a run whose result is none -> why
     other: dict[str, str] = field(
         default_factory=dict
     )  # folder of a result left out -> what was configured differently
@@ -64,33 +68,51 @@ class Runs:
 
 def read(experiment: Experiment) -> Runs:
     """Each cell's result: from its folder, or else from the committed runs.jsonl. A result is left out if the
-    experiment as it is today would have configured it differently.
+    experiment as it is today would have configured it differently, or if it cannot be read.
 
     Raises:
-        UsageError: a file is not readable.
+        UsageError: a committed file is not readable.
     """
     kept = {record["cell"]: record for record in lines(EVIDENCE / experiment.name / RUNS)}
     now, then = common(experiment), committed_config(EVIDENCE / experiment.name / CONFIG)
-    records, failed, other = [], {}, {}
+    records, failed, unread, other = [], {}, {}, {}
     for cell in experiment.cells:
         name = cell.folder
         folder = experiment.folder / name
         try:
-            result = json.loads((folder / "result.json").read_text())
-            config = results.canonical(result.get("config", {}))
+            result, config = result_of(folder / "result.json")
         except FileNotFoundError:
             result, config = kept.get(name), then
             if (reason := folder / "failed.txt").is_file():
-                failed[name] = reason.read_text().strip()
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{folder / 'result.json'}: not a readable result ({error}); move it away") from error
+                failed[name] = reason.read_text(errors="replace").strip()
+        except UsageError as error:
+            result, unread[name] = None, str(error)
         if result is None:
             continue
         if differ := [f"{k}={config[k]} there, {v} here" for k, v in now.items() if k in config and config[k] != v]:
             other[name] = differ[0]
         else:
             records.append(Record(cell.labels, result, name))
-    return Runs(records, [cell.labels for cell in experiment.cells], failed, other)
+    return Runs(records, [cell.labels for cell in experiment.cells], failed, unread, other)
+
+
+def result_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(result, its configuration as flat keys) of a run's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UsageError: the file is no result.
+    """
+    try:
+        result = json.loads(path.read_text())
+        if (what := first_wrong(result, Result, ("role", "shape"))) is None:
+            by_role(result.get("layers", ()))
+            return result, results.canonical(result.get("config", {}))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        what = str(error)
+    raise UsageError(f"{path}: not a readable result ({' '.join(what.split())[:200]}); move it away")
 
 
 def common(experiment: Experiment) -> dict[str, Any]:
@@ -110,20 +132,28 @@ def common(experiment: Experiment) -> dict[str, Any]:
 def committed_config(path: Path) -> dict[str, Any]:
     """A committed config.json; empty where there is none."""
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("no group of keys")
+        return config
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not readable JSON ({error}); restore it from the repository") from error
 
 
 def lines(path: Path) -> list[dict]:
     """The records of a runs.jsonl; none where there is no such file."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line]
+        found = [json.loads(line) for line in path.read_text().splitlines() if line]
+        for record in found:
+            whole = {k: v for k, v in record.items() if k not in SLIM} if isinstance(record, dict) else record
+            if (what := first_wrong(whole, Result)) or not isinstance(record.get("cell"), str):
+                raise ValueError(what or "cell is missing")
+        return found
     except FileNotFoundError:
         return []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a readable line of JSON ({error}); restore it from the repository") from error
 
 
@@ -136,7 +166,7 @@ def dump(records: Iterable[Record]) -> str:
 def slim(result: Mapping[str, Any], cell: str) -> dict[str, Any]:
     """A result.json as a record's data."""
     kept = {"cell": cell} | {key: rounded(value) for key, value in result.items() if key not in LEFT_OUT}
-    if errors := result.get("weight_error"):
+    if errors := {layer: error for layer, error in (result.get("weight_error") or {}).items() if error is not None}:
         kept["weight_error"] = rounded({"mean": sum(errors.values()) / len(errors), "worst": max(errors.values())})
     if hashes := kept.get("data", {}).get("sha256"):
         kept["data"]["sha256"] = {split: digest[:12] for split, digest in hashes.items()}

@@ -32,6 +32,7 @@ TEX = {
     "≥": r"$\geq$",
     "…": r"\dots{}",
 }
+MARKED = re.compile(r"[\\`*_\[\]|~]")  # what Markdown would read inside a cell
 Strong = Callable[[str], str]
 
 
@@ -96,13 +97,18 @@ def fold(widths: list[int], n: int, width: int) -> list[list[int]]:
 
 def markdown(table: Table) -> str:
     """A table in Markdown, with its title above and its notes below."""
-    lines = lines_of(table, lambda best: f"**{best}**", "*paper*")
+    lines = [[plain(cell) for cell in line] for line in lines_of(table, "\0{}\0".format, "\1paper\1")]
+    lines = [[cell.replace("\0", "**").replace("\1", "*") for cell in line] for line in lines]
     n = len(table.axes)
     rule = ["---"] * n + ["---:"] * (len(lines[0]) - n)
-    rows = [[cell.replace("|", "\\|") for cell in line] for line in (lines[0], rule, *lines[1:])]
-    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    notes = "\n".join(f"- {note}" for note in table.notes)
-    return f"**{table.title}**\n\n{body}\n\n{notes}\n"
+    body = "\n".join(f"| {' | '.join(row)} |" for row in (lines[0], rule, *lines[1:]))
+    notes = "\n".join(f"- {plain(note)}" for note in table.notes)
+    return f"**{plain(table.title)}**\n\n{body}\n\n{notes}\n"
+
+
+def plain(content: str) -> str:
+    """Text as Markdown that shows just that text, on one line: no HTML, no links, no cells of its own."""
+    return MARKED.sub(r"\\\g<0>", " ".join(content.split())).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def latex(table: Table) -> str:

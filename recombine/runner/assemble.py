@@ -1,17 +1,20 @@
 """A run's result.json, put together from what its parts found."""
 
+import shlex
+from pathlib import Path
+
 from hydra.core.hydra_config import HydraConfig
 
 from recombine import results
 from recombine.core.account import count, layer_report
+from recombine.core.checkpoint.tensor_file import file_digest
 from recombine.core.method import method_classes
 from recombine.core.rewrite import Step
 from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart
 from recombine.runner.config import RunSpec
 from recombine.runner.labels import label_of
 from recombine.stages.context import RunContext
-
-QUOTED = set("[]{}() *")  # a shell would read these
+from recombine.training import distributed
 
 
 def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: AnalysisPart) -> Result:
@@ -26,10 +29,13 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
         "linear_probe": probe,
         "layers": layer_report(run.model) if record else [],
         "curves": run.curves.get("best", {}),
+        "sha256": weight_digests(run.out, stage.get("checkpoint")) if distributed.rank() == 0 else {},
         "seconds": run.seconds,
         "config": spec.config,
         "environment": results.environment(),
     }
+    if record and record.notes:
+        runner["notes"] = record.notes
     result = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)
     for key in ("val", "test"):
         result.setdefault(key, {})
@@ -41,6 +47,14 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
     return {key: result[key] for key in dict.fromkeys(order) if key in result}
 
 
+def weight_digests(out: Path, scored: str | None) -> dict[str, str]:
+    """The sha256 of the files of weights in a run's folder, or of the one that it scored, by file name."""
+    paths = {path.name: path for path in sorted(out.glob("*.safetensors"))}
+    if scored is not None:
+        paths.setdefault(Path(scored).name, Path(scored))
+    return {name: file_digest(path) for name, path in paths.items()}
+
+
 def asked_for(run: RunContext) -> RunPart:
     """What the user asked for, without `method`, which a stage may know better."""
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
@@ -49,7 +63,7 @@ def asked_for(run: RunContext) -> RunPart:
     record = getattr(run.model, "recombined", None)
     pair = record is not None and len(record.steps) > 1
     return {
-        "command": " ".join(["python run.py", *(f"'{o}'" if set(o) & QUOTED else o for o in overrides)]),
+        "command": " ".join(["python run.py", *map(shlex.quote, overrides)]),
         "stage": run.settings.stage.name,
         "model": run.model.recombine_source,
         "compressor": describe_step(run, record.steps[0], "compressor") if pair else None,

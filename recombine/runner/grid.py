@@ -100,7 +100,7 @@ def jobs(config: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
 def plain_axes(config: DictConfig) -> dict[str, Any]:
     """The axes of a configuration's grid as plain values; none where it is null."""
     if not isinstance(config.grid, DictConfig | None):
-        raise UsageError(f"grid={config.grid}: must be null or axes with values, as in grid={{seed:[0,1]}}")
+        raise UsageError(f"grid={config.grid}: must be axes, or null; say -m KEY=1,2 for a sweep, or experiment=NAME")
     return OmegaConf.to_container(config.grid, resolve=True) if config.grid else {}
 
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra import version
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from recombine.errors import UsageError
-from recombine.runner import pool
+from recombine.runner import effects, pool
 from recombine.runner.ledger import Ledger
 
 
@@ -24,10 +25,8 @@ def launch(
         jobs: None: one a GPU, or one where there is none or where a run takes several.
 
     Raises:
-        UsageError: `jobs` is no whole number from 1, or the GPUs do not suffice for so many.
+        UsageError: the GPUs do not suffice for so many.
     """
-    if jobs is not None and (not isinstance(jobs, int) or jobs < 1):
-        raise UsageError(f"hydra.launcher.jobs={jobs}: must be a whole number from 1, or null")
     ledger = Ledger(context, config, job_overrides, first)
     gpus = visible_gpus() if config.trainer.accelerator != "cpu" else []
     devices = config.trainer.devices
@@ -60,7 +59,12 @@ def run(job: tuple[HydraContext, DictConfig]) -> Any:
     context, config = job
     setup_globals()
     version.setbase("1.3")  # run.py's
-    done = run_job(ranks.task, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
+
+    def task(cfg: DictConfig) -> float:
+        effects.refuse_misleading(cfg, HydraConfig.get())
+        return ranks.task(cfg)
+
+    done = run_job(task, config, "hydra.sweep.dir", "hydra.sweep.subdir", context)
     if done.status is not JobStatus.COMPLETED:
         raise done._return_value
     return done.return_value

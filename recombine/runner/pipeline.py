@@ -14,16 +14,20 @@ from recombine.core.calibration import BACKWARD
 from recombine.core.rewrite import find_sites
 from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
-from recombine.evaluation import linear_probe
+from recombine.evaluation import harness, linear_probe
 from recombine.models import roles
+from recombine.runner import effects, limits
 from recombine.runner.assemble import assemble_result
 from recombine.runner.config import RunSpec, resolve
 from recombine.runner.summary import suite_table, summary_table
 from recombine.runtime import progress
 from recombine.stages import STAGES, analysis
+from recombine.stages.compress import require_small_fields
 from recombine.stages.context import RunContext
 from recombine.stages.evaluate import require_head
-from recombine.training import distributed, loggers, resume
+from recombine.training import distributed, finite, loggers, resume
+
+SCORED = ("val", "test", "linear_probe", "distil", "weight_error", "logit_error", "logit_scale", "elsewhere")
 
 
 def run_suite(cfg: DictConfig, out: Path) -> float:
@@ -67,6 +71,8 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
     if (result := results.load_finished(out, spec.config)) is not None:
         print(f"{path}: finished before\n{summary_table(result, path)}")
         return result
+    limits.require_workers(spec.data.get("num_workers", 0))
+    limits.require_memory(spec.model)
     with results.lock_folder(out) if distributed.rank() == 0 else nullcontext():
         return execute(spec, out)
 
@@ -77,6 +83,8 @@ def execute(spec: RunSpec, out: Path) -> dict:
     L.seed_everything(spec.settings.seed, verbose=False)
     with progress.display(spec.settings.trainer.progress):
         run = set_up(spec, out)
+        if HydraConfig.initialized() and distributed.rank() == 0:  # not before: what cannot run is one line alone
+            effects.say_unread(spec.config, HydraConfig.get())
         run.seconds["setup"] = round(time.perf_counter() - start, 3)
         with loggers.open_logger(spec.logger, watched(spec, run)) as run.logger:
             fit_head(run)
@@ -92,6 +100,8 @@ def execute(spec: RunSpec, out: Path) -> dict:
 def report(result: dict, run: RunContext) -> None:
     """Prints the result, writes it, and shows it to the logger; then there is nothing left to go on from."""
     path = run.out / "result.json"
+    scored = {key: value for key, value in result.items() if key in SCORED}
+    finite.refuse_scores(scored, "look at the data, the rates and the precision")
     print("\n" + summary_table(result, path), flush=True)  # first: a full disk must not eat it
     results.write(path, result)
     resume.clear(run.out)
@@ -102,6 +112,10 @@ def report(result: dict, run: RunContext) -> None:
 def set_up(spec: RunSpec, out: Path) -> RunContext:
     """The model and the data of a run. What cannot work is refused before anything is downloaded or made."""
     module = data.build(**spec.data)
+    if spec.settings.harness.tasks is not None and module.objective != "lm":
+        why = f"data={module.name} is for no language model, which is what the harness scores"
+        raise UsageError(f"harness.tasks={[*spec.settings.harness.tasks]}: {why}; set harness.tasks=null")
+    harness.require_known(spec.settings.harness.tasks or (), module.root)
     native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
     model = models.build(**native | models.for_task(spec.model, task_of(module)))
     source, stage = model.recombine_source, spec.settings.stage
@@ -112,11 +126,14 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     for method in filter(None, (spec.compressor, spec.method)):
         if stage.name != "evaluate":
             find_sites(model, method)
+    if stage.name in ("compress", "joint") and stage.distil.epochs:
+        require_small_fields(model, spec.compressor or spec.method, spec.budget, stage.name)
     calibration = build_calibration_data(spec, module, source)
     transfer = build_transfer_data(spec, module, source)
     for part in filter(None, (module, calibration, *transfer.values())):
         part.prepare_data()
         part.setup()
+    limits.require_batch(module)
     if module.num_classes and roles.classes(model) != module.num_classes:  # +model.num_classes keeps one
         models.reset_head(model, module.num_classes)
     if torch.cuda.is_available() and spec.settings.trainer.accelerator in ("auto", "gpu", "cuda"):

@@ -26,25 +26,18 @@ from omegaconf import DictConfig, OmegaConf
 import recombine.runtime.naming  # noqa: F401  resolvers
 from recombine import data, results
 from recombine.errors import EXPECTED, UsageError, one_line
-from recombine.runner import pipeline
+from recombine.runner import limits, pipeline
 from recombine.runtime.logs import quiet_libraries
 from recombine.runtime.schema import typed
 from recombine.training import distributed
 from recombine.training.settings import TrainerSettings
 from recombine.training.trainer import build_trainer
 
-RANKS_A_CORE = 4  # on a CPU, where Lightning would start any number
 GRACE = 10.0  # seconds in which ranks may end by themselves once one has
 
 
 def task(cfg: DictConfig) -> float:
-    """What Hydra runs, once for each configuration. The runs of a grid are chosen by now.
-
-    Raises:
-        UsageError: `only` chooses from a grid that is not there.
-    """
-    if cfg.only is not None:
-        raise UsageError(f"only={cfg.only}: there is no grid to choose from; name an experiment, or leave it out")
+    """What Hydra runs, once for each configuration."""
     return main(cfg, Path(HydraConfig.get().runtime.output_dir))
 
 
@@ -95,9 +88,8 @@ def to_start(trainer) -> int:
             f"trainer.num_nodes={trainer.num_nodes}: a run starts processes on its own machine only; "
             "set hydra/launcher=slurm_multinode, or start it with srun or torchrun"
         )
-    most = RANKS_A_CORE * len(os.sched_getaffinity(0))
-    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.world_size > most:  # GPUs Lightning has counted
-        raise UsageError(f"trainer.devices={trainer.world_size}: at most {most} on the cores of this machine")
+    if isinstance(trainer.accelerator, CPUAccelerator):  # GPUs Lightning has counted
+        limits.require_cores(trainer.world_size)
     return trainer.world_size
 
 

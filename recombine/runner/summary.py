@@ -39,6 +39,7 @@ def summary_table(result: Result, path: Path) -> str:
         ("result", str(path)),
         ("again with", result["command"]),
     ]
+    rows += [("note", note) for note in result.get("notes", [])]
     method = result["method"]
     if result["account"]["retained"] > 1.01 and method and method.get("compresses"):
         rows.append(("note", "the target layers store more than dense: these ranks adapt, they do not compress"))

@@ -1,8 +1,5 @@
 """The YAML files of conf/, read without Hydra: one choice of a group with the files that it builds on."""
 
-import difflib
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -53,25 +50,3 @@ def load(group: str, name: str) -> dict | None:
         return None
     merged = OmegaConf.merge(*(OmegaConf.load(path) for path in files))
     return {key: value for key, value in OmegaConf.to_container(merged).items() if key != "defaults"}
-
-
-def refuse_unknown_keys(arguments: Iterable[str]) -> None:
-    """Refuses `+tariner.epochs=3`: Hydra would add the key, and nothing would read it.
-
-    Args:
-        arguments: the command line's, without the program.
-
-    Raises:
-        UsageError: one of them adds a key at the top that conf/config.yaml does not have.
-    """
-    if not (added := [argument for argument in arguments if argument.startswith("+")]):
-        return
-    config = OmegaConf.load(CONF / "config.yaml")
-    groups = [key for entry in config.defaults if not isinstance(entry, str) for key in entry]
-    known = {re.split("[@./ ]", key)[0] for key in [*config, *groups]} - {"defaults", "override"}
-    for argument in added:
-        top = re.split("[@./=]", argument.lstrip("+"))[0]
-        if top not in known:
-            near = difflib.get_close_matches(top, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
-            raise UsageError(f"{argument}: nothing reads a key {top}; {hint}")

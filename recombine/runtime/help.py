@@ -59,7 +59,7 @@ def overview() -> str:
         others = [choice for choice in choices(group) if choice != default]
         names = ", ".join([f"{default} (the default)", *others] if default else others)
         lines.append(textwrap.fill(f"  {group}: {names}", WIDTH, subsequent_indent="    ", **WHOLE))
-    for group, comment in re.findall(r"  - (\S+@\S+): null # (.*)", (CONF / "config.yaml").read_text()):
+    for group, comment in optional_groups().items():
         lines.append(textwrap.fill(f"  {group}: {comment}", WIDTH, subsequent_indent="    ", **WHOLE))
     lines += ["", "Keys: set any with key=value, for example method.chunk=16 or trainer.epochs=20", ""]
     body = (CONF / "config.yaml").read_text().partition("\nbudget:")[2].partition("\nhydra:")[0]
@@ -77,13 +77,26 @@ def groups() -> dict[str, str | None]:
         if not isinstance(entry, str):
             ((group, choice),) = entry.items()
             defaults.setdefault(group.removeprefix("override ").partition("@")[0], choice)
-    return defaults
+    return {group: choice for group, choice in defaults.items() if (CONF / group).is_dir()}  # others are Hydra's own
+
+
+def optional_groups() -> dict[str, str]:
+    """Each slot of conf/config.yaml that may stay empty, such as method@compressor, and what it is for."""
+    return dict(re.findall(r"  - (\S+@\S+): null # (.*)", (CONF / "config.yaml").read_text()))
 
 
 def choices(group: str) -> list[str]:
-    """The names of a group's files; those that begin with _ only serve others."""
-    paths = sorted((CONF / group).rglob("*.yaml"))
-    return [str(path.relative_to(CONF / group))[:-5] for path in paths if not path.name.startswith("_")]
+    """The names of a group's files without those that only serve others: what begins with _, what experiments share."""
+    names = [str(path.relative_to(CONF / group))[:-5] for path in sorted((CONF / group).rglob("*.yaml"))]
+    served = shared_experiments() if group == "experiment" else set()
+    return [name for name in names if not name.rpartition("/")[2].startswith("_") and name not in served]
+
+
+def shared_experiments() -> set[str]:
+    """The experiments that others build on. By itself such a one is no table."""
+    texts = [path.read_text() for path in (CONF / "experiment").rglob("*.yaml")]
+    texts += [path.read_text() for path in (CONF / "shared").rglob("*.yaml")]
+    return {name for text in texts for name in re.findall(r"[\[ ]/experiment/([\w/]+)", text)}
 
 
 def about(argument: str) -> str:

@@ -12,7 +12,11 @@ LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utiliti
 
 
 def quiet_libraries() -> None:
-    """Lets only warnings and errors of the libraries through. Call it in every process that runs something."""
+    """Lets only warnings and errors of the libraries through. Call it in every process that runs something.
+
+    A warning of Python's is a line of its own words, without the file and the line of code that gave it.
+    """
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
     silence_lightning()

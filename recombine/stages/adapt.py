@@ -1,6 +1,7 @@
 """Train what the method trains. Validation chooses the weights; the test set is read once, with those."""
 
 import copy
+import math
 import sys
 
 import lightning as L
@@ -12,7 +13,7 @@ from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.result_schema import StagePart
 from recombine.stages.context import RunContext
-from recombine.training import distributed
+from recombine.training import distributed, finite
 from recombine.training.callbacks import Bars, Curves, Epochs, KeepBest
 from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Objective
@@ -21,6 +22,7 @@ from recombine.training.settings import OptimizerSettings
 from recombine.training.trainer import build_trainer
 
 LABELS = {"distilled": "distillation", "best": "training"}  # what `fit` makes -> what a user sees at work
+KEYS = {"distilled": "stage.distil", "best": "optim"}  # -> where its optimizer stands in the configuration
 
 
 def adapt(run: RunContext) -> StagePart:
@@ -39,7 +41,7 @@ def train_and_test(run: RunContext) -> StagePart:
     if not any(p.requires_grad for p in run.model.parameters()):  # compressed, without a head: there is nothing to fit
         path = run.out / "best.safetensors"
         if distributed.rank() == 0:
-            checkpoint.save(run.model, path)
+            checkpoint.save(run.model, path, whole=False)
         return {"test": test(run, LitRecombine(run.model, run.method, objective)), "checkpoint": str(path)}
     lit, best = fit(run, objective, optim, run.settings.trainer.epochs, "best", run.method)
     val = {} if run.data.val is None else {objective.metric: best.value}
@@ -51,7 +53,8 @@ def fit(
 ) -> tuple[LitRecombine, KeepBest]:
     """Trains the parameters that require a gradient and leaves the model with the best weights by validation."""
     settings = run.settings.trainer
-    lit = LitRecombine(run.model, method, objective, optim, run.settings.seed)
+    slot = "compressor" if method is run.compressor else "method"
+    lit = LitRecombine(run.model, method, objective, optim, run.settings.seed, KEYS[name], slot)
     monitor = f"val/{objective.metric}"
     best, history = KeepBest(monitor, objective.mode, run.out / f"{name}.safetensors"), Curves()
     state = TrainingState(run.state, name, settings.checkpoint_minutes)
@@ -68,10 +71,12 @@ def fit(
         best.restore(unwrapped)
         run.model = lit.model = unwrapped
         if distributed.rank() == 0:
-            checkpoint.save(unwrapped, best.path)
+            checkpoint.save(unwrapped, best.path, whole=False)
     run.seconds[f"train_{name}"] += round(state.before, 3)
     run.earlier += state.before
     run.curves[name] = history.curves
+    if run.data.val is not None:
+        finite.refuse_scores({name: {monitor: best.value}}, f"no epoch had a score; {lit.way_back()}")
     return lit, best
 
 
@@ -90,6 +95,8 @@ def test(run: RunContext, lit: LitRecombine) -> dict[str, float]:
     """Scores the model on the test set, and a language model on the harness's tasks that go with the data."""
     with run.timed("test"):
         (scores,) = run_trainer(run, "test", 1, [], None).test(lit, run.data, verbose=False)
+    if not math.isfinite(scores["test/loss"]):
+        raise lit.failure(f"test/loss={scores['test/loss']}", run.batch(run.data.test, [0]))
     scores = lit.objective.report({name.removeprefix("test/"): value for name, value in scores.items()})
     names = run.settings.harness.tasks or run.data.harness
     return scores | harness_scores(run, names) if names else scores

@@ -4,10 +4,14 @@
 """
 
 import copy
+from dataclasses import replace
 
 from torch import nn
 
-from recombine.core.rewrite import finish, train_only
+from recombine.core.account import count
+from recombine.core.budget import Budget
+from recombine.core.method import Method
+from recombine.core.rewrite import find_sites, finish, train_only
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.result_schema import StagePart
@@ -53,6 +57,8 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
     run.checkpointed_step("rewritten", lambda: run.rewrite(method))
     part = {"weight_error": weight_errors(teacher, run.model)}
     if settings.epochs:
+        if type(method).retained_weights is Method.retained_weights:  # others fold some away afterwards
+            require_compression(count(run.model).retained, method.label, run.settings.stage.name)
         train_only(run.model, method.distillation_parameters(run.model))
         objective = Distillation(teacher, settings.kl, settings.mse, settings.features, settings.l1)
         _, best = fit(run, objective, settings, settings.epochs, "distilled", method)
@@ -64,3 +70,37 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
     method.on_distillation_step(run.model, 1.0)
     finish(run.model, method, alone=run.compressor is None)
     return part, teacher
+
+
+def require_small_fields(model: nn.Module, method: Method, budget: Budget, stage: str) -> None:
+    """Refuses a method that by its own fields, without a budget, holds more than the dense layers; nothing is built.
+
+    Only a size in closed form is known so early. One that comes from data or spectra is looked at when it is known.
+
+    Raises:
+        UsageError: as `require_compression` says.
+    """
+    label, method, sites = method.label, replace(method), find_sites(model, method)
+    energy = getattr(method, method.budget_fields.get("energy", ""), None)
+    if budget.kind != "none" or not method.compresses or method.statistics_needed() or energy is not None:
+        return
+    try:
+        method.before_budget(model, sites, None)
+    except UsageError:  # it learns from data first, or cannot be: the run says so where it happens
+        return
+    share = method.retained_weights(sites) / sum(site.module.weight.numel() for site in sites)
+    require_compression(share, label, stage)
+
+
+def require_compression(share: float, label: str, stage: str) -> None:
+    """Refuses to distil a model that is no smaller.
+
+    Args:
+        share: what the method, called `label`, leaves of the dense target layers' weights.
+
+    Raises:
+        UsageError: names the share and the ways out.
+    """
+    if share > 1:
+        what = f"{label} with these fields holds {100 * share:.4g} % of the target layers' weights"
+        raise UsageError(f"stage={stage}: {what}, which compresses nothing; say budget=retained_50, or stage=adapt")

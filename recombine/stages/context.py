@@ -15,11 +15,12 @@ from recombine.core.budget import Budget
 from recombine.core.method import Method
 from recombine.data.base import DataModule
 from recombine.data.batch_sampler import seed_of
+from recombine.errors import UsageError
 from recombine.evaluation.linear_probe import Probe
 from recombine.models import roles
 from recombine.runtime import progress
 from recombine.stages.settings import RunSettings
-from recombine.training import distributed, objectives, resume
+from recombine.training import distributed, finite, objectives, resume
 
 
 @dataclass
@@ -85,7 +86,7 @@ class RunContext:
             for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
                 if name not in self.model.recombined.untouched:  # laid out as when it is loaded: equal sums
                     tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-            checkpoint.save(self.model, path)
+            checkpoint.save(self.model, path, whole=False)
             resume.write_manifest(path, seconds={k: v - before.get(k, 0.0) for k, v in self.seconds.items()})
         distributed.wait()
         if done is not None or distributed.rank() > 0:
@@ -99,12 +100,16 @@ class RunContext:
 
         Where there is a compressor, it keeps the run's budget; a budget of trainable parameters is the method's.
         """
+        if not hasattr(self.model, "recombined"):
+            finite.refuse_weights(self.model, "the model is not finite; take another model.checkpoint")
         pair = self.compressor is not None
         mine = not pair or (method is self.method) == (self.budget.kind == "trainable")
         if pair and not hasattr(self.model, "recombined"):
             roles.split_fused(self.model, self.method.targets)  # before the compressor sees a fused qkv
         with self.timed("retrofit"):
             rewrite.apply(self.model, method, self.budget if mine else Budget(), self.losses)
+        label = self.labels.get("method" if method is self.method else "compressor", type(method).__name__)
+        finite.refuse_weights(self.model, f"{label} left a model that is not finite; change its fields")
 
     def rewrite_all(self) -> None:
         """The compressor, where there is one, then the method on what it left."""
@@ -140,4 +145,6 @@ class RunContext:
         for start in progress.of(range(0, len(order), size), "calibration", "batches"):
             batch = objectives.fetch(data, data.train, order[start : start + size], self.device)
             loss, _ = objective.loss(self.model, batch)
+            if not torch.isfinite(loss):
+                raise UsageError(f"loss={loss.item()} in the calibration: {finite.blame(self.model, batch)}")
             yield loss

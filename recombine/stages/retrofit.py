@@ -4,13 +4,14 @@ import copy
 
 import torch
 
+from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.layers.quantize import quantize
 from recombine.models.roles import layer_at
 from recombine.result_schema import StagePart
 from recombine.stages.adapt import test
 from recombine.stages.context import RunContext
-from recombine.training import objectives
+from recombine.training import finite, objectives
 from recombine.training.lit import LitRecombine
 
 
@@ -28,6 +29,8 @@ def retrofit(run: RunContext) -> StagePart:
     run.model.eval()
     batch = run.batch(run.data.train, list(range(min(32, len(run.data.train)))))
     reference, logits = objectives.call(original, batch), objectives.call(run.model, batch)
+    if not (reference.isfinite().all() and logits.isfinite().all()):
+        raise UsageError(f"the outputs on training samples are not finite: {finite.blame(run.model, batch)}")
     scores = {"test": test(run, LitRecombine(run.model, run.method, run.objective()))} if stage.test else {}
     return scores | {
         "weight_error": weight_errors(original, run.model),

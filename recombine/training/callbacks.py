@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from recombine.core import checkpoint
 from recombine.runtime import progress
+from recombine.training import distributed
 
 
 class Curves(Callback):
@@ -40,12 +41,15 @@ class Curves(Callback):
             self.curves.setdefault(name, []).append(None if math.isnan(value) else float(f"{value:.5g}"))
 
     def state_dict(self) -> dict:
-        """What a training state keeps of the curves."""
-        return {"curves": self.curves, "loss": float(self.loss), "steps": self.steps}
+        """What a training state keeps of the curves: of the epoch's losses, the sum of each rank."""
+        return {"curves": self.curves, "loss": distributed.gather(float(self.loss)), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on with the curves of an earlier process."""
-        self.curves, self.loss, self.steps = state["curves"], state["loss"], state["steps"]
+        losses = state["loss"] if isinstance(state["loss"], list) else [state["loss"]]  # one number in old states
+        same = len(losses) == distributed.count()
+        self.loss = losses[distributed.rank()] if same else sum(losses) / len(losses)
+        self.curves, self.steps = state["curves"], state["steps"]
 
 
 class Epochs(Callback):
@@ -154,13 +158,19 @@ class KeepBest(Callback):
             lit.last_good = str(self.path)
 
     def on_validation_end(self, trainer, lit) -> None:
-        """Keeps the weights of an epoch that is better than all before it."""
-        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics or not lit.is_final_form:
+        """Keeps the weights of an epoch that is better than all before it. A divergence ends the training."""
+        lit.refuse_divergence(trainer.callback_metrics)
+        if self.monitor not in trainer.callback_metrics or not lit.is_final_form:
             return
         value = self.direction * trainer.callback_metrics[self.monitor].item()
         if value > self.best:
             self.best, self.epoch = value, trainer.current_epoch
             self.keep(trainer, lit)
+
+    def on_train_epoch_end(self, trainer, lit) -> None:
+        """A divergence ends the training where no validation sees it."""
+        if not trainer.enable_validation:
+            lit.refuse_divergence({})
 
     def keep(self, trainer, lit) -> None:
         """Copies the trained weights to the CPU, and has the first rank write the checkpoint."""
@@ -172,18 +182,19 @@ class KeepBest(Callback):
             return
         self.weights = {n: p.detach().cpu().clone() for n, p in trained.items()}
         if trainer.is_global_zero:
-            checkpoint.save(lit.model, self.path)
+            checkpoint.save(lit.model, self.path, whole=False)
         lit.last_good = str(self.path)
 
     def on_fit_end(self, trainer, lit) -> None:
         """Puts the best weights back into the model."""
         if self.weights is None:
+            lit.refuse_divergence({})
             self.epoch, self.best = trainer.current_epoch - 1, math.nan
             self.keep(trainer, lit)
         if not isinstance(trainer.strategy, FSDPStrategy):
             self.restore(lit.model)
             if self.inherited and trainer.is_global_zero:
-                checkpoint.save(lit.model, self.path)
+                checkpoint.save(lit.model, self.path, whole=False)
 
     def restore(self, model: nn.Module) -> None:
         """The kept weights into the model, or into one like it."""

@@ -7,6 +7,7 @@ differently (a factorisation, a budget) the first rank computes, and the others 
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,9 +22,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def count() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def several() -> bool:
     """Whether this process is one of several ranks."""
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return count() > 1
 
 
 def wait() -> None:
@@ -38,6 +44,15 @@ def all_reduce_max(value: int, device: torch.device) -> int:
         return value
     dist.all_reduce(all_of := torch.tensor(value, device=device), dist.ReduceOp.MAX)
     return int(all_of)
+
+
+def gather(value: Any) -> list[Any]:
+    """What every rank calls this with, in their order; every rank has to call it."""
+    if not several():
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value, group=_group)
+    return values
 
 
 def cluster():

@@ -1,6 +1,7 @@
 """LitRecombine, the only LightningModule: a model, the method that made it, and an objective."""
 
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +13,7 @@ from recombine.core.method import Method
 from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
 from recombine.models import roles
+from recombine.training import distributed, finite, resume
 from recombine.training.callbacks import unwrapped
 from recombine.training.objectives import Objective, Shard, labels_of, parts_of
 from recombine.training.settings import OptimizerSettings
@@ -34,6 +36,7 @@ class LitRecombine(L.LightningModule):
     Args:
         optim: the optimizer and its schedule; without a rate of its own the method's is used.
         seed: of what is drawn in training (dropout), anew at every step, so that a run can go on after any of them.
+        key: where `optim` stands in the configuration, and slot: where the method does; errors name their keys.
 
     Raises:
         UsageError: an unknown optimizer or schedule; in training, a loss that is not finite.
@@ -48,15 +51,17 @@ class LitRecombine(L.LightningModule):
         objective: Objective,
         optim: OptimizerSettings | None = None,
         seed: int = 0,
+        key: str = "optim",
+        slot: str = "method",
     ):
         super().__init__()
         self.model, self.method, self.objective, self.seed = model, method, objective, seed
-        self.optim = optim or OptimizerSettings()
-        self.lr = method.lr if self.optim.lr is None else self.optim.lr
+        self.optim, self.key = optim or OptimizerSettings(), key
+        self.lr, self.lr_key = (method.lr, f"{slot}.lr") if self.optim.lr is None else (self.optim.lr, f"{key}.lr")
         if self.optim.name not in OPTIMIZERS:
-            raise UsageError(f"optim.name={self.optim.name}: must be one of {', '.join(OPTIMIZERS)}")
+            raise UsageError(f"{key}.name={self.optim.name}: must be one of {', '.join(OPTIMIZERS)}")
         if self.optim.schedule not in SCHEDULES:
-            raise UsageError(f"optim.schedule={self.optim.schedule!r}: must be {', '.join(SCHEDULES)}")
+            raise UsageError(f"{key}.schedule={self.optim.schedule!r}: must be {', '.join(SCHEDULES)}")
         self.train_metrics = objective.metrics().clone("train/")
         self.val_metrics = objective.metrics().clone("val/")
         self.test_metrics = objective.metrics().clone("test/")
@@ -69,11 +74,35 @@ class LitRecombine(L.LightningModule):
         return self.model(x)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Leaves the frozen weights out of a training state."""
+        """Leaves the frozen weights out of a training state, and puts every rank's part of the metrics into it."""
         keep = {f"model.{unwrapped(name)}" for name, p in self.model.named_parameters() if p.requires_grad}
         keep |= {f"model.{unwrapped(name)}" for name, _ in self.model.named_buffers()}
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in keep or k.startswith("train_metrics.")}
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k in keep}
+        checkpoint["train_metrics"] = distributed.gather(self.train_metrics.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Goes on with the metrics of an epoch that is taken up in its middle. At its start it has none yet.
+
+        On another number of ranks than before, the first one goes on with those of all.
+        """
+        state, name = checkpoint["state_dict"], "train_metrics."
+        old = {k.removeprefix(name): state.pop(k) for k in list(state) if k.startswith(name)}  # of earlier versions
+        parts = checkpoint.get("train_metrics", [old])
+        if resume.position(checkpoint)[1] == 0:
+            return
+        if len(parts) == distributed.count():
+            self.train_metrics.load_state_dict(parts[distributed.rank()])
+        elif distributed.rank() == 0:
+            self.train_metrics.load_state_dict(parts[0])
+            for part in parts[1:]:
+                (other := self.train_metrics.clone()).load_state_dict(part)
+                for name, metric in self.train_metrics.items(keep_base=False):
+                    if metric.full_state_update:  # Pearson's r, which cannot be put together
+                        print(f"{name} of this epoch begins anew: ranks were {len(parts)}", file=sys.stderr)
+                        metric.reset()
+                    else:
+                        metric.merge_state(other[name.removeprefix("train/")])
 
     def on_train_batch_start(self, batch, _):
         """Seeds the step's random draws and lets the method move its schedule."""
@@ -88,14 +117,47 @@ class LitRecombine(L.LightningModule):
         loss, logits = self.objective.loss(self.model, batch, shard)
         loss = loss + self.method.penalty(self.model)
         if not torch.isfinite(loss):
-            good = f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was kept yet"
-            raise UsageError(
-                f"loss={loss.item()} at step {self.global_step} (epoch {self.current_epoch}): training diverged, "
-                f"try a smaller optim.lr than {self.lr:g}; {good}"
-            )
+            raise self.failure(f"loss={loss.item()}", batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self.score(self.train_metrics, logits, batch, shard)
         return loss
+
+    def refuse_divergence(self, scores: dict[str, Tensor]) -> None:
+        """Looks at the weights that train, and at the validation's loss where there is one. Every rank has to call it.
+
+        Raises:
+            UsageError: one of them is not finite, or a weight as good as that.
+        """
+        loss = scores.get("val/loss")
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        bad = finite.tensors_not_finite(trained, finite.LIMIT)
+        if distributed.all_reduce_max(len(bad), self.device):  # of FSDP each rank sees its own part
+            raise self.failure(finite.described(bad or ["another rank's"], f"beyond {finite.LIMIT:g} or not finite"))
+        if loss is not None and not torch.isfinite(loss):
+            raise self.failure(f"val/loss={loss.item()}")
+
+    def failure(self, what: str, batch=None) -> UsageError:
+        """The error that ends a training or a test, in which `what` is wrong."""
+        where, started = "in the test", self.last_good is not None
+        if self.trainer.state.fn == "fit":
+            where, started = f"at step {self.global_step} (epoch {self.current_epoch})", self.global_step > 0
+        if why := finite.blame(self.model, batch, started=started, precision=self.trainer.precision):
+            return UsageError(f"{what} {where}: {why}")
+        return UsageError(f"{what} {where}: {self.advice()}; {self.way_back()}")
+
+    def advice(self) -> str:
+        """What may end a divergence: smaller rates than those that trained, the largest first."""
+        rates = {
+            f"{self.key}.lr_head" if h else self.lr_key: self.optim.lr_head if h else self.lr for h, _ in self.groups()
+        }
+        if self.optim.weight_decay * max(rates.values()) >= 1:  # a step takes more than all of a weight
+            rates = {f"{self.key}.weight_decay": self.optim.weight_decay}
+        smaller = [f"{key} than {rates[key]:g}" for key in sorted(rates, key=rates.get, reverse=True)]
+        return f"training diverged, try a smaller {' or a smaller '.join(smaller)}"
+
+    def way_back(self) -> str:
+        """Which checkpoint is left."""
+        return f"the last good checkpoint is {self.last_good}" if self.last_good else "no checkpoint was kept yet"
 
     def validation_step(self, batch, index):
         """Logs val/loss and adds a batch to the validation metrics."""
@@ -133,13 +195,17 @@ class LitRecombine(L.LightningModule):
                 bar = name.endswith(f"/{self.objective.metric}")
                 self.log(name, metric, prog_bar=bar, on_step=False, on_epoch=True, batch_size=len(labels))
 
-    def configure_optimizers(self):
-        """The optimizer and its schedule, for Lightning: the head has its own rate, and only matrices decay."""
+    def groups(self) -> dict[tuple[bool, bool], list[nn.Parameter]]:
+        """The parameters that train, by (of the head?, a matrix?)."""
         head = {id(p) for p in h.parameters()} if (h := roles.head(self.model)) is not None else set()
         groups: dict[tuple[bool, bool], list] = {}
         for p in self.model.parameters():
             if p.requires_grad:
                 groups.setdefault((id(p) in head, p.ndim > 1), []).append(p)
+        return groups
+
+    def configure_optimizers(self):
+        """The optimizer and its schedule, for Lightning: the head has its own rate, and only matrices decay."""
         optimizer = OPTIMIZERS[self.optim.name](
             [
                 {
@@ -147,7 +213,7 @@ class LitRecombine(L.LightningModule):
                     "lr": self.optim.lr_head if of_head else self.lr,
                     "weight_decay": self.optim.weight_decay if matrix else 0.0,
                 }
-                for (of_head, matrix), parameters in groups.items()
+                for (of_head, matrix), parameters in self.groups().items()
             ]
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_factor())

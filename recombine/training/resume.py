@@ -111,15 +111,10 @@ class TrainingState(Checkpoint):
         self.before, self.stopped = state["seconds"], state["stopped"]
 
     def on_fit_start(self, trainer, lit) -> None:
-        """Remembers the signal handlers that were there before Lightning's."""
+        """Takes the signals, and remembers the handlers that were there before."""
         trainer.should_stop = self.stopped
-        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
-
-    def on_train_start(self, trainer, lit) -> None:
-        """Takes the place of Lightning's own handler, which is there by now and in which ranks wait for each other."""
         if threading.current_thread() is threading.main_thread():
-            for number in self.handlers:
-                signal.signal(number, self.note)
+            self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGUSR2)}
 
     def note(self, number: int, _) -> None:
         """The signal handler: the end of the next batch acts on it."""
@@ -193,7 +188,12 @@ class TrainingState(Checkpoint):
 
 def loop_position(path: Path) -> tuple[int, int]:
     """Where a training state goes on: (epoch, batch), both from 0."""
-    loops = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["loops"]
+    return position(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+
+
+def position(state: dict) -> tuple[int, int]:
+    """The same of a state that is loaded."""
+    loops = state["loops"]
     epoch, batch = loops["fit_loop"]["epoch_progress"]["current"], loops["fit_loop"]["epoch_loop.batch_progress"]
     if epoch["processed"] == epoch["started"]:  # at the end of an epoch
         return epoch["processed"], 0

@@ -18,7 +18,7 @@ def build_trainer(settings: TrainerSettings, **arguments) -> L.Trainer:
     """
     strategy = settings.strategy
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
             num_nodes=settings.num_nodes,
@@ -33,6 +33,9 @@ def build_trainer(settings: TrainerSettings, **arguments) -> L.Trainer:
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"trainer: {' '.join(str(error).split())}; correct that key of trainer") from error
+    # Lightning's own has ranks wait for each other, and ends with exit code 0: recombine/training/resume.py has ours
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def precision(wanted: str, accelerator: str) -> str:

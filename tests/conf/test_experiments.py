@@ -7,17 +7,20 @@ from functools import cache
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf, OverridesConf
 from omegaconf import OmegaConf
 from torch import nn
 
 from helpers import ROOT
 from recombine import data, models, results
+from recombine.core.budget import Budget
 from recombine.core.rewrite import find_sites
 from recombine.report import plots, records, table
 from recombine.report.paper import Paper, select
 from recombine.report.records import Record, Runs
 from recombine.report.table import labels
-from recombine.runner import config, grid, ranks
+from recombine.runner import config, effects, grid, ranks
+from recombine.stages.compress import require_small_fields
 
 NAMES = sorted(str(p.relative_to(grid.CONF / "experiment"))[:-5] for p in grid.CONF.glob("experiment/*/*.yaml"))
 HERE = ("cersa/", "jactus/", "offline/cersa", "offline/jactus")  # whose keys are those of the run below
@@ -62,11 +65,16 @@ def test_cells_are_runs(name, experiments):
     with initialize_config_dir(str(grid.CONF), version_base="1.3"):
         for cell in sample(experiments[name]):
             cfg = compose("config", [f"experiment={name}", *cell.overrides])
+            typed = [f"experiment={name}", *cell.overrides]
+            effects.refuse_misleading(cfg, HydraConf(overrides=OverridesConf(task=typed)))
             OmegaConf.resolve(cfg)
             config.resolve(cfg)
             for method in filter(None, config.resolve_methods(cfg)):
                 net = model(json.dumps(OmegaConf.to_container(cfg.model), sort_keys=True))
                 assert find_sites(net, method)
+            if cfg.stage.name in ("compress", "joint"):
+                first = config.resolve_methods(cfg)[1] or method
+                require_small_fields(net, first, Budget.parse(cfg.budget), cfg.stage.name)
             module = data.build(**OmegaConf.to_container(cfg.data), seed=cfg.seed)
             assert module.task == cfg.data.task and set(cfg.analyse.elsewhere) <= set(data.suite(cfg.data.name))
 

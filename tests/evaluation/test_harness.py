@@ -153,4 +153,4 @@ def test_tasks_that_cannot_be_had(tiny_llama, byte_tokenizer, offline, monkeypat
 
 
 def test_lm_eval_knows_the_papers_sets():
-    assert set(harness.COMMONSENSE) <= set(harness.index(True).all_tasks)
+    assert set(harness.COMMONSENSE) <= set(harness.index(True).all_tasks) <= harness.spelled()

@@ -83,11 +83,16 @@ def test_contract(row, pretrained, request, tmp_path):
     with torch.no_grad():
         final = outputs(model, x)
         assert torch.allclose(final, outputs(model, x))  # the kept weights are the right ones
-        recombine.save(model, tmp_path / "model.safetensors")
+        recombine.save(model, tmp_path / "model.safetensors", whole=False)
         loaded = recombine.load(tmp_path / "model.safetensors", copy.deepcopy(pretrained))
         assert torch.equal(outputs(loaded, x), final)
         assert recombine.count(loaded) == recombine.count(model)
         assert {n for n, p in loaded.named_parameters() if p.requires_grad} == moved
+        if request.node.callspec.params["pretrained"] == row.where[-1]:  # once a method
+            recombine.save(model, tmp_path / "whole.safetensors", whole=True)
+            alone = recombine.load(tmp_path / "whole.safetensors").eval()  # needs no pretrained model
+            assert torch.equal(outputs(alone, x), final) and recombine.count(alone) == recombine.count(model)
+            assert list(alone.state_dict()) == list(model.state_dict())
 
     resumed, going = train(loaded.train(), 2), train(model.train(), 2)
     assert resumed == going

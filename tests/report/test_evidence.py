@@ -119,3 +119,36 @@ def test_no_torch_for_a_table():
 def test_the_command_refuses_in_one_line(capsys):
     assert command.main(["nonsense"]) == 2
     assert capsys.readouterr().err.startswith("report: experiment=nonsense: there is none")
+
+
+def test_a_result_of_another_shape_is_named_and_the_rest_is_shown(here):
+    given = {"grid": {"seed": list(range(8))}, "only": None, "report": {"values": {"top-1": {"key": "test.acc"}}}}
+    experiment = Experiment("tiny", OmegaConf.create(given))
+    texts = [
+        "[]",
+        "5",
+        "null",
+        '{"config": 5}',
+        '{"test": {"acc": "x"}}',
+        '{"layers": [{}]}',
+        "{",
+        '{"test": {"acc": 0.5}}',
+    ]
+    for cell, text in zip(experiment.cells, texts, strict=True):
+        (folder := experiment.folder / cell.folder).mkdir(parents=True)
+        (folder / "result.json").write_text(text)
+    made = report.build(experiment)
+    assert len(made.runs.unread) == 7 and [record.get("test.acc") for record in made.runs.records] == [0.5]
+    note = made.table.notes[0]
+    assert "7 cannot be read: " in note and note.count("move it away") == 7 and "\n" not in note
+
+
+def test_a_committed_line_of_another_shape_is_refused(here):
+    (file := here / "runs.jsonl").write_text('{"cell": "a", "test": 5}\n')
+    with pytest.raises(UsageError, match="test is no .*restore it"):
+        records.lines(file)
+
+
+def test_markdown_shows_cells_as_they_are():
+    evil = "a|b <script>x</script> [l](http://x) `c` *d*\n# e"
+    assert render.plain(evil) == "a\\|b &lt;script>x&lt;/script> \\[l\\](http://x) \\`c\\` \\*d\\* # e"

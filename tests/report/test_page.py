@@ -276,7 +276,7 @@ def test_over_all_experiments(tmp_path, monkeypatch, capsys):
         "wrote outputs/report.html" in out and err.startswith("report: crisp/tab04: outputs/") and err.count("\n") == 1
     )
     text = (tmp_path / "outputs/report.html").read_text()
-    assert "0 of 1 experiments have been started; 0 of 5 runs are done." in text and "not a readable result" in text
+    assert "1 of 2 experiments have been started; 0 of " in text and text.count("not a readable result") == 2
     assert 'id="offline/cersa_fig03"' in text and "start" not in Outline(text).ids
     with pytest.raises(UsageError, match="must end in .html"):
         page.write(tmp_path / "cersa/tab09")

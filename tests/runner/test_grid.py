@@ -53,8 +53,8 @@ def test_bad_grids_are_one_line(axes, overrides, only, why):
 
 @pytest.mark.parametrize("arguments, why", [
     (["hydra.mode=MULTIRUN", "seed=range(0)"], "seed=range(0): there is no value in it, so nothing would run"),
-    (["hydra.mode=MULTIRUN", "grid=5"], "grid=5: must be null or axes with values, as in grid={seed:[0,1]}"),
-    (["only=LoRA"], "only=LoRA: there is no grid to choose from; name an experiment, or leave it out"),
+    (["hydra.mode=MULTIRUN", "grid=5"], "grid=5: must be axes, or null"),
+    (["only=LoRA"], "only=LoRA: chooses cells of a grid, and there is none"),
     (["hydra.mode=MULTIRUN", "seed=1", "only=[nope]"], "only=nope: no axis of the grid has this label; they are"),
     (["experiment=offline/cersa_tab06", "only=[]"], "only=[]: chooses nothing, so nothing would run"),
 ])  # fmt: skip

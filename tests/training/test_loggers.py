@@ -82,7 +82,7 @@ def test_wandb_offline_run_holds_everything(tmp_path, capsys):
 
 def test_a_failed_run_is_marked_and_the_next_starts_its_own(tmp_path):
     with pytest.raises(UsageError, match="diverged"):
-        execute(tmp_path / "a", "logger=wandb", *SVD, "optim.lr=1e35", "optim.clip=null")
+        execute(tmp_path / "a", "logger=wandb", *SVD, "optim.lr_head=1000", "optim.weight_decay=1000")
     execute(tmp_path / "b", "logger=wandb", "method=linear_probe")
     first, second = Record(tmp_path / "a"), Record(tmp_path / "b")
     assert first.exit == 1 and second.exit == 0 and first.run.run_id != second.run.run_id

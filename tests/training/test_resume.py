@@ -14,9 +14,11 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from helpers import CONF
+from helpers.command import execute
 from recombine import results
 from recombine.runner import ranks
 from recombine.training import resume
+from recombine.training.lit import LitRecombine
 
 TINY = [
     *("model=tiny_vit", "trainer=cpu", "trainer.progress=false", "data.limit=64", "data.batch_size=8"),
@@ -73,6 +75,7 @@ def outcome(folder: Path) -> tuple[dict, bytes]:
     result = json.loads((folder / "result.json").read_text())
     for key in ("seconds", "images_per_second", "environment", "command", "checkpoint"):
         result.pop(key, None)
+    del result["config"]["trainer"]["checkpoint_minutes"]
     return result, (folder / "best.safetensors").read_bytes()
 
 
@@ -123,7 +126,27 @@ def test_a_signal_leaves_a_state_of_the_very_step(number, whole, tmp_path):
     assert f"stopped by {number.name} at step 8 of distilled" in log(tmp_path / "run")
     assert len(list((tmp_path / "run").rglob("distilled-00000008-*.ckpt"))) == 1
     assert run(tmp_path / "run", *slow) == 0
-    assert outcome(tmp_path / "run")[1] == outcome(expected)[1]
+    assert outcome(tmp_path / "run") == outcome(expected)
+
+
+def test_taken_up_at_the_end_of_an_epoch(whole, tmp_path):
+    """Where a run with the default `checkpoint_minutes` goes on: its next state was not in place when it was killed."""
+    expected, _ = whole("joint")
+    usual = [*CASES["joint"], "trainer.checkpoint_minutes=5"]
+    assert run(tmp_path / "run", *usual, kill=("best-", 2, signal.SIGKILL)) == -signal.SIGKILL
+    assert [p.name.split("-")[1] for p in (tmp_path / "run").rglob("best-*.ckpt")] == ["00000008"]  # an epoch
+    assert run(tmp_path / "run", *usual) == 0
+    assert outcome(tmp_path / "run") == outcome(expected)
+
+
+def test_a_signal_in_the_test_is_no_success(tmp_path, monkeypatch):
+    """Lightning's own handler would end the process with exit code 0 and no result."""
+    seen, step = [], LitRecombine.test_step
+    look = lambda *given: (seen.append(signal.getsignal(signal.SIGTERM)), step(*given))[1]  # noqa: E731
+    monkeypatch.setattr(LitRecombine, "test_step", look)
+    before = signal.getsignal(signal.SIGTERM)
+    execute(tmp_path, "method=linear_probe", "data.limit=32", "trainer.epochs=1")
+    assert seen == [before] and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_what_is_finished_is_not_done_again(tmp_path):

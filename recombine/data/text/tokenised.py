@@ -130,8 +130,11 @@ def description(path: Path) -> dict | None:
     """What `write` was told in a whole cached file, or None when it is missing, cut short or damaged."""
     try:
         with safe_open(path, "np") as file:
-            return json.loads(file.metadata()["recombine"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            meta, tensors = json.loads(file.metadata()["recombine"]), set(file.keys())
+            known = {"differences", "shared_train_test", "first_shared"} <= meta.keys()
+            held = {f"{split}.{key}" for split in meta["splits"] for key in ("ids", "ends", "labels")}
+            return meta if known and held <= tensors else None
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

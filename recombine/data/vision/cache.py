@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from recombine.data.base import SPLITS
 from recombine.data.vision.source import Source
 from recombine.runtime import progress
 from recombine.runtime.assets import writing
@@ -54,11 +56,19 @@ class Images(Dataset):
 
 
 def description(path: Path) -> dict | None:
-    """What stands beside a whole cached file, or None when it is missing, cut short or damaged."""
+    """What stands beside a whole cached file, or None when either is missing, cut short or damaged."""
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
-        return meta if path.stat().st_size == meta["bytes"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            whole = file.tell() + math.prod(shape) == path.stat().st_size == meta["bytes"]
+        parts = meta["splits"]
+        rows = sum(part["size"] for part in parts.values() if part["size"] == len(part["labels"]))
+        known = [*meta["classes"], *meta["differences"], meta["licence"], meta["note"]]
+        known += [*meta["shared"]["train"], *meta["shared"]["val"], *(parts[split]["sha256"] for split in SPLITS)]
+        return meta if whole and dtype == np.uint8 and len(shape) == 4 and known and rows == shape[0] else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

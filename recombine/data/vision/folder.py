@@ -126,6 +126,8 @@ def _entries(root: Path, file: Path) -> tuple[list[Path], np.ndarray]:
         path, _, label = line.strip().rpartition(" ")
         if not path or not label.lstrip("-").isdigit():
             raise UsageError(f"{file}:{number}: {line!r} is not 'path label': write e.g. 'images/test/000001.jpg 17'")
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise UsageError(f"{file}:{number}: {path!r} leads out of {root}: write paths below it")
         items.append(root / path)
         labels.append(int(label))
     if not items:

@@ -22,6 +22,7 @@ from recombine.core.method import Method, Site, need
 from recombine.errors import UsageError
 from recombine.layers import DeltaLinear, FactoredLinear
 from recombine.methods.low_rank import last_layers, low_rank
+from recombine.methods.ranks import check_rank, rank_notes, widths
 
 SCHEDULES = {
     "sine": lambda u: 1 - math.sin(math.pi * u / 2),
@@ -56,10 +57,12 @@ class PcLora(Method):
     def check(self, sites: list[Site]) -> None:
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
         if self.rank is not None:
-            most = min(min(site.module.weight.shape) for site in sites)
-            need(1 <= self.rank <= most, self, "rank", f"must be from 1 to {most}, the narrowest target layer")
+            check_rank(self, widths(sites))
         need(0 < self.decay <= 1, self, "decay", "is a share of the distillation, so it must lie in (0, 1]")
         need(self.schedule in SCHEDULES, self, "schedule", f"must be one of {', '.join(SCHEDULES)}")
+
+    def notes(self, sites: list[Site]) -> list[str]:
+        return rank_notes(self, widths(sites))
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         return [i / 1000 for i in range(1, 1001)]
@@ -67,7 +70,7 @@ class PcLora(Method):
     def layer_rank(self, linear: nn.Module) -> int:
         """The rank k of a layer."""
         m, n = linear.weight.shape
-        return max(1, int(self.ratio * m * n / (m + n))) if self.rank is None else self.rank
+        return max(1, int(self.ratio * m * n / (m + n))) if self.rank is None else min(self.rank, m, n)
 
     def retained_weights(self, sites: list[Site]) -> int:
         return sum(self.layer_rank(site.module) * sum(site.module.weight.shape) for site in sites)

@@ -1,6 +1,7 @@
 """Checks around peft: options that it would ignore silently, and its many kinds of errors as one line."""
 
 import logging
+import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from recombine.core.method import Site
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
+from recombine.methods.ranks import widths
+from recombine.models.allowed import refuse
 
 log = logging.getLogger(__name__)
 
+ELSEWHERE = re.compile("megatron|path|mapping|model|tokenizer|revision|modules_to_save")  # in the names of options
 NOT_IDENTITY = 1e-4  # relative change of a layer's output that rounding does not explain
 
 
@@ -30,13 +34,7 @@ def check_config(config: str, rank: int | None, options: dict[str, Any], sites: 
         UsageError: peft has no such class, the class adapts no linear layers, it lacks an option, or it has no such
             rank.
     """
-    import peft
-
-    kinds = [k for k in dir(peft) if k.endswith("Config") and issubclass(getattr(peft, k), peft.PeftConfig)]
-    if config not in kinds:
-        near = get_close_matches(config, kinds, 3) or ["LoraConfig"]
-        raise UsageError(f"method.config={config!r}: peft has no such class; near: {', '.join(near)}")
-    known = {f.name for f in fields(getattr(peft, config))}
+    known = {f.name for f in fields(adapter_config(config, options))}
     if "target_modules" not in known:
         raise UsageError(f"method.config={config!r}: adapts no linear layers; choose one that does: LoraConfig")
     for key in options:
@@ -47,9 +45,30 @@ def check_config(config: str, rank: int | None, options: dict[str, Any], sites: 
         return
     if "r" not in known:
         raise UsageError(f"method.rank={rank}: {config} has no rank; set method.rank=null")
-    most = narrowest(sites)
+    by_layer = "rank_pattern" in known
+    most = max(widths(sites).values()) if by_layer else narrowest(sites)
     if not 1 <= rank <= most:
-        raise UsageError(f"method.rank={rank}: must be from 1 to {most}, the narrowest target layer")
+        which = "widest" if by_layer else "narrowest"
+        raise UsageError(f"method.rank={rank}: must be from 1 to {most}, the {which} target layer")
+
+
+def adapter_config(config: str, options: dict[str, Any]) -> type:
+    """The peft configuration class of that name, once its options are known to name no code and no file.
+
+    Raises:
+        UsageError: peft has no such class, or an option is no plain value of an adapter.
+    """
+    import peft
+
+    kinds = [k for k in dir(peft) if k.endswith("Config") and issubclass(getattr(peft, k), peft.PeftConfig)]
+    if config not in kinds:
+        near = get_close_matches(str(config), kinds, 3) or ["LoraConfig"]
+        raise UsageError(f"method.config={config!r}: peft has no such class; near: {', '.join(near)}")
+    for key, value in options.items():
+        if ELSEWHERE.search(key):
+            raise UsageError(f"method.options.{key}={value!r}: it names code or files outside the adapter; drop it")
+        refuse(f"method.options.{key}", value, largest=2**31)
+    return getattr(peft, config)
 
 
 def check_options(options: dict[str, Any], targets: tuple[str, ...], sites: list[Site]) -> None:
@@ -89,7 +108,7 @@ def one_line(config: str, options: dict[str, Any]):
 
 def narrowest(sites: list[Site]) -> int:
     """The largest rank that every target layer can have. No weight of a compressed layer is built for it."""
-    return min(min(site.module.in_features, site.module.out_features) for site in sites)
+    return min(widths(sites).values())
 
 
 def butterflies() -> bool:

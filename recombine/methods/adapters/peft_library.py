@@ -8,6 +8,7 @@ A layer stores its base weight (PiSSA: less the part that its adapter takes over
 trains.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from recombine.core.account import held
 from recombine.core.method import Method, Site
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
+from recombine.methods.adapters.call_watch import watch_calls
 from recombine.methods.adapters.peft_checks import (
+    adapter_config,
     check_config,
     check_options,
     narrowest,
@@ -28,6 +31,7 @@ from recombine.methods.adapters.peft_checks import (
     output,
     warn_if_moved,
 )
+from recombine.methods.ranks import rank_notes, widths
 from recombine.models import roles
 
 FACTORED = ("pissa", "olora")  # values of init_lora_weights that factor the weight and take a part of it away
@@ -59,6 +63,9 @@ class Peft(Method):
         check_config(self.config, self.rank, self.options, sites)
         check_options(self.options, self.targets, sites)
         self.ghosts(sites)
+
+    def notes(self, sites: list[Site]) -> list[str]:
+        return rank_notes(self, widths(sites))
 
     def budget_values(self, field: str, sites: list[Site]) -> Sequence[int]:
         if self.rank is None:
@@ -104,14 +111,20 @@ class Peft(Method):
         import peft
 
         options = dict(self.options) if self.rank is None else {**self.options, "r": self.rank}
+        if self.rank is not None:
+            wide = widths([Site(name, role, model.get_submodule(name)) for name, role in layers.items()])
+            narrow = {re.escape(name): width for name, width in wide.items() if width < self.rank}
+            if narrow:  # `check_config` has seen that the class has ranks by layer
+                options["rank_pattern"] = narrow | dict(options.get("rank_pattern") or {})
         if "feedforward_modules" in options:
             feedforward = options["feedforward_modules"] or ()
             options["feedforward_modules"] = [name for name, role in layers.items() if role in feedforward]
         if not fresh and str(options.get("init_lora_weights")).startswith(FACTORED):
             options["init_lora_weights"] = True
+        config_class = adapter_config(self.config, options)
         with one_line(self.config, self.options), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of layer types and extensions that `check` has looked at
-            config = getattr(peft, self.config)(target_modules=list(layers), **options)
+            config = config_class(target_modules=list(layers), **options)
             if self.config == "LoraConfig":
                 config._register_custom_module({RecombinedLinear: peft.tuners.lora.Linear})
             peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](model, config, "default", **how)
@@ -122,6 +135,7 @@ class Peft(Method):
         self.inject(model, {site.name: site.role for site in sites})
         after = {name: output(model.get_submodule(name).eval()) for name in before}  # `apply` sets the model's mode
         warn_if_moved(self.config, before, after)
+        watch_calls(model, before)
 
     def to_spec(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
         roles_by_name = roles.find(model, self.targets, nn.Module)

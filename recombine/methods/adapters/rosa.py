@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from recombine.core.calibration import Losses, collect, eval_frozen, passes
 from recombine.core.method import Method, Site, need, need_losses
 from recombine.layers import DeltaLinear
+from recombine.methods.ranks import check_rank, rank_notes, widths
 
 
 @dataclass(kw_only=True)
@@ -44,13 +45,15 @@ class Rosa(Method):
     budget_fields: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
 
     def check(self, sites: list[Site]) -> None:
-        most = min(min(site.module.weight.shape) for site in sites)
-        need(0 <= self.rank <= most, self, "rank", f"must be from 0 to {most}, the narrowest target layer")
+        check_rank(self, widths(sites), least=0)
         need(0 <= self.density <= 1, self, "density", "is a share of the entries, so it must lie in [0, 1]")
         need(self.warmup >= 0, self, "warmup", "must be 0 or more steps")
         need(not self.warmup or (self.rank and self.density), self, "warmup", "trains a low-rank part for a sparse one")
         if self.rank == 0:
             need(all(map(self.entries, sites)), self, "density", "with rank 0 a layer would train nothing; raise one")
+
+    def notes(self, sites: list[Site]) -> list[str]:
+        return rank_notes(self, widths(sites))
 
     def statistics_needed(self) -> set[str]:
         return {"fisher"} if self.density and not self.warmup else set()
@@ -91,8 +94,9 @@ class Rosa(Method):
 
     def low_rank(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """left (m, r), which is 0, and right (r, n), Kaiming uniform, as LoRA starts."""
-        right = nn.init.kaiming_uniform_(weight.new_empty(self.rank, weight.shape[1]), a=math.sqrt(5))
-        return weight.new_zeros(len(weight), self.rank), right
+        rank = min(self.rank, *weight.shape)
+        right = nn.init.kaiming_uniform_(weight.new_empty(rank, weight.shape[1]), a=math.sqrt(5))
+        return weight.new_zeros(len(weight), rank), right
 
     def budget_values(self, field: str, sites: list[Site]) -> Sequence[int]:
         least = 0 if self.density and not self.warmup else 1
@@ -103,7 +107,8 @@ class Rosa(Method):
         return round(self.density * site.module.weight.numel())
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        trained = sum(self.rank * sum(site.module.weight.shape) + self.entries(site) for site in sites)
+        shapes = [site.module.weight.shape for site in sites]
+        trained = sum(min(self.rank, m, n) * (m + n) for m, n in shapes) + sum(map(self.entries, sites))
         return sum(site.module.weight.numel() for site in sites) + trained, trained
 
     def recombine(self, site: Site) -> DeltaLinear:

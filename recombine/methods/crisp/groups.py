@@ -1,5 +1,6 @@
 """How CRISP shares bases: which layers share one, its size, and what that stores (see method.py)."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -15,7 +16,8 @@ class SharedBases(Method, abstract=True):
     """The part of CRISP that decides groups and sizes.
 
     Args:
-        chunk: length s of the pieces that rows are cut into; it divides the width of every target layer.
+        chunk: length s of the pieces that rows are cut into. Layers whose width it does not divide take the nearest
+            divisor.
         group_size: how many consecutive layers of a role share a basis.
         basis_rank: columns r of a basis, at most group_size * chunk; None: that many, which is exact.
         energy: instead of `basis_rank`, the smallest rank of each group that keeps this share of the squared singular
@@ -40,20 +42,36 @@ class SharedBases(Method, abstract=True):
     def check(self, sites: list[Site]) -> None:
         need(self.group_size >= 1, self, "group_size", "a group has at least one layer")
         need(self.chunk >= 1, self, "chunk", "a chunk has at least one entry")
-        for site in sites:
-            width = site.module.in_features
-            near = min(divisors(width), key=lambda d: abs(d - self.chunk))
-            need(width % self.chunk == 0, self, "chunk", f"does not divide {site.name}'s width {width}; {near} does")
+        widths = {site.module.in_features: site.name for site in reversed(sites)}
+        if self.chunk != type(self).chunk and all(width % self.chunk for width in widths):  # typed for another model
+            width, name = next(reversed(widths.items()))
+            near = self.chunk_of(width)
+            need(False, self, "chunk", f"does not divide {name}'s width {width}, nor any other's; {near} does")
         if self.basis_rank is not None:
-            most = self.group_size * self.chunk
+            most = self.group_size * max(map(self.chunk_of, widths))
             why = f"must be from 1 to group_size * chunk = {most}, where the model is exact"
             need(1 <= self.basis_rank <= most, self, "basis_rank", why)
         if self.energy is not None:
             need(0 < self.energy <= 1, self, "energy", "is a share of the energy, so it must lie in (0, 1]")
 
+    def notes(self, sites: list[Site]) -> list[str]:
+        roles = defaultdict(dict)  # as sets, in order
+        for site in sites:
+            roles[site.module.in_features][site.role] = None
+        other = [f"{self.chunk_of(w)} for {w} ({' '.join(r)})" for w, r in roles.items() if w % self.chunk]
+        return [f"method.chunk={self.chunk} does not divide every width; instead: {', '.join(other)}"] if other else []
+
+    def chunk_of(self, width: int) -> int:
+        """The chunk s of the layers of that width: the divisor that is nearest to `chunk`."""
+        return self.chunk if width % self.chunk == 0 else min(divisors(width), key=lambda d: abs(d - self.chunk))
+
+    def group_chunk(self, group: list[Site]) -> int:
+        """The chunk s of a group's layers, which have one shape."""
+        return self.chunk_of(group[0].module.in_features)
+
     def budget_values(self, field: str, sites: list[Site]) -> Sequence[int]:
         if field == "basis_rank":
-            return range(1, self.group_size * self.chunk + 1)
+            return range(1, self.group_size * max(self.chunk_of(site.module.in_features) for site in sites) + 1)
         return divisors(gcd(*(site.module.in_features for site in sites)))
 
     def groups(self, sites: list[Site]) -> list[list[Site]]:
@@ -62,16 +80,18 @@ class SharedBases(Method, abstract=True):
 
     def group_rank(self, group: list[Site]) -> int:
         """The columns r of a group's basis."""
-        most = len(group) * self.chunk
+        chunk = self.group_chunk(group)
+        most = len(group) * chunk
         if self.energy is not None:
-            return energy_rank(spectrum(stack(group, self.chunk))[0].sqrt(), self.energy)
+            return energy_rank(spectrum(stack(group, chunk))[0].sqrt(), self.energy)
         return most if self.basis_rank is None else min(self.basis_rank, most)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        groups = self.groups(sites)
-        ranks = [self.group_rank(group) for group in groups]
-        mixers = sum(len(group) * r * self.chunk for group, r in zip(groups, ranks, strict=True))
-        bases = sum(group[0].module.weight.numel() // self.chunk * r for group, r in zip(groups, ranks, strict=True))
+        bases = mixers = 0
+        for group in self.groups(sites):
+            rank, chunk = self.group_rank(group), self.group_chunk(group)
+            mixers += len(group) * rank * chunk
+            bases += group[0].module.weight.numel() // chunk * rank
         return bases + mixers, mixers
 
 

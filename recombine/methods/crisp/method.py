@@ -51,7 +51,8 @@ def random(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Gen
 
 def mimicry(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Gradient descent on the weights (Alg. 2)."""
-    *factors, loss = mimic(weights_of(group), rank, how.chunk, how.gate, how.placement, how.mimicry, rng)
+    chunk = m.shape[1] // len(group)
+    *factors, loss = mimic(weights_of(group), rank, chunk, how.gate, how.placement, how.mimicry, rng)
     log.info("%s and %d more: mimicry's loss %.3g", group[0].name, len(group) - 1, loss)
     return factors
 
@@ -59,7 +60,8 @@ def mimicry(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Ge
 def cluster(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Clusters of the columns of an exact teacher (Alg. 5)."""
     if how.cluster.teacher == "mimicry":
-        basis, mixers, _ = mimic(weights_of(group), m.shape[1], how.chunk, how.gate, "pre", how.mimicry, rng)
+        chunk = m.shape[1] // len(group)
+        basis, mixers, _ = mimic(weights_of(group), m.shape[1], chunk, how.gate, "pre", how.mimicry, rng)
         basis, mixers = basis.double(), mixers.double()
     else:
         basis, mixers = closed(group, m, m.shape[1], how, rng)
@@ -72,7 +74,8 @@ def aware(group: list[Site], m: Tensor, rank: int, how: "Crisp", rng: torch.Gene
     """Least squares on the layers' outputs for calibration data."""
     statistics = [how.stats[site.name].inputs for site in group]
     moments = [shrink(inputs.xx, inputs.x4, inputs.tokens, floor=0.01) for inputs in statistics]
-    return ungate(*fit_outputs(weights_of(group), moments, rank, how.chunk, how.alternations), how.gate, how.gauge)
+    chunk = m.shape[1] // len(group)
+    return ungate(*fit_outputs(weights_of(group), moments, rank, chunk, how.alternations), how.gate, how.gauge)
 
 
 def weights_of(group: list[Site]) -> list[Tensor]:
@@ -159,10 +162,11 @@ class Crisp(SharedBases):
         rng = torch.Generator().manual_seed(torch.initial_seed() % 2**63)  # the run's seed, whatever was drawn since
         original = []
         for group in progress.of(self.groups(sites), "factors", "groups"):
-            basis, mixers = FITS[self.fit](group, stack(group, self.chunk), self.group_rank(group), self, rng)
+            chunk = self.group_chunk(group)
+            basis, mixers = FITS[self.fit](group, stack(group, chunk), self.group_rank(group), self, rng)
             weight = group[0].module.weight
             basis = nn.Parameter(basis.to(weight), requires_grad=False)  # one parameter: it counts once
-            for site, mixer in zip(group, mixers.split(self.chunk, 1), strict=True):
+            for site, mixer in zip(group, mixers.split(chunk, 1), strict=True):
                 linear, mixer = site.module, mixer.to(weight)
                 layer = SharedBasisLinear(basis, mixer, linear.in_features, self.gate, linear.bias, self.placement)
                 layer.mixer.requires_grad_(True)

@@ -110,6 +110,8 @@ def reshape(model: nn.Module, structure: dict[str, Any]) -> None:
         reconfigure(model, **structure["config"])
     for path, value in structure["attributes"].items():
         name, _, key = path.rpartition(".")
+        if key not in numbers(model.get_submodule(name)):
+            raise UsageError(f"{name} of this model has no number {key}")
         setattr(model.get_submodule(name), key, tuple(value) if isinstance(value, list) else value)
     for path, shape in structure["shapes"].items():
         name, _, key = path.rpartition(".")

@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from recombine.core.calibration import Losses, eval_frozen
+from recombine.core.calibration import Losses, eval_frozen, need_graph
 from recombine.core.method import Site
 from recombine.errors import UsageError
 from recombine.models import roles
@@ -162,7 +162,7 @@ def gradients(model: nn.Module, losses: Losses) -> Iterator[None]:
         with eval_frozen(model), torch.enable_grad():
             model.requires_grad_(True).zero_grad()
             for loss in losses():
-                loss.backward()
+                need_graph(loss).backward()
             grads = [p.grad for p in model.parameters() if p.grad is not None]
             if not grads or not all(grad.isfinite().all() for grad in grads):
                 raise UsageError(

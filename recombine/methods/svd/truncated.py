@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recombine.core.method import Method, Site, need
 from recombine.layers import FactoredLinear
 from recombine.linalg import energy_rank, svd
+from recombine.methods.ranks import check_rank, rank_notes
 from recombine.runtime import progress
 
 
@@ -49,7 +50,7 @@ class Truncated(Spectral, abstract=True):
 
     Args:
         ratio: share of the weights of a matrix (m, n) that is kept, k = ratio m n / (m + n).
-        rank: the same k for all matrices, instead of `ratio`.
+        rank: the same k for all matrices, instead of `ratio`; narrower ones have their full rank.
     """
 
     ratio: float = 0.5
@@ -61,8 +62,14 @@ class Truncated(Spectral, abstract=True):
     def check(self, sites: list[Site]) -> None:
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
         if self.rank is not None:
-            most = min(min(shape(group)) for group in self.groups(sites))
-            need(1 <= self.rank <= most, self, "rank", f"must be from 1 to {most}, the narrowest target layer")
+            check_rank(self, self.widths(sites))
+
+    def notes(self, sites: list[Site]) -> list[str]:
+        return rank_notes(self, self.widths(sites))
+
+    def widths(self, sites: list[Site]) -> dict[str, int]:
+        """The largest rank of every group, by the name of its first layer."""
+        return {group[0].name: min(shape(group)) for group in self.groups(sites)}
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         return [i / 1000 for i in range(1, 1001)]
@@ -74,7 +81,7 @@ class Truncated(Spectral, abstract=True):
     def group_rank(self, group: list[Site]) -> int:
         """The rank k of a group's matrix."""
         m, n = shape(group)
-        return max(1, int(self.ratio * m * n / (m + n))) if self.rank is None else self.rank
+        return max(1, int(self.ratio * m * n / (m + n))) if self.rank is None else min(self.rank, m, n)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         return sum(self.group_rank(group) * sum(shape(group)) for group in self.groups(sites)), 0

@@ -9,6 +9,8 @@ from PIL import Image
 
 from helpers import ready, refusal
 from recombine import data
+from recombine.data.vision.folder import LISTS, lists
+from recombine.errors import UsageError
 
 
 def picture(path: Path, shade: int):
@@ -130,3 +132,12 @@ def test_list_errors_are_one_line(cache, tmp_path):
     assert "no picture" in line("test.txt", "images/x/9.png 0\n")
     (tmp_path / "val200.txt").unlink()
     assert "val200.txt" in refusal(folder, tmp_path)
+
+
+def test_a_list_stays_below_its_folder(tmp_path):
+    for name in LISTS.values():
+        (tmp_path / name).write_text("images/a.jpg 0\n")
+    for path in ("/etc/passwd", "../outside.jpg", "images/../../outside.jpg"):
+        (tmp_path / "train800.txt").write_text(f"images/a.jpg 0\n{path} 0\n")
+        with pytest.raises(UsageError, match="train800.txt:2: .* leads out of"):
+            lists(tmp_path, 1)

@@ -57,6 +57,10 @@ def test_a_damaged_cache_is_rebuilt(cache):
         lambda: path.write_bytes(good[:-100]),
         path.unlink,
         lambda: path.with_suffix(".json").write_text("{"),
+        lambda: path.write_bytes(bytes(range(256)) * (len(good) // 256) + good[len(good) // 256 * 256 :]),
+        lambda: path.write_bytes(good[:10] + b"?" * 118 + good[128:]),
+        lambda: path.with_suffix(".json").write_text("[]"),
+        lambda: path.with_suffix(".json").write_text(f'{{"bytes": {len(good)}, "splits": 5}}'),
     ):
         damage()
         assert "prepare_data" in refusal(sprites().setup)

@@ -1,0 +1,47 @@
+"""Turns recombined layers back into ordinary ones."""
+
+from torch import nn
+
+from recombine.core.places import kept_around
+from recombine.core.tied import declare_tied
+from recombine.errors import UsageError
+from recombine.models.fused_qkv import close
+from recombine.models.wrappers import unwrapped
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Turns every recombined layer back into an ordinary linear one, in place; returns the model.
+
+    The outputs stay the same. Afterwards every parameter is trainable that was not frozen before the first method.
+    Hooks of a layer stay. A layer of a subclass of nn.Linear is of that class again, unless the subclass holds state.
+
+    Raises:
+        UsageError: the model is not recombined.
+    """
+    wrapped, model = model, unwrapped(model)
+    if (record := getattr(model, "recombined", None)) is None:
+        raise UsageError(f"this {type(model).__name__} is not recombined: there is nothing to merge")
+    with kept_around(model):
+        for name in record.targets:
+            model.set_submodule(name, merged(model.get_submodule(name)))
+        freeze(model, record.frozen)
+        close(model)
+    del model.recombined
+    declare_tied(model)
+    freeze(model, record.frozen)  # a fused qkv has its name again
+    return wrapped
+
+
+def freeze(model: nn.Module, names: set[str]) -> None:
+    """Freezes exactly these parameters; names that are not in the model are left out."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in names)
+
+
+def merged(layer: nn.Module) -> nn.Module:
+    """The ordinary layer with the same outputs, whatever methods were applied to it and in which order."""
+    if hasattr(layer, "get_base_layer"):  # peft
+        layer.base_layer = merged(layer.get_base_layer())
+        layer.merge()
+        return layer.get_base_layer()
+    return layer.merged() if callable(getattr(layer, "merged", None)) else layer

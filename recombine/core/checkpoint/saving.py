@@ -1,0 +1,112 @@
+"""Writes a checkpoint: the difference to the pretrained model, or all of the model."""
+
+import json
+import logging
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from recombine.core.checkpoint import loading, tensor_file
+from recombine.core.checkpoint.metadata import FORMAT
+from recombine.core.rewrite import Record
+from recombine.core.untouched import forget_changed, probe
+from recombine.errors import UsageError
+from recombine.models import rebuild, roles
+from recombine.models.wrappers import unwrapped
+
+log = logging.getLogger(__name__)
+
+
+def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
+    """Writes the checkpoint of a recombined model, atomically; returns its path.
+
+    A file with all of the model is loaded without the pretrained one. The other kind leaves out what the method did not
+    touch, and is loaded onto the pretrained model. A tensor that layers share is stored once. A model inside
+    torch.compile or DistributedDataParallel is saved as itself.
+
+    Args:
+        whole: store all of the model; None: where it holds fewer parameters than it did before. A model that cannot be
+            built again without its weights is then saved as a difference, with a warning.
+
+    Raises:
+        UsageError: the model is not recombined, or all of it is asked for and it cannot be built again.
+    """
+    model, path = unwrapped(model), Path(path)
+    if (record := getattr(model, "recombined", None)) is None:
+        raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
+    forget_changed(model, record)
+    smaller = sum(p.numel() for p in model.parameters()) < record.total
+    if whole or whole is None and smaller:
+        try:
+            tensor_file.write(path, *everything(model, record))
+            return path
+        except CannotRebuild as error:
+            if whole:
+                raise UsageError(f"{error}: save the difference to it with recombine.save(..., whole=False)") from error
+            log.warning("%s: holds the difference to the pretrained model only, since %s", path, error)
+    tensor_file.write(path, *difference(model, record))
+    return path
+
+
+def everything(model: nn.Module, record: Record) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, metadata) of a file that holds all of the model.
+
+    Raises:
+        CannotRebuild: what the file would say does not give the same model again.
+    """
+    tensors, meta = described(model, record, leave_out=set())
+    meta["architecture"] = record.architecture
+    return tensors | rebuild.own_buffers(model, rebuilt(model, meta, tensors)), meta
+
+
+def difference(model: nn.Module, record: Record) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, metadata) of a file that leaves what is untouched to the pretrained model."""
+    return described(model, record, record.untouched)
+
+
+def described(model: nn.Module, record: Record, leave_out: set[str]) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, metadata) of the model without the parameters of these names."""
+    parameters = dict(model.named_parameters())
+    tensors = {name: p for name, p in parameters.items() if name not in leave_out}
+    tensors |= {name: b for name, b in model.named_buffers() if name in model.state_dict()}
+    canonical = {id(p): name for name, p in parameters.items()}
+    return tensors, {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "source": getattr(model, "recombine_source", None),
+        "steps": record.steps,
+        "classes": roles.classes(model),
+        "targets": record.targets,
+        "dense": record.dense,
+        "total": record.total,
+        "trains": sorted(record.trainable),
+        "blocks": record.blocks,
+        "shared": {
+            name: canonical[id(p)]
+            for name, p in model.named_parameters(remove_duplicate=False)
+            if canonical[id(p)] != name
+        },
+        "own": {name: probe(p) for name, p in parameters.items() if name in leave_out},
+    }
+
+
+def rebuilt(model: nn.Module, meta: dict, tensors: dict) -> nn.Module:
+    """The model built once from what the file will say of it, without weights.
+
+    Raises:
+        CannotRebuild: that is impossible, or gives another model.
+    """
+    kind = type(model).__name__
+    if meta["architecture"] is None:
+        raise CannotRebuild(f"this {kind} is neither timm's nor transformers' own")
+    try:
+        twin = loading.built_empty(Path("the file"), json.loads(json.dumps(meta)), tensors)
+    except UsageError as error:
+        raise CannotRebuild(f"this {kind} cannot be built again without its weights ({error})") from error
+    if (what := rebuild.differs(model, twin)) is not None:
+        raise CannotRebuild(f"this {kind} is not what its library would build again ({what})")
+    return twin
+
+
+class CannotRebuild(Exception):
+    """A model cannot be built again from a description without weights."""

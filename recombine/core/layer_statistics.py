@@ -1,0 +1,136 @@
+"""The running sums of one layer's inputs and gradients, and the hook that adds a batch to them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+KINDS = {  # what a method can ask for -> the fields of Inputs and Stats that it fills
+    "inputs": "xx, x4",
+    "magnitudes": "absolute",
+    "outputs": "gg, g4",
+    "cross": "gx",
+    "fisher": "fisher",
+}
+BACKWARD = {"outputs", "cross", "fisher"}  # need the loss's gradient
+
+
+@dataclass
+class Inputs:
+    """Statistics of a layer's input x (n,), as means over tokens; sums while they are collected."""
+
+    tokens: int = 0
+    xx: Tensor | float = 0.0  # (n, n): E[x x^T]
+    x4: float = 0.0  # E[|x|^4]
+    absolute: Tensor | float = 0.0  # (n,): E[|x_j|]
+    version: int = field(default_factory=count().__next__)  # no two are the same
+
+
+@dataclass
+class Stats:
+    """Statistics of one layer y = W x, W (m, n), with g = dL/dy (m,); sums while they are collected.
+
+    All are means over tokens, but `fisher`, which is a mean over batches.
+    """
+
+    inputs: Inputs = field(default_factory=Inputs)
+    tokens: int = 0
+    batches: int = 0
+    gg: Tensor | float = 0.0  # (m, m): E[g g^T]
+    g4: float = 0.0  # E[|g|^4]
+    gx: Tensor | float = 0.0  # (m, n): E[g x^T]
+    fisher: Tensor | float = 0.0  # (m, n): E[(dL/dW)^2]
+    batch: Tensor | float = 0.0  # (m, n): dL/dW of the batch under way
+    calls: int = 0  # how often the layer was called
+
+
+class Watched(torch.autograd.Function):
+    """A layer's output y as it is, with `see` called on its gradient: see(dL/dy).
+
+    y counts as written to. So the gradient is seen although an activation writes over y afterwards, and y is not
+    copied. anchor is any scalar that requires a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, anchor: Tensor, see: Callable[[Tensor], None]) -> Tensor:
+        """y itself."""
+        ctx.mark_dirty(y)
+        ctx.see = see
+        return y
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None, None]:
+        """g goes on to y."""
+        ctx.see(g)
+        return g, None, None
+
+
+def statistics_hook(stats: Stats, wanted: set[str], mask: list, seen: dict, anchor: Tensor):
+    """A forward hook that adds one batch to the statistics of a layer.
+
+    Args:
+        mask: the list of `capture_attention_mask`.
+        seen: what `collect` knows of this batch's inputs; all hooks share it.
+        anchor: of `Watched`.
+    """
+
+    def hook(layer: nn.Module, args: tuple, y: Tensor):
+        stats.calls += 1
+        source, keep = args[0], valid(mask, args[0])
+        x = tokens(source, keep)
+        if wanted & {"inputs", "magnitudes"}:
+            key = stats.inputs.version, id(source)  # the sums are shared for as long as the layers read the same
+            if key not in seen:
+                seen[key] = (source, add_inputs(stats.inputs, x, wanted))
+            stats.inputs = seen[key][1]
+        if not wanted & BACKWARD:
+            return None
+
+        def gradient(g: Tensor) -> None:
+            g = tokens(g, keep)
+            stats.tokens += len(g)
+            if "outputs" in wanted:
+                stats.gg = stats.gg + (g.T @ g).double()
+                stats.g4 += g.double().square().sum(1).square().sum().item()
+            if wanted & {"cross", "fisher"}:
+                stats.batch = stats.batch + (g.T @ x).double()
+
+        return Watched.apply(y if y.requires_grad else y.detach(), anchor, gradient)
+
+    return hook
+
+
+def end_batch(stats: Stats, wanted: set[str]) -> None:
+    """Adds the finished batch's dL/dW to the sums; a layer may be called more than once in a batch."""
+    stats.batches += 1
+    if "cross" in wanted:
+        stats.gx = stats.gx + stats.batch
+    if "fisher" in wanted and isinstance(stats.batch, Tensor):
+        stats.fisher = stats.fisher + stats.batch.square()
+    stats.batch = 0.0
+
+
+def add_inputs(inputs: Inputs, x: Tensor, wanted: set[str]) -> Inputs:
+    """New sums with the inputs x (tokens, n) added; the old ones stay as they are."""
+    new = Inputs(inputs.tokens + len(x), inputs.xx, inputs.x4, inputs.absolute)
+    if "inputs" in wanted:
+        new.xx = new.xx + (x.T @ x).double()
+        new.x4 += x.double().square().sum(1).square().sum().item()
+    if "magnitudes" in wanted:
+        new.absolute = new.absolute + x.abs().double().sum(0)
+    return new
+
+
+def tokens(x: Tensor, keep: Tensor | None) -> Tensor:
+    """(..., d) -> (tokens, d), detached and at least float32. keep (B, T): the positions to take; None: all."""
+    x = x.detach() if keep is None else x.detach()[keep]
+    x = x.flatten(0, -2)
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def valid(mask: list, x: Tensor) -> Tensor | None:
+    """The non-padding positions (B, T) of x (B, T, ...); None where the model got no mask of that shape."""
+    keep = mask[0]
+    return keep if keep is not None and x.shape[:2] == keep.shape else None

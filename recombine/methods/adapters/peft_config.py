@@ -1,0 +1,29 @@
+"""peft's own `get_peft_model` on a model that recombine has compressed."""
+
+from typing import Any
+
+from recombine.errors import UsageError
+from recombine.layers import RecombinedLinear
+
+
+def peft_config(config: Any) -> Any:
+    """Lets peft find recombined layers: get_peft_model(model, recombine.peft_config(LoraConfig(...))).
+
+    peft knows no layer of ours and would say that no target module is supported. Its adapters train beside frozen
+    factors, and `merge_and_unload` leaves ordinary dense layers.
+
+    Args:
+        config: a peft.LoraConfig.
+
+    Returns:
+        The same configuration, with the recombined layers added to those that it can adapt.
+
+    Raises:
+        UsageError: another configuration; peft lets no other class be taught a layer.
+    """
+    if not hasattr(config, "_register_custom_module"):
+        raise UsageError(f"peft_config: {type(config).__name__} cannot be taught new layers; give a peft.LoraConfig")
+    from recombine.layers.peft_lora import RecombinedLora
+
+    config._register_custom_module({RecombinedLinear: RecombinedLora})
+    return config
