@@ -89,7 +89,7 @@ def _apply(model: nn.Module, method: Method, budget: Budget, losses: Losses | No
     method, sites = prepare(model, method, budget, losses)
     record = started_record(model, sites, frozen)
     for note in method.notes(sites):
-        log.warning(note)
+        log.warning("note: %s", note)
         record.notes.append(note)
     old = getattr(model, "recombined", None)
     before = {  # by identity: a weak reference, since a new parameter may get the place of one that is gone

@@ -16,6 +16,7 @@ from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
 from recombine.evaluation import harness, linear_probe
 from recombine.models import roles
+from recombine.models.sizes import require_image_size
 from recombine.runner import effects, limits
 from recombine.runner.assemble import assemble_result
 from recombine.runner.config import RunSpec, resolve
@@ -71,6 +72,7 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
     if (result := results.load_finished(out, spec.config)) is not None:
         print(f"{path}: finished before\n{summary_table(result, path)}")
         return result
+    limits.require_accelerator(spec.settings.trainer.accelerator)
     limits.require_workers(spec.data.get("num_workers", 0))
     limits.require_memory(spec.model)
     with results.lock_folder(out) if distributed.rank() == 0 else nullcontext():
@@ -120,6 +122,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     model = models.build(**native | models.for_task(spec.model, task_of(module)))
     source, stage = model.recombine_source, spec.settings.stage
     module.attach_model(**models.for_data(source))
+    require_image_size(model, getattr(module, "image_size", None))
     scored_as_it_is = stage.name == "evaluate" and stage.checkpoint is None or getattr(stage, "test", False)
     if scored_as_it_is:
         require_head(model, module)
