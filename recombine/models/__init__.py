@@ -207,7 +207,7 @@ def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapp
         return timm.create_model(source, num_classes=num_classes, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
         lacked = [key for key in arguments if f"unexpected keyword argument '{key}'" in str(error)]
-        if lacked and arguments[lacked[0]] == 0.0:
+        if lacked and lacked[0] in ("drop_path_rate", "attn_drop_rate") and not arguments[lacked[0]]:
             return _create(name, arch, source, num_classes, {k: v for k, v in arguments.items() if k != lacked[0]})
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
