@@ -141,7 +141,7 @@ def test_nothing_is_compared_unless_asked(tmp_path):
 
 
 @pytest.mark.parametrize("override, why", [
-    ("analyse.subspaces=1.5", "a share of the energy"),
+    ("analyse.subspaces=1.5", "a number above 0 to 1"),
     ("analyse.maps=0", "a whole number from 1"),
     ("analyse.elsewhere=[clevr]", "unknown task"),
 ])  # fmt: skip
