@@ -61,7 +61,7 @@ def cli() -> int:
     if failures and DEBUG:
         raise failures[0]
     for error in failures:
-        print(f"run.py: {one_line(error)}", file=sys.stderr)
+        print(f"run.py: {one_line(error, given)}", file=sys.stderr)
     return 2 if failures else 0
 
 

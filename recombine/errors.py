@@ -1,7 +1,7 @@
 """The one exception that users see, and how all errors that a user can mend become one line."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 from hydra.errors import HydraException
@@ -22,12 +22,17 @@ NO_KEY = re.compile(r"Could not override '(.+)'. To append to your config use \+
 THERE = re.compile(r"Could not append to config\. An item is already at '.+'\. Either remove \+ prefix: '(.+)' Or .*")
 NO_MERGE = re.compile(r"Error merging override (.+)")
 SWEPT = re.compile(r"Ambiguous value for argument '(.+?)=(.+)' 1\. To use it as a list.*")
-ADDED = re.compile(r"model|(method|compressor)\.options")  # nodes that take keys which their YAML does not have
+# nodes that take keys which their YAML does not have
+ADDED = re.compile(r"model|(method|compressor)\.options|stage\.reference|calibration\.data")
 ASIDE = ("hydra", "grid", "report")  # nodes of the configuration whose keys say nothing about a run
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong as one line without a trace; Hydra's commonest complaints in the words of the command line."""
+def one_line(error: BaseException, overrides: Iterable[str] = ()) -> str:
+    """What went wrong as one line without a trace; Hydra's commonest complaints in the words of the command line.
+
+    Args:
+        overrides: what was typed. Of a choice Hydra names the group alone: method, where method@compressor was typed.
+    """
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key}=??? needs a value: say {error.full_key}=..."
     text = " ".join(line.strip() for line in str(error).split("\nConfig search path")[0].splitlines() if line.strip())
@@ -36,6 +41,7 @@ def one_line(error: BaseException) -> str:
     if match := NO_CHOICE.fullmatch(text):
         group, choice, known = match[1], match[2], [name for name in match[3].split() if name[0] != "_"]
         hint = did_you_mean(choice, known)
+        group = next((key for key in keys_of(overrides, choice) if key.partition("@")[0] == group), group)
         return f"{group}={choice}: there is no such choice; {hint}choose from {', '.join(known)}"
     if (match := NO_KEY.fullmatch(text)) and (node := getattr(error.__cause__, "parent_node", None)) is not None:
         return unknown_key(match[2], match[1], node._get_root())
@@ -49,6 +55,14 @@ def one_line(error: BaseException) -> str:
         fix = f"as a sweep say -m, as a list {key}=[{value}], as a text '{key}=\"{text}\"'"
         return f"{key}={value}: several values; {fix}"
     return text
+
+
+def keys_of(overrides: Iterable[str], value: str) -> Iterator[str]:
+    """The keys that were typed with a value."""
+    for override in overrides:
+        key, _, given = override.partition("=")
+        if value in given.split(","):
+            yield key.lstrip("+")
 
 
 def unknown_key(typed: str, key: str, config: DictConfig) -> str:
@@ -67,6 +81,10 @@ def unknown_key(typed: str, key: str, config: DictConfig) -> str:
     one_value = f"{typed}: there is no such key; {{}} is one value and has no keys of its own"
     if last in node and where + last != key:
         return one_value.format(where + last)
+    if where == f"{key}.":  # its value holds keys that it lacks
+        return f"{typed}: has a key that {key} lacks; say +{key}.KEY=VALUE for each, and {key}.KEY=VALUE of the others"
+    if key.startswith("compressor.") and config.get("compressor") is None:
+        return f"{typed}: there is no compressor; say method@compressor=NAME too, for example method@compressor=svd"
     if not (known := [str(name) for name in node if not str(name).startswith("_")]):
         return one_value.format(where[:-1])
     there = [name for name in every_key(config) if name.rpartition(".")[2] == key.rpartition(".")[2]]

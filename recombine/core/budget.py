@@ -87,7 +87,7 @@ def solve(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -
         raise UsageError(f"budget={budget}: {name} cannot be held to a {budget.kind} budget; it knows: {can}")
     for other in method.conflicting_fields:
         if other != field and (value := getattr(method, other)) is not None:
-            raise UsageError(f"budget={budget} and method.{other}={value} both set the size: drop one of them")
+            raise UsageError(f"budget={budget} and {method.key}.{other}={value} both set the size: drop one of them")
     if budget.kind == "energy":
         setattr(method, field, budget.value)
     else:

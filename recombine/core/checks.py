@@ -1,6 +1,7 @@
 """What a user may hand to `apply`: everything else is refused in one line before anything happens."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -43,11 +44,14 @@ def check_call(model: nn.Module, method: Method) -> None:
             raise UsageError(f"{name} was made in torch.inference_mode and can never train: load the model outside it")
 
 
-def check_fields(part: Any, key: str = "method") -> None:
+def check_fields(part: Any, key: str) -> None:
     """Checks the types of a method's fields, and of the parts that it is made of, against their annotations.
 
+    Args:
+        key: what an error calls it, for example "method".
+
     Raises:
-        UsageError: a value has another type.
+        UsageError: a value has another type, or two do not go together.
     """
     hints = get_type_hints(type(part))
     for field in fields(part):
@@ -60,6 +64,19 @@ def check_fields(part: Any, key: str = "method") -> None:
             raise UsageError(f"{key}.{field.name}={value!r}: must be {wanted}, not a {type(value).__name__}")
         if is_dataclass(value):
             check_fields(value, f"{key}.{field.name}")
+    if reason := getattr(part, "contradiction", lambda key: None)(key):
+        raise UsageError(reason)
+
+
+@contextmanager
+def fields_as_typed(method: Method) -> Iterator[None]:
+    """Errors of the block that name a field of this method name it as it was typed: compressor.rank."""
+    try:
+        yield
+    except UsageError as error:
+        if not str(error).startswith("method."):
+            raise
+        raise UsageError(method.key + str(error).removeprefix("method")) from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -6,8 +6,8 @@ records what it did.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -72,10 +72,22 @@ class Method:
     def __post_init__(self):
         self.targets = (self.targets,) if self.targets == "all-linear" else self.targets  # as peft takes it
         self.label = type(self).__name__.lower()  # how messages call it; the runner knows what the user typed
+        self.key = "method"  # the node of the configuration that its fields stand in, for messages
         self.stats: dict[str, Stats] = {}  # what `statistics_needed` asked for, by site name, of one model
         self.blocks: list[int] | None = None  # the blocks that `rewrite` leaves, if not all
 
+    def copy(self, **changes: Any) -> Self:
+        """Another with these fields changed, which messages call the same."""
+        other = replace(self, **changes)
+        other.label, other.key = self.label, self.key
+        return other
+
     # Before the rewriting: fields and data
+
+    def contradiction(self, key: str) -> str | None:
+        """Why the fields do not go together; None: they do. key: of the node that they stand in."""
+        given = [f"{key}.{n}={value}" for n in self.conflicting_fields if (value := getattr(self, n)) is not None]
+        return f"{' and '.join(given)} both set the size: drop one of them" if len(given) > 1 else None
 
     def check(self, sites: list[Site]) -> None:
         """Checks the fields against the target layers.

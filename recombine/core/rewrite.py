@@ -9,7 +9,7 @@ from torch import nn
 
 from recombine.core.budget import Budget, solve
 from recombine.core.calibration import Losses, collect
-from recombine.core.checks import check_call, check_fields, check_layers, checked
+from recombine.core.checks import check_call, check_fields, check_layers, checked, fields_as_typed
 from recombine.core.method import Method, Site, need_losses
 from recombine.core.places import kept_around
 from recombine.core.rollback import unchanged_on_failure
@@ -131,18 +131,18 @@ def prepare(model: nn.Module, method: Method, budget: Budget, losses: Losses | N
     Raises:
         UsageError: as in `apply`.
     """
-    label, method = method.label, replace(method)  # the caller's keeps its fields, and no factors of this model
-    method.label = label
+    method = method.copy()  # the caller's keeps its fields, and no factors of this model
     sites = find_sites(model, method)
     with kept_around(model):
         roles.split_fused(model, method.targets)
     sites = [Site(name, role, model.get_submodule(name)) for name, role, _ in sites]
     if kinds := method.statistics_needed():
         calibrate(model, method, sites, losses, kinds)
-    method.before_budget(model, sites, losses)
-    if budget.kind != "none":
-        solve(method, model, sites, budget)
-    method.after_budget(model, sites, losses)
+    with fields_as_typed(method):
+        method.before_budget(model, sites, losses)
+        if budget.kind != "none":
+            solve(method, model, sites, budget)
+        method.after_budget(model, sites, losses)
     return method, sites
 
 
@@ -166,11 +166,12 @@ def find_sites(model: nn.Module, method: Method) -> list[Site]:
         UsageError: the model lacks a role, a field has another type or is out of range for these layers, or a layer is
             not what it seems.
     """
-    check_fields(method)
-    roles_by_name = roles.find(model, method.targets, method.target_types)
+    check_fields(method, method.key)
+    roles_by_name = roles.find(model, method.targets, method.target_types, f"{method.key}.targets")
     sites = [Site(name, role, roles.layer_at(model, name)) for name, role in roles_by_name.items()]
     check_layers(model, method, sites)
-    method.check(sites)
+    with fields_as_typed(method):
+        method.check(sites)
     return sites
 
 

@@ -35,7 +35,7 @@ def check(name: str, *, key: str = "data", **settings) -> None:
     Raises:
         UsageError: as `build` does.
     """
-    checked(find(name), settings, key)
+    checked(find(name, key), settings, key)
 
 
 def suite(name: str) -> dict[str, str]:
@@ -57,8 +57,8 @@ def say_default_task(name: str, task: str | None, overrides: Sequence[str]) -> N
         )
 
 
-def find(name: str) -> type[DataModule]:
-    """The class of a data set, by its name or by its dotted path.
+def find(name: str, key: str = "data") -> type[DataModule]:
+    """The class of a data set, by its name or by its dotted path. ``key``: of the node, for the error.
 
     Raises:
         UsageError: there is no such class, or it is not a `DataModule`.
@@ -67,7 +67,8 @@ def find(name: str) -> type[DataModule]:
         return _of_the_user(str(name))
     from recombine.data.base import require_known
 
-    require_known("data", name, classes := known_classes(), ", or give the path of a class: module.Class")
+    classes = known_classes()
+    require_known(f"{key}.name", "data set", name, classes, ", or give the path of a class: module.Class")
     return classes[name]
 
 

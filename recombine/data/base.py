@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from torchmetrics import MetricCollection
 
 from recombine.data.batch_sampler import ShardedBatchSampler
-from recombine.errors import UsageError
+from recombine.errors import UsageError, did_you_mean
 from recombine.runtime.assets import cache_dir, writing
 
 SPLITS = ("train", "val", "test")
@@ -196,12 +195,15 @@ class TokenModule(DataModule):
             )
 
 
-def require_known(what: str, name: Any, known: Collection[str], more: str = "") -> None:
-    """Refuses with a UsageError for a name that is not among the known ones, with the one that is closest."""
+def require_known(key: str, what: str, name: Any, known: Collection[str], more: str = "") -> None:
+    """Refuses a name that is not among the known ones.
+
+    Raises:
+        UsageError: names the key, the one that is closest and all others. what: one of them, in words. more: its end.
+    """
     if name not in known:
-        close = get_close_matches(str(name), known, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UsageError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}{more}")
+        hint = did_you_mean(str(name), list(known))
+        raise UsageError(f"{key}={name}: there is no such {what}; {hint}choose from {', '.join(known)}{more}")
 
 
 @contextmanager

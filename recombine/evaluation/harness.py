@@ -137,8 +137,11 @@ def require_known(names: Sequence[str], root: str | Path | None) -> list[str]:
         if name not in spelled() or name not in index(True).all_tasks:
             alike = [known for known in spelled() if known[:2] == name[:2]]
             close = get_close_matches(name, [*LOCAL, *FILES], 1) or get_close_matches(name, alike, 1, 0.8)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise UsageError(f"unknown task {name!r}: {hint}choose from {', '.join(LOCAL)}, or any of lm-eval's")
+            hint = f"did you mean {close[0]}? " if close else ""
+            local = ", ".join(LOCAL)
+            raise UsageError(
+                f"harness.tasks=[{name}]: there is no such task; {hint}choose from {local}, or any of lm-eval's"
+            )
     return remote
 
 

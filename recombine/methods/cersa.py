@@ -59,7 +59,9 @@ class Cersa(Spectral):
             if (value := getattr(self, name)) is not None:
                 need(0 < value <= 1, self, name, "is a share, so it must lie in (0, 1]")
         if self.beta is not None:
-            need(self.beta <= self.alpha, self, "beta", f"only kept directions can train, so at most {self.alpha=}")
+            need(
+                self.beta <= self.alpha, self, "beta", f"only kept directions can train, so at most alpha={self.alpha}"
+            )
             need(self.trained_share is None, self, "trained_share", "sets what trains, and so does beta: drop one")
         if self.rank is not None:
             check_rank(self, widths(sites))

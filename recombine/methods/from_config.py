@@ -25,7 +25,9 @@ def from_config(cfg: Mapping[str, Any], key: str = "method") -> Method:
     cls = load_class(cfg.get("_target_"), Method, f"{key}._target_")
     if taken := MethodPart.__annotations__.keys() & annotations(cls).keys():
         raise UsageError(f"{key}._target_={cfg['_target_']}: result.json has {taken.pop()} already; rename that field")
-    return typed(cls, {name: value for name, value in cfg.items() if name != "_target_"}, key)
+    method = typed(cls, {name: value for name, value in cfg.items() if name != "_target_"}, key)
+    method.key = key
+    return method
 
 
 def from_name(name: str, fields: Mapping[str, Any], key: str) -> Method:

@@ -21,7 +21,7 @@ from torch import nn
 
 from recombine.errors import UsageError
 from recombine.models import allowed, packaged, roles, sizes
-from recombine.models.weights import hub_file, load
+from recombine.models.weights import hub_file, load_named
 from recombine.runtime import conf
 from recombine.runtime.kinds import Colours, Deviations, Name, PartialShare, Pixels, Place, Whole
 from recombine.runtime.schema import checked
@@ -177,8 +177,7 @@ def timm_model(
     config = model.pretrained_cfg
     image_size = image_size or config["input_size"][-1]
     _check_patches(name, model, image_size)
-    model.own_classes = 0 if path is None else load(model, path, num_classes)
-
+    model.own_classes = 0 if path is None else load_named(model, path, num_classes, checkpoint is not None)
     model.recombine_source = {
         "name": name,
         "arch": arch,
@@ -206,7 +205,7 @@ def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapp
     """
     try:
         return timm.create_model(source, num_classes=num_classes, **arguments)
-    except (TypeError, AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # timm checks little, and stumbles over sizes in every way there is
         lacked = [key for key in arguments if f"unexpected keyword argument '{key}'" in str(error)]
         if lacked and lacked[0] in ("drop_path_rate", "attn_drop_rate") and not arguments[lacked[0]]:
             return _create(name, arch, source, num_classes, {k: v for k, v in arguments.items() if k != lacked[0]})

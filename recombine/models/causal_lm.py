@@ -85,7 +85,10 @@ def configuration(name: str, sizes: Mapping) -> LlamaConfig:
     config_values(LlamaConfig, sizes)
     try:
         config = LlamaConfig(**sizes)
-        assert config.num_attention_heads % config.num_key_value_heads == 0, "heads must be a multiple of kv heads"
+        assert config.num_attention_heads % config.num_key_value_heads == 0, (
+            f"num_key_value_heads={config.num_key_value_heads} must divide num_attention_heads="
+            f"{config.num_attention_heads}"
+        )
         return config
     except (StrictDataclassError, AssertionError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UsageError(f"model {name}: {' '.join(str(error).split())[:200]}; correct that key") from error

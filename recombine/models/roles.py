@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, did_you_mean
 from recombine.models import fused_qkv, targets
 from recombine.models.family import FUSED, Family
 from recombine.models.fused_qkv import SplitLinear, as_linear, is_transposed
@@ -28,7 +28,9 @@ __all__ = [
 ROLES = {"o", "down", "norm", "embed", "reduction", *FUSED, *(part for parts in FUSED.values() for part in parts)}
 
 
-def find(model: nn.Module, wanted: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear) -> dict[str, str]:
+def find(
+    model: nn.Module, wanted: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear, key: str = "targets"
+) -> dict[str, str]:
     """Finds the layers that these targets name: {module name: role} in model order. The model is not changed.
 
     A target is a role, ``all-linear``, the end of a module name, a glob or a regular expression (targets.py). ``qkv``
@@ -36,33 +38,35 @@ def find(model: nn.Module, wanted: tuple[str, ...], kind: type | tuple[type, ...
     model has them as one fused layer, the names are those that `split_fused` would give them; a fused layer that is
     rewritten already, or whose order is not known, stands for all three where all are named. The same holds for
     gate_up. Layers that are not of ``kind`` (already rewritten) are left out. A target that ends in ? may be missing.
-    The role of a layer that plays none is its name inside its block.
+    The role of a layer that plays none is its name inside its block. ``key`` is what errors call the targets.
 
     Raises:
-        UsageError: nothing is named, the model has no such layer, or all of them are rewritten already.
+        UsageError: nothing is named, or one twice; the model has no such layer, or all of them are rewritten already.
     """
     row = family(model)
     if not wanted or isinstance(wanted, str):
-        raise UsageError(
-            f"targets={wanted!r} is not a list of roles: name one or more of {' '.join(role_names(model))}"
-        )
+        raise UsageError(f"{key}={wanted!r} is not a list of roles: name one or more of {' '.join(role_names(model))}")
+    typed = f"{key}=[{','.join(wanted)}]"
+    if twice := next((target for target in wanted if list(wanted).count(target) > 1), None):
+        raise UsageError(f"{typed}: names {twice} twice; name it once")
     modules, named = _resolve(model, row, wanted)
     found: dict[str, str] = {}
     for target, names in named.items():
         if not names:
             if target.endswith("?"):
                 continue
-            raise UsageError(_missing(model, row, target))
+            raise UsageError(f"{typed}: {_missing(model, row, target)}")
         layers = {name: role for name, role in names.items() if _is(modules[name], kind)}
         if not layers:
             name = next(iter(names))
             kind_of, other = "role" if target.removesuffix("?") in row.roles else "target", type(modules[name]).__name__
             if "weight" in modules[name]._parameters:
                 raise UsageError(
-                    f"{kind_of} {target!r} names {name}, a {other}, which the method cannot rewrite: drop it"
+                    f"{typed}: {kind_of} {target!r} names {name}, a {other}, which the method cannot rewrite: drop it"
                 )
             raise UsageError(
-                f"{kind_of} {target!r} of {type(model).__name__} is already rewritten ({other}): drop the {kind_of}"
+                f"{typed}: {kind_of} {target!r} of {type(model).__name__} is already rewritten ({other}): "
+                f"drop the {kind_of}"
             )
         found |= layers
     return {name: found[name] for name in modules if name in found}
@@ -221,9 +225,9 @@ def role_names(model: nn.Module) -> list[str]:
 def _missing(model: nn.Module, row: Family, target: str) -> str:
     """The error for a target that names no layer."""
     word, modules = target.removesuffix("?"), dict(model.named_modules())
-    text = (
-        f"role {target!r} is not in {type(model).__name__}, which has {' '.join(role_names(model)) or 'none by name'}"
-    )
+    known = role_names(model)
+    hint = did_you_mean(word, list(known))
+    text = f"role {target!r} is not in {type(model).__name__}; {hint}it has {' '.join(known) or 'none by name'}"
     if whole := next((w for w, parts in FUSED.items() if word in parts and _named(row, w, modules)), None):
         return f"{text}; {whole} is one layer here: name {whole}, or all of {' '.join(FUSED[whole])}"
     if row.note:

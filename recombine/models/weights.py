@@ -5,13 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from pickle import UnpicklingError
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import get_session
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
@@ -122,15 +120,23 @@ def load(model: nn.Module, path: Path, num_classes: int) -> int:
     return own
 
 
+def load_named(model: nn.Module, path: Path, num_classes: int, given: bool) -> int:
+    """`load`, whose errors name model.checkpoint where the user has given the file."""
+    try:
+        return load(model, path, num_classes)
+    except UsageError as error:
+        raise UsageError(f"model.checkpoint={error}" if given else str(error)) from error
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a torch file that holds nothing but tensors."""
     if not path.is_file():
-        raise UsageError(f"model.checkpoint={path} is no file: give the path of a .safetensors or torch file")
+        raise UsageError(f"{path} is no file: give the path of a .safetensors or torch file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except Exception as error:  # an unpickler of what is no pickle stumbles in every way there is
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")[:120]
         raise UsageError(f"{path} is truncated, damaged or no weights file ({reason}): replace it") from error
     for key in ("state_dict", "model"):

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,8 @@ def near_experiments(wrong: str, known: Iterable[str]) -> list[str]:
     known = list(known)
     folder = [name for name in known if name.startswith(f"{wrong}/")]
     inside = folder or [name for name in known if wrong in name]
-    return inside or [name for name in known if did_you_mean(wrong, [name, name.rpartition("/")[2]])][:5]
+    nearest = inside or get_close_matches(wrong, known, 5)
+    return nearest or [name for name in known if did_you_mean(wrong, [name.rpartition("/")[2]])][:5]
 
 
 def refuse_no_folder(key: str, value: Any) -> None:

@@ -45,7 +45,7 @@ class RootKeys:
     grid: Any = None
     only: Word | list[Word] | None = None
     retry: bool = False
-    report: Any = None
+    report: Mapping[str, Any] | None = None
 
 
 NODES = {  # node -> the schema of its keys, where it is always the same
@@ -199,7 +199,7 @@ def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
             raise UsageError(
                 f"method={name} after itself trains the compressor's factors: set its fields as compressor.*"
             )
-        return replace(compressor, lr=method.lr), None
+        return compressor.copy(lr=method.lr), None
     return method, compressor
 
 

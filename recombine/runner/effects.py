@@ -4,7 +4,7 @@ What a stage does not read stands in one table. This imports no torch.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from hydra.conf import HydraConf
@@ -17,7 +17,7 @@ OPTIM = tuple(f"optim.{key}" for key in ("name", "lr", "lr_head", "weight_decay"
 NO_TRAINING = (*TRAINING, *OPTIM, "optim.label_smoothing", "probe")  # optim.head=probe starts the head of any stage
 UNREAD: dict[str, tuple[str, ...]] = {  # stage -> keys and nodes that it does not read
     "adapt": (),
-    "compress": (),
+    "compress": ("optim.lr",),  # the classifier alone trains, at optim.lr_head
     "joint": (),
     "retrofit": NO_TRAINING,
     "profile": (*NO_TRAINING, "harness"),
@@ -48,12 +48,13 @@ def refuse_misleading(cfg: Mapping[str, Any], hydra: HydraConf) -> None:
         )
 
 
-def say_unread(config: Mapping[str, Any], hydra: HydraConf) -> None:
+def say_unread(config: Mapping[str, Any], hydra: HydraConf, idle: Collection[str] = ()) -> None:
     """Says on stderr which of the typed keys have no effect. Call it once the configuration is known to be good.
 
     Args:
         config: the configuration as plain values.
         hydra: what Hydra knows of the call.
+        idle: keys and nodes that have none beside the others of the run.
     """
     stage = config["stage"]
     single = hydra.mode is RunMode.RUN
@@ -66,6 +67,7 @@ def say_unread(config: Mapping[str, Any], hydra: HydraConf) -> None:
         unread |= {"harness"}
     if stage["name"] == "evaluate" and stage["bits"]:
         unread -= {"method"}  # whose targets are quantized
+    unread |= set(idle)
     given = by_key([*hydra.overrides.task, *hydra.overrides.hydra])
     if lost := [override for key, override in given.items() if any(is_in(key, node) for node in unread)]:
         run = f"stage={stage['name']}{', no sweep' if single else ''}"

@@ -20,6 +20,7 @@ from recombine.models.sizes import require_image_size
 from recombine.runner import effects, limits
 from recombine.runner.assemble import assemble_result
 from recombine.runner.config import RunSpec, resolve
+from recombine.runner.idle import idle
 from recombine.runner.summary import suite_table, summary_table
 from recombine.runtime import progress
 from recombine.stages import STAGES, analysis
@@ -86,7 +87,7 @@ def execute(spec: RunSpec, out: Path) -> dict:
     with progress.display(spec.settings.trainer.progress):
         run = set_up(spec, out)
         if HydraConfig.initialized() and distributed.rank() == 0:  # not before: what cannot run is one line alone
-            effects.say_unread(spec.config, HydraConfig.get())
+            effects.say_unread(spec.config, HydraConfig.get(), idle(spec, run.data))
         run.seconds["setup"] = round(time.perf_counter() - start, 3)
         with loggers.open_logger(spec.logger, watched(spec, run)) as run.logger:
             fit_head(run)
@@ -173,7 +174,12 @@ def build_calibration_data(spec: RunSpec, module: DataModule, source: dict) -> D
 def build_transfer_data(spec: RunSpec, module: DataModule, source: dict) -> dict[str, DataModule]:
     """The tasks that are probed before and after, other than the run's own."""
     names = [task for task in spec.transfer_tasks if task != module.task]
-    transfer = {task: data.build(**spec.data | {"task": task}) for task in names}
+    transfer = {}
+    for task in names:
+        try:
+            transfer[task] = data.build(**spec.data | {"task": task})
+        except UsageError as error:
+            raise UsageError(f"analyse.elsewhere=[{task}]: {error}") from error
     for task, other in transfer.items():
         if not other.num_classes:
             raise UsageError(f"analyse.elsewhere={task}: data={module.name} has no classes to probe; set it to []")

@@ -31,7 +31,7 @@ from recombine.runtime.logs import quiet_libraries
 from recombine.runtime.schema import typed
 from recombine.training import distributed
 from recombine.training.settings import TrainerSettings
-from recombine.training.trainer import build_trainer
+from recombine.training.trainer import build_trainer, require_possible
 
 GRACE = 10.0  # seconds in which ranks may end by themselves once one has
 
@@ -47,6 +47,7 @@ def main(cfg: DictConfig, out: Path) -> float:
     if cfg.data.task != "all" and HydraConfig.initialized():
         data.say_default_task(cfg.data.name, cfg.data.task, HydraConfig.get().overrides.task)
     settings = typed(TrainerSettings, OmegaConf.to_container(cfg.trainer, resolve=True), "trainer")
+    require_possible(settings)
     if (settings.devices, settings.num_nodes, settings.strategy) != (1, 1, "auto"):
         trainer = build_trainer(settings, logger=False, enable_checkpointing=False)
         if count := to_start(trainer):

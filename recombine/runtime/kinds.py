@@ -45,7 +45,10 @@ def shown(value: Any) -> str:
     """A value as a user would type it, cut where it is long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = str(value) if not isinstance(value, int) or abs(value) < 10**60 else f"{str(value)[:20]}..."
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        text = f"[{','.join(map(shown, value))}]"
+    else:
+        text = str(value) if not isinstance(value, int) or abs(value) < 10**60 else f"{str(value)[:20]}..."
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
@@ -101,7 +104,7 @@ def limits(marks: Sequence[Any], value: Any) -> str:
     least = next((f" from {p.ge:g}" for p in parts if isinstance(p, Ge)), "")
     above = next((f" above {p.gt:g}" for p in parts if isinstance(p, Gt)), "")
     most = next((f" to {p.le}" for p in parts if isinstance(p, Le) and (p.le < LARGEST or too_large(value))), "")
-    below = next((f", below {p.lt:g}" for p in parts if isinstance(p, Lt)), "")
+    below = next((f", below {p.lt}" for p in parts if isinstance(p, Lt)), "")
     return f"{least}{above}{most}{below}".replace("to 1000.0", "to 1000").replace("to 1000000.0", "to 1e6")
 
 

@@ -174,7 +174,7 @@ def line(error: Mapping, values: Mapping[str, Any], hints: Mapping[str, Any], ke
     """One of pydantic's errors as a line of the project."""
     name = error["loc"][0]
     typed_as = dotted(key, name)
-    if error["type"] == "missing":
+    if error["type"] == "missing" and name not in values:
         return f"{typed_as}: needs a value: say {typed_as}=..."
     if name not in hints:
         return unknown(name, values[name], list(hints), key)

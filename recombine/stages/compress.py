@@ -4,7 +4,6 @@
 """
 
 import copy
-from dataclasses import replace
 
 from torch import nn
 
@@ -80,7 +79,7 @@ def require_small_fields(model: nn.Module, method: Method, budget: Budget, stage
     Raises:
         UsageError: as `require_compression` says.
     """
-    label, method, sites = method.label, replace(method), find_sites(model, method)
+    method, sites = method.copy(), find_sites(model, method)
     energy = getattr(method, method.budget_fields.get("energy", ""), None)
     if budget.kind != "none" or not method.compresses or method.statistics_needed() or energy is not None:
         return
@@ -89,7 +88,7 @@ def require_small_fields(model: nn.Module, method: Method, budget: Budget, stage
     except UsageError:  # it learns from data first, or cannot be: the run says so where it happens
         return
     share = method.retained_weights(sites) / sum(site.module.weight.numel() for site in sites)
-    require_compression(share, label, stage)
+    require_compression(share, method.label, stage)
 
 
 def require_compression(share: float, label: str, stage: str) -> None:

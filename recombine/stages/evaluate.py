@@ -20,10 +20,13 @@ def evaluate(run: RunContext) -> StagePart:
     if path is None:
         run.model.requires_grad_(False)
     else:
-        run.model = checkpoint.load(path, run.model)
+        try:
+            run.model = checkpoint.load(path, run.model)
+        except UsageError as error:
+            raise UsageError(f"stage.checkpoint={error}") from error
         if (classes := roles.classes(run.model)) not in (None, run.data.num_classes):
             why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
-            raise UsageError(f"{path}: {why}; set data.task to the one it was trained on")
+            raise UsageError(f"stage.checkpoint={path}: {why}; set data.task to the one it was trained on")
     if bits is not None:
         if (record := getattr(run.model, "recombined", None)) is None:
             roles.split_fused(run.model, run.method.targets)

@@ -66,6 +66,13 @@ class ProfileSettings(StageSettings):
     reference: Method | None = None
     keep: bool = True
 
+    def contradiction(self, key: str) -> str | None:
+        """Why the values do not go together; None: they do. key: of the node."""
+        if self.rewrite and self.rounds and self.reference is None:
+            fix = f"say {key}.reference.name=lora, or {key}.rounds=0"
+            return f"{key}.reference=null: nothing is timed without one; {fix}"
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:

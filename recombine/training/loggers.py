@@ -25,7 +25,7 @@ from recombine.errors import UsageError
 from recombine.runtime.kinds import Positive, Word
 from recombine.training import distributed
 from recombine.training.logged_values import layer_table, numbers, rank_plot
-from recombine.training.wandb_record import INTERVAL, Rows
+from recombine.training.wandb_record import INTERVAL, Rows, set_up
 
 PATIENCE = 120  # seconds that the end of a run waits for its upload; `wandb sync` brings what is left
 
@@ -132,7 +132,7 @@ class WandB(RunLogger):
         super().__init__(settings, run)
         import wandb
 
-        wandb.setup(wandb.Settings(silent=True))
+        set_up()
         how = self.arguments(settings, run)
         why = "no key, so offline" if settings.mode is None else "offline"
         try:

@@ -2,12 +2,37 @@
 
 import lightning as L
 import torch
+from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, did_you_mean
+from recombine.runtime.kinds import shown
+from recombine.runtime.user_code import load_class
 from recombine.training import distributed
 from recombine.training.settings import TrainerSettings
+
+
+def require_possible(settings: TrainerSettings) -> None:
+    """Refuses an accelerator that this machine lacks, and what no strategy or list of devices is.
+
+    Raises:
+        UsageError: names the key, and what to say instead.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(settings.accelerator, True):
+        here = "torch finds no such device on this machine"
+        raise UsageError(f"trainer.accelerator={settings.accelerator}: {here}; say trainer.accelerator=auto, or cpu")
+    devices, strategy = settings.devices, settings.strategy
+    if isinstance(devices, list) and (settings.accelerator == "cpu" or len({*devices}) != len(devices) or not devices):
+        why = "a list names different GPUs; say how many devices, for example trainer.devices=2"
+        raise UsageError(f"trainer.devices={shown(devices)}: {why}")
+    if not isinstance(strategy, str):
+        load_class(strategy.get("_target_"), Strategy, "trainer.strategy._target_")
+    elif strategy not in (known := ["auto", *StrategyRegistry.available_strategies()]):
+        hint = did_you_mean(strategy, known) or f"choose from {', '.join(known)}"
+        raise UsageError(f"trainer.strategy={strategy}: there is no such strategy; {hint.strip()}")
 
 
 def build_trainer(settings: TrainerSettings, **arguments) -> L.Trainer:
@@ -31,8 +56,8 @@ def build_trainer(settings: TrainerSettings, **arguments) -> L.Trainer:
             log_every_n_steps=1,
             **arguments,
         )
-    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(f"trainer: {' '.join(str(error).split())}; correct that key of trainer") from error
+    except (HydraException, MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"trainer: {' '.join(str(error).split()).rstrip('.')}; correct that key of trainer") from error
     # Lightning's own has ranks wait for each other, and ends with exit code 0: recombine/training/resume.py has ours
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
@@ -40,9 +65,6 @@ def build_trainer(settings: TrainerSettings, **arguments) -> L.Trainer:
 
 def precision(wanted: str, accelerator: str) -> str:
     """Lightning's word for it. auto: bf16 where the GPU has it, fp16 on older ones, float32 on a CPU."""
-    known = ("auto", "32-true", "bf16-mixed", "16-mixed")
-    if wanted not in known:
-        raise UsageError(f"trainer.precision={wanted}: must be one of {', '.join(known)}")
     if wanted != "auto":
         return wanted
     if accelerator == "cpu" or not torch.cuda.is_available():

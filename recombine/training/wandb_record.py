@@ -10,6 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from recombine.errors import UsageError
+
 EVERY = 50  # rows
 INTERVAL = 0.05  # seconds between two writes of W&B's process, while there is something to write
 PATIENCE = 120  # seconds in which it must have written; a full disk keeps it from it
@@ -76,3 +80,19 @@ class Rows:
         """How many rows the file holds."""
         self.written += sum(message.WhichOneof("record_type") == "history" for message in self.file.read())
         return self.written
+
+
+def set_up() -> None:
+    """Starts W&B's own part of this process, without a word.
+
+    Raises:
+        UsageError: a WANDB_ variable of the environment has a value that W&B does not know.
+    """
+    import wandb
+
+    try:
+        wandb.setup(wandb.Settings(silent=True))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = f"WANDB_{wrong['loc'][0]}".upper()
+        raise UsageError(f"logger=wandb: {key}={wrong['input']}: {wrong['msg']}; unset {key}") from None

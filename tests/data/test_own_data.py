@@ -1,5 +1,6 @@
 """Data sets by name: the package's own, and a class of the user's own from the command line's form to result.json."""
 
+import itertools
 import json
 
 import pytest
@@ -94,9 +95,9 @@ def test_every_yaml_of_the_data_is_of_a_class():
 
 
 def test_titles_are_words(tmp_path):
-    for split in ("train", "test"):
+    for split, kind in itertools.product(("train", "test"), ("ant", "bee")):
         for i in range(20):
-            path = tmp_path / "photos" / split / "ant" / f"{i}.png"
+            path = tmp_path / "photos" / split / kind / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     assert data.build("folder", root=tmp_path / "photos").title == "photos (folder)"

@@ -149,7 +149,7 @@ def test_tasks_that_cannot_be_had(tiny_llama, byte_tokenizer, offline, monkeypat
         monkeypatch.setattr(f"{place}.HF_HUB_OFFLINE", True)  # else the client tries again for half a minute
     said = line(harness.evaluate, tiny_llama, byte_tokenizer, ["piqa"])
     assert all(way in said for way in ("connect once", "HF_HOME", "wiki_description"))
-    assert "did you mean 'capital_of'" in line(harness.evaluate, tiny_llama, byte_tokenizer, ["capital"])
+    assert "did you mean capital_of" in line(harness.evaluate, tiny_llama, byte_tokenizer, ["capital"])
 
 
 def test_lm_eval_knows_the_papers_sets():

@@ -123,7 +123,7 @@ def test_a_registered_family_comes_first(monkeypatch):
     torch.testing.assert_close(model(x), before)
     recombine.merge(model)
     assert type(model.body[0].attention.to_qkv) is nn.Linear
-    assert "which has qkv q k v o" in refusal(roles.find, model, ("up",))
+    assert "it has qkv q k v o" in refusal(roles.find, model, ("up",))
 
 
 def test_nothing_to_go_by_is_one_line():

@@ -37,8 +37,8 @@ def test_roles_of_the_families(tiny):
 
 def test_roles_refuse_in_one_line(tiny):
     refusals = [
-        (tiny, ("gate",), "'gate' is not in"),
-        (tiny, ("qvk",), "qkv q k v o up down"),
+        (tiny, ("gate",), "role 'gate' is not in"),
+        (tiny, ("qvk",), "did you mean qkv. it has qkv q k v o up down"),
         (tiny, (), "list of roles"),
         (tiny, "q", "list of roles"),
         (nn.Linear(2, 2), ("q",), "no known model family"),

@@ -41,7 +41,7 @@ def test_names_globs_and_expressions(vit):
 
 
 def test_what_is_not_there_is_one_line(vit):
-    assert "which has qkv q k v o up down" in refusal(roles.find, vit, ("gate",))
+    assert "it has qkv q k v o up down" in refusal(roles.find, vit, ("gate",))
     assert "layers with a like name: fc1" in refusal(roles.find, vit, ("fc11",)).replace("mlp.fc1", "fc1")
     assert "'head'" in refusal(roles.find, vit, ("head",))  # left out, as peft does
     assert "norm1, a LayerNorm, which the method cannot" in refusal(roles.find, vit, ("norm1",))

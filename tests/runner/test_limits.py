@@ -12,6 +12,8 @@ from helpers import CONF, refusal
 from helpers.command import CHUNK, line
 from recombine.evaluation import harness
 from recombine.runner import effects, grid, limits
+from recombine.runner.config import resolve
+from recombine.runner.idle import idle
 from recombine.runner.sweep_settings import best_trial, require_search
 from recombine.runtime import conf
 from recombine.stages import STAGES
@@ -100,6 +102,7 @@ def test_what_misleads_nobody_passes():
         (["stage=evaluate", "method=svd", "stage.bits=8"], []),
         (["stage=profile", "stage.rounds=0", "stage.keep=false"], ["stage.keep=false"]),
         (["stage=profile", "stage.rewrite=false", "stage.rounds=3"], ["stage.rounds=3"]),
+        (["stage=compress", "optim.lr=1", "optim.lr_head=1"], ["optim.lr=1"]),
         (["stage=adapt", "optim.lr=1", "retry=true"], ["retry=true", "hydra.launcher.jobs=2"]),
     ],
 )
@@ -108,6 +111,41 @@ def test_keys_without_effect_are_said(typed, unread, capsys):
     effects.say_unread(OmegaConf.to_container(composed(*typed)), hydra(*typed, own=own))
     said = capsys.readouterr().err
     assert said.endswith(f": {' '.join(unread)}\n") if unread else said == ""
+
+
+@pytest.mark.parametrize(
+    "typed, unread",
+    [
+        (["method=svd", "method.rank=4"], {"method.ratio"}),
+        (["method=svd", "budget=retained_50"], {"method.ratio"}),
+        (["method=svd", "budget=energy_90"], {"method.energy"}),
+        (["budget=trainable_2k"], {"method.chunk"}),
+        (["optim.lr=1"], {"method.lr"}),
+        (["optim.lr=1", "stage=joint", "stage.distil.lr=null"], set()),
+        (["optim.lr=1", "stage=joint", "stage.distil.lr=1"], {"method.lr"}),
+        (
+            ["method@compressor=svd", "method=lora", "budget=retained_50", "optim.lr=1"],
+            {"compressor.ratio", "method.lr"},
+        ),
+        (
+            ["method@compressor=svd", "method=lora", "budget=trainable_2k", "stage=joint"],
+            {"method.rank", "compressor.lr"},
+        ),
+    ],
+    ids=lambda given: " ".join(sorted(given)),
+)
+def test_keys_that_another_key_overrules(typed, unread):
+    data = SimpleNamespace(objective="classification", num_classes=3)
+    assert idle(resolve(composed("model=tiny_vit", *typed)), data) - {"harness"} == unread
+
+
+def test_keys_that_the_data_do_not_read():
+    spec = resolve(composed("model=tiny_llama", "data=text", "stage=joint", "stage.distil.epochs=0", "method=svd"))
+    assert idle(spec, SimpleNamespace(objective="lm", num_classes=None)) == {
+        *("probe", "optim.head", "optim.label_smoothing"),
+        *(f"stage.distil.{key}" for key in conf.load("stage", "compress")["distil"] if key != "epochs"),
+        *("stage.distil.name", "stage.distil.head", "stage.distil.label_smoothing"),
+    }
 
 
 def test_in_a_sweep_its_keys_have_effect(capsys):

@@ -143,7 +143,7 @@ def test_nothing_is_compared_unless_asked(tmp_path):
 @pytest.mark.parametrize("override, why", [
     ("analyse.subspaces=1.5", "a number above 0 to 1"),
     ("analyse.maps=0", "a whole number from 1"),
-    ("analyse.elsewhere=[clevr]", "unknown task"),
+    ("analyse.elsewhere=[clevr]", r"analyse.elsewhere=\[clevr\]: data.task=clevr: there is no such task"),
 ])  # fmt: skip
 def test_bad_keys_are_refused_before_the_work(tmp_path, override, why):
     with pytest.raises(UsageError, match=why):

@@ -13,6 +13,9 @@ def test_evaluate_refuses_a_task_with_other_classes(tmp_path, capsys, monkeypatc
     best = f"stage.checkpoint={tmp_path}/best.safetensors"
     message = line(capsys, monkeypatch, tmp_path / "x", "stage=evaluate", best, "data.task=snorb_elev")
     assert "16 classes" in message and "9" in message
+    (bad := tmp_path / "bad.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(recombine.UsageError, match=f"stage.checkpoint={bad}: truncated or corrupted"):
+        execute(tmp_path / "y", "stage=evaluate", f"stage.checkpoint={bad}")
 
 
 def test_the_result_holds_the_checksum_of_the_weights(tmp_path):

@@ -68,7 +68,9 @@ def test_one_data_set_calibrates_and_another_trains(toy_packages, tmp_path, monk
             execute, tmp_path / "v", "data=sentences", f"stage={stage}"
         )
     assert "says nothing of data=choices" in line(execute, tmp_path / "x", *common, "calibration.data=offline")
-    assert "unknown data 'txt': did you mean 'text'?" in line(execute, tmp_path / "y", *common, "calibration.data=txt")
+    assert "calibration.data.name=txt: there is no such data set; did you mean text?" in line(
+        execute, tmp_path / "y", *common, "calibration.data=txt"
+    )
 
 
 def test_the_trainer_of_many_gpus_wraps_a_llamas_blocks():

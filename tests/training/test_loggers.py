@@ -235,8 +235,14 @@ def test_tensorboard_holds_everything(tmp_path):
     assert "_hparams_/session_start_info" in found.summary_metadata
 
 
-def test_bad_loggers_are_one_line(tmp_path):
+def test_bad_loggers_are_one_line(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="logger.timeout=soon: must be a number"):
         execute(tmp_path, "logger=wandb", "logger.timeout=soon", *SVD)
     with pytest.raises(UsageError, match="logger.name=mlflow: must be one of none, wandb, tensorboard"):
         execute(tmp_path, "logger.name=mlflow", *SVD)
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    wandb.teardown()  # it reads its variables once
+    with pytest.raises(UsageError, match="WANDB_MODE=nonsense: .*'online'.*; unset WANDB_MODE"):
+        execute(tmp_path, "logger=wandb", *SVD)

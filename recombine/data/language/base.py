@@ -61,7 +61,7 @@ class LanguageData(TokenModule):
         limit: Count | None = None,
     ):
         super().__init__()
-        require_known(f"{self.name} task", task, self.tasks)
+        require_known("data.task", f"{self.name} task", task, self.tasks)
         self.task, self.batch_size, self.max_length = task, batch_size, max_length
         self.seed, self.num_workers, self.limit = seed, num_workers, limit
 

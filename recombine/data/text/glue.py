@@ -90,7 +90,7 @@ class Glue(TextData):
     suite = dict.fromkeys(SUITE, "glue")
 
     def __init__(self, *, task: Word, root: Place | None = None, revision: Name | None = None, **kwargs):
-        require_known("GLUE task", task, TASKS)
+        require_known("data.task", "GLUE task", task, TASKS)
         super().__init__(task=task, **kwargs)
         self.row = TASKS[task]
         self.classes, self.scores = list(self.row.classes) or None, self.row.scores

@@ -64,7 +64,7 @@ class Sentences(TextData):
     suite = {"sentiment": "single", "rating": "single", "gloss_match": "pair"}
 
     def __init__(self, *, task: Word, **kwargs):
-        require_known("sentences task", task, (*SUITE, *SHIFTS))
+        require_known("data.task", "sentences task", task, (*SUITE, *SHIFTS))
         super().__init__(task=task, **kwargs)
         self.group = "shift" if task in SHIFTS else self.suite[task]
         self.classes = {"rating": None, "gloss_match": ["other", "same"]}.get(task, ["negative", "positive"])

@@ -56,10 +56,19 @@ class Folder(VisionData):
     def __init__(self, *, root: Place, task: Word | None = None, **kwargs):
         super().__init__(task=task, **kwargs)
         self.root = Path(root).expanduser() / (task or "")
+        typed = f"data.root={root}{f' data.task={task}' if task else ''}"
         if not self.root.is_dir():
-            raise UsageError(f"no folder {self.root}: set data.root (and data.task) to where the pictures are")
+            raise UsageError(f"{typed}: there is no folder {self.root}; set them to where the pictures are")
         self._listing: Listing | None = None
-        self.num_classes = len(self.listing()[0])
+        try:
+            classes = self.listing()[0]
+        except OSError as error:
+            raise UsageError(
+                f"{typed}: {error.filename}: {error.strerror}; set them to a folder of pictures"
+            ) from error
+        if len(classes) < 2:
+            raise UsageError(f"{typed}: has one class, {classes[0]}; add another, which it can be told apart from")
+        self.num_classes = len(classes)
 
     @property
     def title(self) -> str:
@@ -153,7 +162,9 @@ def subfolders(folder: Path) -> list[str]:
     """The names of its class folders, sorted; there must be one."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
-        raise UsageError(f"no class folders in {folder}: put the pictures in {folder}/<class>/")
+        raise UsageError(
+            f"no class folders in {folder}: put the pictures in {folder}/<class>/, or set data.root to them"
+        )
     return names
 
 
@@ -166,7 +177,11 @@ def pictures(folder: Path, classes: list[str]) -> Part:
             raise UsageError(f"class {name!r} of {folder} is not in train: rename it or add it there")
         files = sorted(path for path in _files(folder / name) if path.suffix.lower() in SUFFIXES)
         if not files:
-            raise UsageError(f"no pictures in {folder / name}: add some ({' '.join(sorted(SUFFIXES))}) or remove it")
+            kinds = " ".join(sorted(SUFFIXES))
+            raise UsageError(
+                f"no pictures in {folder / name}: each folder in {folder} is a class; add some ({kinds}), or set "
+                "data.root to a folder that holds classes alone"
+            )
         items += files
         labels += [classes.index(name)] * len(files)
     return Part(items, np.array(labels, np.int64))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import warnings
-from difflib import get_close_matches
 from functools import cache
 from itertools import permutations
 
@@ -16,7 +15,7 @@ from recombine.data.base import log_once
 from recombine.data.vision import packaged, synthetic
 from recombine.data.vision.base import VisionData
 from recombine.data.vision.source import Source
-from recombine.errors import UsageError
+from recombine.errors import UsageError, did_you_mean
 from recombine.runtime.assets import cache_dir
 from recombine.runtime.kinds import Word
 
@@ -53,13 +52,11 @@ class Offline(VisionData):
 
     def __init__(self, *, task: Word, **kwargs):
         if task not in TASKS:
-            close = get_close_matches(str(task), TASKS, 1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = did_you_mean(str(task), list(TASKS))
             shift = "emoji_<vendor>, emoji_<from>_<to>"
             vendors = ", ".join(packaged.VENDORS)
-            raise UsageError(
-                f"unknown task {task!r}: {hint}choose from {', '.join(SUITE)}, {shift} (vendors: {vendors})"
-            )
+            choices = f"{', '.join(SUITE)}, {shift} (vendors: {vendors})"
+            raise UsageError(f"data.task={task}: there is no such task; {hint}choose from {choices}")
         super().__init__(task=task, **kwargs)
         self.group, self.num_classes, self._builder = TASKS[task]
 

@@ -86,7 +86,7 @@ class Suite(VisionData):
         normalize: Word = "model",
         **kwargs,
     ):
-        require_known(f"{self.name} task", task, self.rows, ", all")
+        require_known("data.task", f"{self.name} task", task, self.rows, ", all")
         for key, value, known in (
             ("split", split, self.protocols), ("select", select, ("val", "last")), ("normalize", normalize, NORMS),
         ):  # fmt: skip

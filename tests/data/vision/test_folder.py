@@ -98,7 +98,10 @@ def test_folder_errors_are_one_line(cache, tmp_path):
     assert "no pictures" in line()
     picture(d / "ant" / "0.png", 0)
     assert "too few" in line()
-    assert "no folder" in line(task="mine")
+    assert f"data.root={d} data.task=mine: there is no folder" in line(task="mine")
+    for i in range(9):
+        picture(d / "ant" / f"{i}.png", i)
+    assert "has one class, ant" in line()
     shutil.rmtree(d)
     tree(d, splits=["train"])
     assert "must be test" in line()
