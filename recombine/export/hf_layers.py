@@ -1,0 +1,169 @@
+"""The layers of a compressed model in plain torch, and what puts them into a model.
+
+The text of this file is part of every exported folder, so it imports only torch. It computes as `recombine.layers` does
+in inference, product by product: exported logits are equal bit for bit.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GATES = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "none": lambda a: a}
+PLACEMENTS = {  # B (u, r), A (r, s), gate -> (u, s)
+    "pre": lambda b, a, gate: b @ gate(a),
+    "post": lambda b, a, gate: gate(b @ a),
+    "temp": lambda b, a, gate: gate(b) @ a,
+}
+
+
+def weight_of(linear: nn.Module, like: Tensor) -> Tensor:
+    """The weight (out, in) of a layer without bias. One that a quantiser or an adapter has changed is called for it."""
+    if type(linear) is nn.Linear:
+        return linear.weight
+    return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
+
+
+class Compressed(nn.Module):
+    """A linear layer (..., in) -> (..., out) that is kept as parts.
+
+    Args:
+        shared: what several layers share, by name; the model holds it, not this layer.
+        built: the dense weight takes fewer multiplications than the parts; it is kept while nothing can change.
+    """
+
+    def __init__(self, shared: nn.ModuleDict, in_features: int, out_features: int, bias: bool, built: bool):
+        super().__init__()
+        self.in_features, self.out_features, self.built = in_features, out_features, built
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.found = (shared,)  # in a tuple, so that the layer does not register it
+        self.kept = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> y (..., out)."""
+        if self.built:
+            return F.linear(x, self.weight(x), self.bias)
+        y = self.parts(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def weight(self, x: Tensor) -> Tensor:
+        """The dense weight; in eval mode without gradients the one of before, unless a parameter has changed."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self.kept = None
+            return self.build(x)
+        key = [(p.data_ptr(), p._version, p.dtype) for p in (*self.parameters(), *self.found[0].parameters())]
+        if self.kept is None or self.kept[0] != key:
+            with torch.autocast(x.device.type, enabled=False):
+                self.kept = (key, self.build(x))
+        return self.kept[1]
+
+
+class Factored(Compressed):
+    """y = left (right x) + bias: right (k, in) and left (out, k). right None: left alone; a word: it is shared."""
+
+    def __init__(self, shared, in_features, out_features, bias, built, rank, right):
+        super().__init__(shared, in_features, out_features, bias, built)
+        self.of_right = right
+        if right == "own":
+            self.right = nn.Linear(in_features, rank, bias=False)
+        self.left = nn.Linear(rank, out_features, bias=False)
+
+    def first(self) -> nn.Module:
+        """What x meets first."""
+        return self.right if self.of_right == "own" else self.found[0][self.of_right]
+
+    def parts(self, x: Tensor) -> Tensor:
+        """The product without bias."""
+        return self.left(x if self.of_right is None else self.first()(x))
+
+    def build(self, x: Tensor) -> Tensor:
+        """The dense weight."""
+        return weight_of(self.left, x) @ weight_of(self.first(), x)
+
+
+class SharedBasis(Compressed):
+    """W = reshape(basis . gate(mixer)): the basis (out in / s, r) is shared, the mixer (r, s) is the layer's own."""
+
+    def __init__(self, shared, in_features, out_features, bias, built, rank, chunk, gate, placement, basis):
+        super().__init__(shared, in_features, out_features, bias, built)
+        self.of_basis, self.gate, self.placement, self.chunk = basis, GATES[gate], placement, chunk
+        self.mixer = nn.Linear(chunk, rank, bias=False)
+
+    def parts(self, x: Tensor) -> Tensor:
+        """The product without bias: chunks of x by the mixer, then all by the basis."""
+        mixer, basis = weight_of(self.mixer, x), weight_of(self.found[0][self.of_basis], x)
+        mixer, basis = (self.gate(mixer), basis) if self.placement == "pre" else (mixer, self.gate(basis))
+        mixed = x.reshape(*x.shape[:-1], -1, self.chunk) @ mixer.T  # (..., in / s, r)
+        return mixed.flatten(-2) @ basis.view(self.out_features, -1).T
+
+    def build(self, x: Tensor) -> Tensor:
+        """The dense weight."""
+        mixer, basis = weight_of(self.mixer, x), weight_of(self.found[0][self.of_basis], x)
+        return PLACEMENTS[self.placement](basis, mixer, self.gate).view(self.out_features, self.in_features)
+
+
+class Scaled(nn.Module):
+    """y = gamma * layer(x) + beta, by output channel."""
+
+    def __init__(self, layer: nn.Module, width: int, beta: bool, channels: list[int]):
+        super().__init__()
+        self.base_layer, self.channels = layer, channels
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width)) if beta else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, the layer's input -> its output, scaled and shifted."""
+        y = self.base_layer(x)
+        y = y * self.gamma.to(y.dtype).view(self.channels)
+        return y if self.beta is None else y + self.beta.to(y.dtype).view(self.channels)
+
+
+class Adapted(nn.Module):
+    """y = layer(x) + scale up (down x): a LoRA beside any layer."""
+
+    def __init__(self, layer: nn.Module, in_features: int, out_features: int, rank: int, scale: float):
+        super().__init__()
+        self.base_layer, self.scale = layer, scale
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> y (..., out)."""
+        return self.base_layer(x) + self.up(self.down(x)) * self.scale
+
+
+class SplitQKV(nn.Module):
+    """A fused projection as three layers: x (..., in) -> [q(x), k(x), v(x)] (..., 3d)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        for name in "qkv":
+            self.add_module(name, nn.Linear(in_features, out_features // 3, bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to q, k and v side by side (..., 3d)."""
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+
+KINDS = {"factored": Factored, "shared_basis": SharedBasis}
+AROUND = {"scaled": Scaled, "adapted": Adapted}
+PLAIN = {"linear": nn.Linear, "split": SplitQKV}
+
+
+def made(spec: dict, before: nn.Module, shared: nn.ModuleDict) -> nn.Module:
+    """The layer of an entry of config.json's `recombined.layers`; before: what stands there in the plain model."""
+    spec = dict(spec)
+    kind = spec.pop("kind")
+    if kind in AROUND:
+        base = spec.pop("base")
+        return AROUND[kind](before if base is None else made(base, before, shared), **spec)
+    return PLAIN[kind](**spec) if kind in PLAIN else KINDS[kind](shared, **spec)
+
+
+def put_layers(model: nn.Module, plan: dict) -> None:
+    """Replaces the layers of a plain model by those of config.json's `recombined`, in place; their values are any."""
+    shared = nn.ModuleDict({key: nn.Linear(*size, bias=False) for key, size in plan["shared"].items()})
+    for name, spec in plan["layers"].items():
+        model.set_submodule(name, made(spec, model.get_submodule(name), shared))
+    if shared:
+        model.shared_bases = shared
