@@ -21,11 +21,6 @@ def card(model: nn.Module, to: str, tokenizer: bool, run: Mapping[str, Any] | No
     record, account = model.recombined, count(model)
     source = (getattr(model, "recombine_source", None) or {}).get("name") or record_name(model)
     timm, hf = hasattr(model, "pretrained_cfg"), to == "hf"
-    if timm and not hf:
-        load = ["import timm", "", 'model = timm.create_model("local-dir:this/folder", pretrained=True)']
-    else:
-        auto, trust = task_class(class_name(model, timm)), ", trust_remote_code=True" if hf else ""
-        load = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("this/folder"{trust})']
     licence = (getattr(model, "pretrained_cfg", None) or {}).get("license")
     lines = [
         "---",
@@ -38,11 +33,7 @@ def card(model: nn.Module, to: str, tokenizer: bool, run: Mapping[str, Any] | No
         "The code in this folder builds the compressed model. recombine is not needed." if hf else "Merged: dense.",
         f"Needed: torch, safetensors{', transformers' if hf or not timm else ''}{', timm' if timm else ''}.",
         "",
-        "```python",
-        *load,
-        "```",
-        *(["", 'The tokenizer: `transformers.AutoTokenizer.from_pretrained("this/folder")`.'] if tokenizer else []),
-        "",
+        *loading(model, timm, hf, tokenizer),
         *counts(record, account, next(model.parameters()).dtype),
         "",
         "## Method",
@@ -57,6 +48,20 @@ def card(model: nn.Module, to: str, tokenizer: bool, run: Mapping[str, Any] | No
         *(of_run(run) if run else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def loading(model: nn.Module, timm: bool, hf: bool, tokenizer: bool) -> list[str]:
+    """How the folder is loaded."""
+    trust = ", trust_remote_code=True" if hf else ""
+    if timm and not hf:
+        load = ["import timm", "", 'model = timm.create_model("local-dir:this/folder", pretrained=True)']
+    else:
+        auto = task_class(class_name(model, timm))
+        load = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("this/folder"{trust})']
+    more = (
+        ["", f'Its tokenizer: `transformers.AutoTokenizer.from_pretrained("this/folder"{trust})`.'] if tokenizer else []
+    )
+    return ["```python", *load, "```", *more, ""]
 
 
 def record_name(model: nn.Module) -> str:

@@ -46,11 +46,12 @@ class Compressed(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def weight(self, x: Tensor) -> Tensor:
-        """The dense weight; in eval mode without gradients the one of before, unless a parameter has changed."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """The dense weight; in eval mode without gradients the one of before, unless a part has changed."""
+        plain = all(type(part) is nn.Linear for part in self.factors())  # an adapter may be switched on and off
+        if not plain or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self.kept = None
             return self.build(x)
-        key = [(p.data_ptr(), p._version, p.dtype) for p in (*self.parameters(), *self.found[0].parameters())]
+        key = [(part.weight.data_ptr(), part.weight._version, part.weight.dtype) for part in self.factors()]
         if self.kept is None or self.kept[0] != key:
             with torch.autocast(x.device.type, enabled=False):
                 self.kept = (key, self.build(x))
@@ -67,17 +68,22 @@ class Factored(Compressed):
             self.right = nn.Linear(in_features, rank, bias=False)
         self.left = nn.Linear(rank, out_features, bias=False)
 
-    def first(self) -> nn.Module:
-        """What x meets first."""
-        return self.right if self.of_right == "own" else self.found[0][self.of_right]
+    def factors(self) -> tuple[nn.Module, ...]:
+        """left, and right where there is one."""
+        if self.of_right is None:
+            return (self.left,)
+        return self.left, self.right if self.of_right == "own" else self.found[0][self.of_right]
 
     def parts(self, x: Tensor) -> Tensor:
         """The product without bias."""
-        return self.left(x if self.of_right is None else self.first()(x))
+        for layer in reversed(self.factors()):
+            x = layer(x)
+        return x
 
     def build(self, x: Tensor) -> Tensor:
         """The dense weight."""
-        return weight_of(self.left, x) @ weight_of(self.first(), x)
+        left, right = self.factors()
+        return weight_of(left, x) @ weight_of(right, x)
 
 
 class SharedBasis(Compressed):
@@ -88,17 +94,21 @@ class SharedBasis(Compressed):
         self.of_basis, self.gate, self.placement, self.chunk = basis, GATES[gate], placement, chunk
         self.mixer = nn.Linear(chunk, rank, bias=False)
 
+    def factors(self) -> tuple[nn.Module, ...]:
+        """The basis and the mixer."""
+        return self.found[0][self.of_basis], self.mixer
+
     def parts(self, x: Tensor) -> Tensor:
         """The product without bias: chunks of x by the mixer, then all by the basis."""
-        mixer, basis = weight_of(self.mixer, x), weight_of(self.found[0][self.of_basis], x)
+        basis, mixer = (weight_of(part, x) for part in self.factors())
         mixer, basis = (self.gate(mixer), basis) if self.placement == "pre" else (mixer, self.gate(basis))
         mixed = x.reshape(*x.shape[:-1], -1, self.chunk) @ mixer.T  # (..., in / s, r)
-        return mixed.flatten(-2) @ basis.view(self.out_features, -1).T
+        return mixed.flatten(-2) @ basis.reshape(self.out_features, -1).T
 
     def build(self, x: Tensor) -> Tensor:
         """The dense weight."""
-        mixer, basis = weight_of(self.mixer, x), weight_of(self.found[0][self.of_basis], x)
-        return PLACEMENTS[self.placement](basis, mixer, self.gate).view(self.out_features, self.in_features)
+        basis, mixer = (weight_of(part, x) for part in self.factors())
+        return PLACEMENTS[self.placement](basis, mixer, self.gate).reshape(self.out_features, self.in_features)
 
 
 class Scaled(nn.Module):

@@ -39,7 +39,10 @@ METHODS = {  # one for every kind of layer, and for every way that it takes in i
     "shared_right": (recombine.BasisSharing(whiten=False), "retained_50"),
     "shared_basis": (recombine.Crisp(chunk=8), "retained_50"),
     "shared_basis_structured": (recombine.Crisp(chunk=8, basis_rank=4), None),
-    "shared_basis_temp": (recombine.Crisp(chunk=8, basis_rank=4, placement="temp"), None),
+    "shared_basis_temp": (
+        recombine.Crisp(chunk=8, basis_rank=4, placement="temp", fit="mimicry", mimicry={"steps": 2}),
+        None,
+    ),
     "delta": (recombine.Rosa(), None),
     "entries": (recombine.Svft(), None),
     "scaled": (recombine.Ssf(), None),
@@ -73,12 +76,13 @@ def logits(model: nn.Module, x) -> torch.Tensor:
     return found if isinstance(found, torch.Tensor) else found.logits
 
 
-@pytest.mark.parametrize("arch", AUTO)
-@pytest.mark.parametrize("method", METHODS)
+PAIRS = [(arch, method) for arch in ("tiny_vit", "tiny_llama") for method in METHODS]
+PAIRS += [(arch, method) for arch in ("tiny_swin", "tiny_deberta") for method in ("factored", "shared_right")]
+
+
+@pytest.mark.parametrize("arch, method", PAIRS)
 def test_the_exported_model_is_the_same(arch, method, tmp_path):
     """Logits bit for bit, with and without a part to build, and once more after transformers has saved it again."""
-    if (arch, method) in (("tiny_swin", "shared_basis_temp"), ("tiny_deberta", "shared_basis_temp")):
-        pytest.skip("the same layers as in the others")
     model = made(arch, method)
     x, before = batch(model), {name: p.clone() for name, p in model.state_dict().items()}
     assert recombine.export(model, tmp_path / "hf") == tmp_path / "hf"
@@ -103,9 +107,10 @@ def test_the_parts_are_linear_layers(tmp_path):
     assert not torch.allclose(logits(adapted, x), logits(model, x), atol=1e-3)
     outputs(adapted, x).square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in adapted.parameters() if p.requires_grad)
-    merged = adapted.merge_and_unload()
     with adapted.disable_adapter():
-        assert torch.allclose(logits(merged, x), logits(merged, x))
+        assert torch.allclose(logits(adapted, x), logits(model, x), atol=1e-4)
+    after = logits(adapted, x)
+    assert torch.allclose(logits(adapted.merge_and_unload(), x), after, atol=1e-4)
     rounded = torch.ao.quantization.quantize_dynamic(copy.deepcopy(found), {nn.Linear})
     assert type(rounded.shared_bases["0"]) is not nn.Linear
     error = (logits(rounded, x) - logits(model, x)).norm() / logits(model, x).norm()
@@ -151,7 +156,7 @@ def test_a_process_without_recombine(tmp_path):
     expected = {}
     for name, model in made_of.items():
         recombine.export(model, tmp_path / name)
-        x = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64) if name == "image" else None
+        x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32) if name == "image" else None
         if x is None:
             x = dict(models.tokenizer(model.recombine_source)("a few words", return_tensors="pt"))
             x = {key: value for key, value in x.items() if key != "token_type_ids"}
@@ -222,10 +227,13 @@ def test_bad_input_is_one_line(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "full/model.safetensors")
     assert "is there already; name a folder that is new or empty" in line(model, tmp_path / "full")
     assert load_file(tmp_path / "full/model.safetensors")["a"] == 0
-    pruned = recombine.apply(build("tiny_vit"), recombine.Isomorphic(), "retained_50", losses(build("tiny_vit")))
+    whole = build("tiny_vit")
+    pruned = recombine.apply(whole, recombine.Isomorphic(), "retained_50", losses(whole))
     assert "Isomorphic made a VisionTransformer that its library does not build" in line(pruned, tmp_path / "x")
     dora = recombine.apply(made("tiny_llama"), recombine.Peft(options={"use_dora": True}))
-    assert 'peft\'s lora around a compressed layer, which a folder of kind "hf" cannot hold' in line(dora, tmp_path / "x")
+    assert 'peft\'s lora around a compressed layer, which a folder of kind "hf" cannot hold' in line(
+        dora, tmp_path / "x"
+    )
     own = made("tiny_vit")
     own.__class__ = type("Own", (type(own),), {})
     vars(own).pop("recombine_source")
