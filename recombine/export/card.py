@@ -1,5 +1,6 @@
 """The model card of an exported folder: README.md."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ def card(model: nn.Module, to: str, tokenizer: bool, run: Mapping[str, Any] | No
         tokenizer: the folder holds one.
         run: the result.json of the run that made the model; None: it was made by hand.
     """
-    record, account = model.recombined, count(model)
+    record = model.recombined
     source = (getattr(model, "recombine_source", None) or {}).get("name") or record_name(model)
     timm, hf = hasattr(model, "pretrained_cfg"), to == "hf"
     licence = (getattr(model, "pretrained_cfg", None) or {}).get("license")
@@ -34,11 +35,13 @@ def card(model: nn.Module, to: str, tokenizer: bool, run: Mapping[str, Any] | No
         f"Needed: torch, safetensors{', transformers' if hf or not timm else ''}{', timm' if timm else ''}.",
         "",
         *loading(model, timm, hf, tokenizer),
-        *counts(record, account, next(model.parameters()).dtype),
-        "",
+        *(counts(record, count(model), next(model.parameters()).dtype) if hf else []),
         "## Method",
         "",
-        *(f"- {step.method}: {', '.join(f'{k}={v}' for k, v in step.fields.items())}" for step in record.steps),
+        *(
+            f"- {step.method}: {', '.join(f'{k}={json.dumps(v)}' for k, v in step.fields.items())}"
+            for step in record.steps
+        ),
         "",
         "## Licence",
         "",
@@ -77,6 +80,7 @@ def counts(record: Any, account: Account, dtype: torch.dtype) -> list[str]:
         f"| parameters | {account.stored:,} of {record.total:,} ({account.retained_total:.1%}) |",
         f"| in the {len(record.targets)} rewritten layers | {account.retained:.1%} of their weights |",
         f"| weights | {account.bytes_weights / MIB:.1f} MiB in {str(dtype).removeprefix('torch.')} |",
+        "",
     ]
 
 

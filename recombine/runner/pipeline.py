@@ -16,7 +16,7 @@ from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.evaluation import harness, linear_probe
 from recombine.models import roles
-from recombine.runner import effects, limits
+from recombine.runner import effects, exports, limits
 from recombine.runner.assemble import assemble_result
 from recombine.runner.config import RunSpec, resolve
 from recombine.runner.summary import suite_table, summary_table
@@ -94,6 +94,7 @@ def execute(spec: RunSpec, out: Path) -> dict:
             result["seconds"]["total"] = round(run.earlier + time.perf_counter() - start, 3)
             if distributed.rank() == 0:
                 report(result, run)
+                exports.write(spec.export, run, result)
     return result
 
 
