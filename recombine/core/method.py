@@ -48,7 +48,8 @@ class Method:
 
     Args:
         targets: roles of the layers to rewrite: q, k, v, o, up, down, gate, or qkv for the fused projection where
-            there is one. A role that ends in ? (gate?) is left out where the model has none.
+            there is one; or all-linear, ends of module names, globs or regular expressions. A target that ends in ?
+            (gate?) is left out where the model has none.
         lr: learning rate of the method's trainable weights, for runs that set no rate of the optimizer.
     """
 
@@ -69,6 +70,7 @@ class Method:
         cls.abstract = abstract
 
     def __post_init__(self):
+        self.targets = (self.targets,) if self.targets == "all-linear" else self.targets  # as peft takes it
         self.label = type(self).__name__.lower()  # how messages call it; the runner knows what the user typed
         self.stats: dict[str, Stats] = {}  # what `statistics_needed` asked for, by site name, of one model
         self.blocks: list[int] | None = None  # the blocks that `rewrite` leaves, if not all

@@ -16,7 +16,6 @@ from recombine.core.rollback import unchanged_on_failure
 from recombine.core.tied import declare_tied
 from recombine.core.untouched import Mark, remember
 from recombine.models import rebuild, roles
-from recombine.models.fused_qkv import layer_at
 from recombine.models.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ def _apply(model: nn.Module, method: Method, budget: Budget, losses: Losses | No
     method, sites = prepare(model, method, budget, losses)
     record = started_record(model, sites, frozen)
     for note in method.notes(sites):
-        log.warning(note)
+        log.warning("note: %s", note)
         record.notes.append(note)
     old = getattr(model, "recombined", None)
     before = {  # by identity: a weak reference, since a new parameter may get the place of one that is gone
@@ -169,7 +168,7 @@ def find_sites(model: nn.Module, method: Method) -> list[Site]:
     """
     check_fields(method)
     roles_by_name = roles.find(model, method.targets, method.target_types)
-    sites = [Site(name, role, layer_at(model, name)) for name, role in roles_by_name.items()]
+    sites = [Site(name, role, roles.layer_at(model, name)) for name, role in roles_by_name.items()]
     check_layers(model, method, sites)
     method.check(sites)
     return sites

@@ -5,14 +5,17 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from importlib import util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import get_model_args
 from torch import nn
 
 from recombine.errors import UsageError
@@ -48,20 +51,20 @@ def write(model: nn.Module, folder: Path) -> Path:
             f"this {type(model).__name__} is neither timm's nor transformers' own, so no folder of kind hf can build "
             "it; save it with recombine.save"
         )
-    plan, timm = planned(model), architecture["library"] == "timm"
-    prefix = "model." if timm else ""
+    plan, of_timm = planned(model), architecture["library"] == "timm"
+    prefix = "model." if of_timm else ""
     tensors = {f"{prefix}{name}": tensor.detach().contiguous() for name, tensor in plan.tensors.items()}
-    (folder / f"{CODE}.py").write_text(code(model, timm), encoding="utf-8")
+    (folder / f"{CODE}.py").write_text(code(model, of_timm), encoding="utf-8")
     module = imported(folder / f"{CODE}.py")
-    cls = getattr(module, class_name(model, timm))
+    cls = getattr(module, class_name(model, of_timm))
     config = configuration(model, architecture, plan, module, cls)
     methods = " and ".join(step.method for step in model.recombined.steps)
     replaced = tuple(f"{name}." for name in model.recombined.targets)
-    require_same(model, twin(partial(cls, config)), tensors, methods, prefix, replaced)
+    require_same(model, twin(partial(cls, config), empty=not of_timm), tensors, methods, prefix, replaced)
     (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})
-    if timm:
+    if of_timm:
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor(model), indent=2), encoding="utf-8")
     elif model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -133,15 +136,15 @@ def imported(path: Path) -> ModuleType:
 def configuration(model: nn.Module, architecture: dict, plan: Plan, module: ModuleType, cls: type) -> Any:
     """The configuration of the exported model."""
     if architecture["library"] == "timm":
-        head = roles.head(model)
-        config = module.RecombinedConfig(timm=timm_arguments(architecture, head))
-        if head is not None:
-            config.num_labels = head.out_features
+        classes = roles.classes(model) or 0
+        config = module.RecombinedConfig(timm=timm_arguments(model, architecture))
+        if classes:
+            config.num_labels = classes
     else:
         skipped = {*rebuild.NOT_BUILT_FROM, "use_cache"}
         values = {k: v for k, v in model.config.to_diff_dict().items() if k not in skipped}
-        config = module.RecombinedConfig(**values)
-    config.recombined = {"layers": plan.layers, "shared": plan.shared}
+        config = module.RecombinedConfig.from_dict(values)
+    config.recombined = {"layers": plan.layers, "shared": plan.shared, "attributes": plan.attributes}
     named = f"{CODE}.{cls.__name__}"
     config.architectures = [cls.__name__]
     config.auto_map = {"AutoConfig": f"{CODE}.RecombinedConfig", "AutoModel": named, task_class(cls.__name__): named}
@@ -149,29 +152,38 @@ def configuration(model: nn.Module, architecture: dict, plan: Plan, module: Modu
     return config
 
 
-def timm_arguments(architecture: dict, head: nn.Module | None) -> dict:
-    """What timm.create_model takes: the model's name, and its arguments."""
-    skipped = ("library", "name", "arch", "tag", "image_size", "mean", "std", "drop_path", "attn_drop")
-    arguments = {key: value for key, value in architecture.items() if key not in skipped}
-    arguments["num_classes"] = 0 if head is None else head.out_features
-    for key, name in (("image_size", "img_size"), ("drop_path", "drop_path_rate"), ("attn_drop", "attn_drop_rate")):
+def timm_arguments(model: nn.Module, architecture: dict) -> dict:
+    """What timm.create_model takes: the model's name, and its arguments as timm has noted them.
+
+    Raises:
+        UsageError: one of them is code.
+    """
+    arguments, tag = get_model_args(model), architecture.get("tag")
+    for key, name in (("drop_path", "drop_path_rate"), ("attn_drop", "attn_drop_rate")):
         if architecture.get(key):
             arguments[name] = architecture[key]
-    tag = architecture.get("tag")
-    return {
-        "model": architecture["arch"] + (f".{tag}" if tag not in (None, "packaged") else ""),
-        "arguments": arguments,
-    }
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        why = f"was built with arguments that are code ({error})"
+        raise UsageError(
+            f"cannot be exported: this {type(model).__name__} {why}; keep it with recombine.save"
+        ) from error
+    tagged = architecture["arch"] if tag in (None, "packaged") else f"{architecture['arch']}.{tag}"
+    return {"model": tagged, "arguments": arguments}
 
 
-def twin(build: Callable[[], nn.Module]) -> nn.Module:
-    """The model that is built so, without weights.
+def twin(build: Callable[[], nn.Module], empty: bool) -> nn.Module:
+    """The model that is built so.
+
+    Args:
+        empty: without weights; timm makes its tables from them, or on their device.
 
     Raises:
         UsageError: its library refuses to build it.
     """
     try:
-        with rebuild.parameters_on_meta(), torch.random.fork_rng(devices=[]):
+        with rebuild.parameters_on_meta() if empty else nullcontext(), torch.random.fork_rng(devices=[]):
             return build()
     except Exception as error:  # timm and transformers raise nearly every kind
         reason = " ".join(str(error).split())[:200]
@@ -182,10 +194,8 @@ def plain_twin(model: nn.Module, architecture: dict) -> tuple[nn.Module, dict]:
     """(the plain model without weights, what timm takes to build it) of an architecture."""
     if architecture["library"] == "transformers":
         return rebuild.rebuilt(architecture), {}
-    import timm
-
-    arguments = timm_arguments(architecture, roles.head(model))
-    return twin(partial(timm.create_model, arguments["model"], **arguments["arguments"])), arguments
+    arguments = timm_arguments(model, architecture)
+    return twin(partial(timm.create_model, arguments["model"], **arguments["arguments"]), empty=False), arguments
 
 
 def require_same(
@@ -220,8 +230,6 @@ def require_same(
                 where = re.sub(r"^\.", "", f"{name}.{key}")
                 raise UsageError(f"cannot be exported: {where} is {here[key]} and not {there[key]}: {fix}")
     for name in rebuild.own_buffers(model, inner):
-        if inner.get_buffer(name).is_meta:  # timm made it where the parameters lie, and makes it well in the folder
-            continue
         raise UsageError(f"cannot be exported: the values of {name} are its own: {fix}")
 
 

@@ -41,11 +41,16 @@ class Compressed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)."""
         if self.built:
-            return F.linear(x, self.weight(x), self.bias)
+            return F.linear(x, self.dense(x), self.bias)
         y = self.parts(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def weight(self, x: Tensor) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight under nn.Linear's name, for who reads it."""
+        return self.build(next(self.parameters()))
+
+    def dense(self, x: Tensor) -> Tensor:
         """The dense weight; in eval mode without gradients the one of before, unless a part has changed."""
         plain = all(type(part) is nn.Linear for part in self.factors())  # an adapter may be switched on and off
         if not plain or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -120,6 +125,11 @@ class Scaled(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width))
         self.beta = nn.Parameter(torch.zeros(width)) if beta else None
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer with the same outputs, for who reads it."""
+        return self.gamma.view(-1, *[1] * (self.base_layer.weight.ndim - 1)) * self.base_layer.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x, the layer's input -> its output, scaled and shifted."""
         y = self.base_layer(x)
@@ -136,28 +146,42 @@ class Adapted(nn.Module):
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own, without the adapter, as in peft."""
+        return self.base_layer.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)."""
         return self.base_layer(x) + self.up(self.down(x)) * self.scale
 
 
-class SplitQKV(nn.Module):
-    """A fused projection as three layers: x (..., in) -> [q(x), k(x), v(x)] (..., 3d)."""
+class Split(nn.Module):
+    """A fused projection as one layer for each part: x (..., in) -> all outputs in the fused order (..., out).
 
-    def __init__(self, in_features: int, out_features: int, bias: bool):
+    Args:
+        parts: their names. groups, widths: the outputs are so many groups, each with so many outputs of every part.
+        bias: whether each part has one.
+    """
+
+    def __init__(self, in_features: int, out_features: int, parts: list, groups: int, widths: list, bias: list):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        for name in "qkv":
-            self.add_module(name, nn.Linear(in_features, out_features // 3, bias))
+        self.names, self.groups = parts, groups
+        for name, width, has_bias in zip(parts, widths, bias, strict=True):
+            self.add_module(name, nn.Linear(in_features, groups * width, has_bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to q, k and v side by side (..., 3d)."""
-        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+        """x (..., in) to the outputs of all parts (..., out)."""
+        outputs = [getattr(self, name)(x) for name in self.names]
+        if self.groups == 1:
+            return torch.cat(outputs, dim=-1)
+        return torch.cat([y.unflatten(-1, (self.groups, -1)) for y in outputs], dim=-1).flatten(-2)
 
 
 KINDS = {"factored": Factored, "shared_basis": SharedBasis}
 AROUND = {"scaled": Scaled, "adapted": Adapted}
-PLAIN = {"linear": nn.Linear, "split": SplitQKV}
+PLAIN = {"linear": nn.Linear, "split": Split}
 
 
 def made(spec: dict, before: nn.Module, shared: nn.ModuleDict) -> nn.Module:
@@ -175,5 +199,8 @@ def put_layers(model: nn.Module, plan: dict) -> None:
     shared = nn.ModuleDict({key: nn.Linear(*size, bias=False) for key, size in plan["shared"].items()})
     for name, spec in plan["layers"].items():
         model.set_submodule(name, made(spec, model.get_submodule(name), shared))
+    for name, attributes in plan["attributes"].items():
+        for key, value in attributes.items():
+            setattr(model.get_submodule(name), key, value)
     if shared:
         model.shared_bases = shared

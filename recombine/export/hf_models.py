@@ -10,10 +10,20 @@ from recombine.export.hf_layers import put_layers
 
 
 class OfTransformers:
-    """Goes before a model class of transformers: the class's own model, then the layers of the configuration."""
+    """Goes before a model class of transformers: the class's own model, then the layers of the configuration.
+
+    While the plain model is built, the configuration is a plain one: some classes build their inner model by it.
+    """
 
     def __init__(self, config, *args, **options):
-        super().__init__(config, *args, **options)
+        own, code = type(config), vars(config).pop("auto_map", None)
+        config.__class__ = own.__mro__[1]
+        try:
+            super().__init__(config, *args, **options)
+        finally:
+            config.__class__ = own
+            if code is not None:
+                config.auto_map = code
         put_layers(self, config.recombined)
 
 
@@ -24,8 +34,9 @@ class OfTimm(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        arguments = {k: tuple(x) if isinstance(x, list) else x for k, x in config.timm["arguments"].items()}
         with torch.device("cpu"):  # transformers gives meta tensors here; timm's tables need values
-            self.model = timm.create_model(config.timm["model"], pretrained=False, **config.timm["arguments"])
+            self.model = timm.create_model(config.timm["model"], pretrained=False, **arguments)
         kept = self.model.state_dict().keys()
         tables = [name for name, _ in self.model.named_buffers() if name not in kept]
         self.tables = [(name, self.model.get_buffer(name).clone()) for name in tables]

@@ -97,9 +97,9 @@ def pretrained(model: nn.Module) -> nn.Module:
     """
     if (source := getattr(model, "recombine_source", None)) is None:
         raise UsageError("this model was your own: give base=, the same model with the weights of before")
-    base, head = models.build(**source), roles.head(model)
-    if head is not None and ((old := roles.head(base)) is None or old.out_features != head.out_features):
-        models.reset_head(base, head.out_features)
+    base, classes = models.build(**source), roles.classes(model)
+    if classes and roles.classes(base) != classes:
+        models.reset_head(base, classes)
     return base
 
 
@@ -115,7 +115,8 @@ def write(model: nn.Module, folder: Path, base: nn.Module | None, rank: int | No
     if not factors:
         raise UsageError("no linear layer differs from the base: there is nothing for a LoRA to hold")
     head = roles.head(model)
-    heads = [name for name, module in model.named_modules() if module is head] if head is not None else []
+    parts = [] if head is None else [*head] if isinstance(head, nn.ModuleList) else [head]
+    heads = [name for name, module in model.named_modules() if any(module is part for part in parts)]
     ranks = {re.escape(name): a.shape[0] for name, (_, a) in factors.items()}
     largest = max(ranks.values())
     config = peft.LoraConfig(
@@ -132,8 +133,8 @@ def write(model: nn.Module, folder: Path, base: nn.Module | None, rank: int | No
     for name, (b, a) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
-    for name in heads:
-        tensors |= {f"base_model.model.{name}.{key}": p.detach().contiguous() for key, p in head.named_parameters()}
+    for name, part in ((name, model.get_submodule(name)) for name in heads):
+        tensors |= {f"base_model.model.{name}.{key}": p.detach().contiguous() for key, p in part.named_parameters()}
     with atomic_write(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})
     (folder / "errors.json").write_text(json.dumps(errors, indent=2), encoding="utf-8")

@@ -13,17 +13,20 @@ from torch import Tensor, nn
 from recombine.core.checkpoint.merging import merged
 from recombine.errors import UsageError
 from recombine.layers import DeltaLinear, FactoredLinear, RecombinedLinear, ScaleShift, SharedBasisLinear
-from recombine.models.fused_qkv import SplitQKV
+from recombine.models.fused_qkv import OPENED, READS, TRANSPOSED, SplitLinear
 
 
 @dataclass
 class Plan:
     """layers: entry by module name. shared: (inputs, outputs) by key. tensors: by the names of the exported model.
 
+    attributes: what else differs from the plain model, by module name.
+
     keys: of the shared matrices, by identity.
     """
 
     layers: dict[str, dict] = field(default_factory=dict)
+    attributes: dict[str, dict] = field(default_factory=dict)
     shared: dict[str, list[int]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[int, str] = field(default_factory=dict)
@@ -48,19 +51,42 @@ def planned(model: nn.Module) -> Plan:
     uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     common = {key for key in uses if uses.count(key) > 1}
     for name, module in model.named_modules():
-        if isinstance(module, SplitQKV):
-            bias = module.q.bias is not None
-            sizes = {"in_features": module.in_features, "out_features": module.out_features}
-            plan.layers[name] = {"kind": "split", **sizes, "bias": bias}
+        if isinstance(module, SplitLinear):
+            plan.layers[name] = {"kind": "split", **split(module)}
+        if getattr(module, READS, None) == OPENED:
+            plan.attributes[name] = {READS: OPENED}
+        for child in getattr(module, TRANSPOSED, ()):
+            if type(layer := module.get_submodule(child)) is nn.Linear:
+                plan.layers[f"{name}.{child}".lstrip(".")] = linear_spec(layer)
+    inside = ()  # beginnings of the names of what is taken from its layer
     for name in model.recombined.targets:
         layer = model.get_submodule(name)
         if isinstance(layer, RecombinedLinear | ScaleShift) or hasattr(layer, "get_base_layer"):
             plan.layers[name], tensors = planned_layer(name, layer, plan, common)
             plan.tensors |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-    inside = tuple(f"{name}." for name in plan.layers if plan.layers[name]["kind"] != "split")
+            inside += (f"{name}.",)
     kept = dict(model.named_parameters()) | {k: b for k, b in model.named_buffers() if k in model.state_dict()}
-    plan.tensors |= {name: tensor for name, tensor in kept.items() if not name.startswith(inside or ("\0",))}
+    plan.tensors |= {name: tensor for name, tensor in kept.items() if not name.startswith(inside)}
     return plan
+
+
+def split(module: SplitLinear) -> dict:
+    """The entry of a fused layer that stands as its parts."""
+    layers = [getattr(module, name) for name in module.parts]
+    return {
+        "in_features": module.in_features,
+        "out_features": module.out_features,
+        "parts": list(module.parts),
+        "groups": module.layout.groups,
+        "widths": list(module.layout.widths),
+        "bias": [getattr(layer, "bias", None) is not None for layer in layers],
+    }
+
+
+def linear_spec(layer: nn.Linear) -> dict:
+    """The entry of a plain layer."""
+    sizes = {"in_features": layer.in_features, "out_features": layer.out_features}
+    return {"kind": "linear", **sizes, "bias": layer.bias is not None}
 
 
 def planned_layer(name: str, layer: nn.Module, plan: Plan, common: set[int]) -> tuple[dict | None, dict[str, Tensor]]:
@@ -76,8 +102,8 @@ def planned_layer(name: str, layer: nn.Module, plan: Plan, common: set[int]) -> 
         spec = {"kind": "scaled", "base": base, "width": len(layer.gamma), "channels": list(layer.channels)}
         tensors = {f"base_layer.{key}": tensor for key, tensor in tensors.items()} | {"gamma": layer.gamma}
         return spec | {"beta": layer.beta is not None}, tensors | ({} if layer.beta is None else {"beta": layer.beta})
-    if not isinstance(layer, RecombinedLinear):
-        return None, layer.state_dict()
+    if not isinstance(layer, RecombinedLinear):  # a Conv1D stands as an nn.Linear here, so that one is named
+        return linear_spec(layer) if type(layer) is nn.Linear else None, layer.state_dict()
     structured, dense, _ = layer.flops(1, train=False)
     spec = {
         "in_features": layer.in_features,
@@ -122,8 +148,7 @@ def adapted(name: str, layer: nn.Module, plan: Plan, common: set[int]) -> tuple[
             raise UsageError(f"{name} has {kind} {why}")
         # a copy: merging writes into the layer, which stays as it is
         linear = merged(copy.deepcopy(layer))
-        sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
-        return {"kind": "linear", **sizes, "bias": linear.bias is not None}, linear.state_dict()
+        return linear_spec(linear), linear.state_dict()
     spec, tensors = planned_layer(name, base, plan, common)
     down, up = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
     sizes = {"in_features": down.shape[1], "out_features": up.shape[0], "rank": len(down)}

@@ -46,6 +46,9 @@ def folder(
         if name not in packaged.FOLDERS:
             raise UsageError(f"model.tag=packaged: no package holds {name}: take model={' or '.join(packaged.FOLDERS)}")
         return packaged.FOLDERS[name]()
+    if id is None:
+        fix = "set model.checkpoint=FOLDER, or model.pretrained=false for random ones"
+        raise UsageError(f"model.pretrained=true: nothing says where the weights of {name} are; {fix}")
     return hub_folder(name, id, revision, model_files, ways)
 
 

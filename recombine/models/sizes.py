@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field
+from torch import nn
 
+from recombine.errors import UsageError
 from recombine.runtime.kinds import Count, PartialShare, Positive, Weight
 from recombine.runtime.schema import annotations, checked
 
@@ -46,3 +48,18 @@ def check(config: Mapping[str, Any]) -> None:
         UsageError: names it.
     """
     checked(Sizes, {key: value for key, value in config.items() if key in annotations(Sizes)}, "model")
+
+
+def require_image_size(model: nn.Module, image_size: int | None) -> None:
+    """Refuses pictures of a size that a timm model was not built for. It would fail at the first of them.
+
+    Raises:
+        UsageError: names the size that fits.
+    """
+    embed = getattr(model, "patch_embed", None)
+    if image_size is None or not getattr(embed, "strict_img_size", False) or embed.img_size is None:
+        return
+    if embed.img_size != (image_size, image_size):
+        size = embed.img_size[0]
+        fix = f"leave it out, or set model.image_size={image_size} too"
+        raise UsageError(f"data.image_size={image_size}: the model reads pictures of {size} x {size}; {fix}")

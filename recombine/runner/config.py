@@ -149,7 +149,7 @@ def stage_settings(values: Mapping[str, Any]) -> StageSettings:
     Raises:
         UsageError: there is no such stage, no stage has a key, or a value does not fit.
     """
-    if (name := values.get("name")) not in STAGES:
+    if not isinstance(name := values.get("name"), str) or name not in STAGES:
         raise UsageError(f"stage.name={name}: must be one of {', '.join(STAGES)}")
     cls = stage_schema(name)
     others = {key for stage in STAGE_SETTINGS.values() for key in annotations(stage)} - annotations(cls).keys()

@@ -43,6 +43,17 @@ def require_cores(ranks: int) -> None:
         )
 
 
+def require_accelerator(name: str) -> None:
+    """Refuses a kind of device that torch does not see.
+
+    Raises:
+        UsageError: there is none of that kind.
+    """
+    seen = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not (seen | {"gpu": any(seen.values())}).get(name, True):
+        raise UsageError(f"trainer.accelerator={name}: torch sees none here; say trainer.accelerator=auto, or cpu")
+
+
 def require_workers(workers: int) -> None:
     """Refuses more processes that load data than a few a core. workers: of each rank.
 

@@ -24,6 +24,8 @@ import recombine
 from helpers import config
 from recombine import models
 from recombine.export import hf_layers
+from scripts.model_matrix import output
+from scripts.tiny_models import MODELS
 from zoo import batch, build, losses, outputs
 
 AUTO = {
@@ -239,3 +241,21 @@ def test_bad_input_is_one_line(tmp_path):
     vars(own).pop("recombine_source")
     assert "is neither timm's nor transformers' own" in line(own, tmp_path / "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]  # nothing is left behind
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "BLOOM", "Phi-3", "T5", "Llama, classes", "timm BEiT", "timm Swin v2"])
+def test_other_forms_of_layers(name, tmp_path):
+    """Transposed, interleaved, read instead of called, or an inner model that the configuration chooses."""
+    tiny = MODELS[name]
+    x = tiny.inputs()
+    for method in (recombine.Peft(rank=2), recombine.Svd(ratio=0.5)):
+        method.targets = tiny.targets or method.targets
+        model = recombine.apply(tiny.fresh(), method).eval()
+        torch.manual_seed(5)
+        with torch.no_grad():
+            for p in filter(lambda p: p.requires_grad, model.parameters()):
+                p.add_(0.02 * torch.randn_like(p))
+        folder = recombine.export(model, tmp_path / type(method).__name__)
+        found = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        with torch.no_grad():
+            assert torch.equal(output(found, x), output(model, x))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification
 
 import recombine
+from helpers import ROOT
 from helpers import config as of_yaml
 from helpers.command import execute, line
 from recombine import models
@@ -130,3 +131,24 @@ def test_a_run_ends_with_its_folders_and_the_command_writes_them_too(tmp_path, c
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1 and said.startswith("export: ")
     assert "export=onyx" in line(capsys, monkeypatch, tmp_path, "export=onyx")
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    """The Python of docs/export.md, but for the pretrained weights."""
+    text = (ROOT / "docs" / "export.md").read_text().replace("pretrained=True", "img_size=32")
+    first, load, adapters = (block.split("```")[0] for block in text.split("```python")[1:])
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {}
+    exec(first, scope)
+    model = scope["model"].eval()
+    exec(load, scope)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(scope["model"](x).logits, model(x))
+    pretrained = recombine.merge(copy.deepcopy(model))
+    with torch.no_grad():
+        pretrained.blocks[0].attn.qkv.weight.add_(torch.randn(576, 1) @ torch.randn(1, 192))
+    scope |= {"model": model, "pretrained": pretrained}
+    for number, line_ in enumerate(adapters.strip().splitlines()):
+        exec(line_.replace("flowers_lora", f"lora{number}"), scope)
+        assert peft.LoraConfig.from_pretrained(tmp_path / f"lora{number}").target_modules == {"blocks.0.attn.qkv"}

@@ -12,7 +12,7 @@ from helpers import QKV
 from recombine import Cersa, Full, Jactus, Peft, UsageError, models
 from recombine.evaluation import linear_probe, subspaces
 from recombine.models import roles
-from recombine.models.fused_qkv import layer_at
+from recombine.models.roles import layer_at
 from recombine.runner import pipeline, ranks
 from recombine.runner.config import resolve
 from recombine.runner.grid import CONF
@@ -141,7 +141,7 @@ def test_nothing_is_compared_unless_asked(tmp_path):
 
 
 @pytest.mark.parametrize("override, why", [
-    ("analyse.subspaces=1.5", "a share of the energy"),
+    ("analyse.subspaces=1.5", "a number above 0 to 1"),
     ("analyse.maps=0", "a whole number from 1"),
     ("analyse.elsewhere=[clevr]", "unknown task"),
 ])  # fmt: skip
