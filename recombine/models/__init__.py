@@ -68,6 +68,7 @@ def check(name: str, *, arch: str | None = None, library: str = "timm", **config
     Raises:
         UsageError: it takes no such key, or no such kind of value.
     """
+    sizes.check({"name": name, "arch": arch, "library": library})
     if library == "timm" and arch is None:
         arch, _, tag = str(name).partition(".")
         config["tag"] = config.get("tag") or tag or None
