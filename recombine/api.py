@@ -1,5 +1,6 @@
 """What `import recombine` offers."""
 
+from recombine import export
 from recombine.core.account import Account, count
 from recombine.core.budget import Budget
 from recombine.core.checkpoint import load, merge, save
@@ -27,6 +28,7 @@ __all__ = [
     "UsageError",
     "apply",
     "count",
+    "export",
     "finish",
     "load",
     "merge",

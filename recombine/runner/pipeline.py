@@ -17,7 +17,7 @@ from recombine.errors import UsageError
 from recombine.evaluation import harness, linear_probe
 from recombine.models import roles
 from recombine.models.sizes import require_image_size
-from recombine.runner import effects, limits
+from recombine.runner import effects, exports, limits
 from recombine.runner.assemble import assemble_result
 from recombine.runner.config import RunSpec, resolve
 from recombine.runner.idle import idle
@@ -97,6 +97,7 @@ def execute(spec: RunSpec, out: Path) -> dict:
             result["seconds"]["total"] = round(run.earlier + time.perf_counter() - start, 3)
             if distributed.rank() == 0:
                 report(result, run)
+                exports.write(spec.export, run, result)
     return result
 
 
