@@ -1,5 +1,6 @@
 """What `import recombine` offers."""
 
+from recombine import export
 from recombine.core.account import Account, count
 from recombine.core.budget import Budget
 from recombine.core.checkpoint import load, merge, save
@@ -10,10 +11,15 @@ from recombine.layers import RecombinedLinear
 from recombine.methods import *  # noqa: F403
 from recombine.methods import __all__ as _methods
 from recombine.methods.adapters.peft_config import peft_config
+from recombine.models.family import Family
+from recombine.models.fused_qkv import Layout
+from recombine.models.lookup import register
 
 __all__ = [
     "Account",
     "Budget",
+    "Family",
+    "Layout",
     "Method",
     "RecombinedLinear",
     "Record",
@@ -22,10 +28,12 @@ __all__ = [
     "UsageError",
     "apply",
     "count",
+    "export",
     "finish",
     "load",
     "merge",
     "peft_config",
+    "register",
     "save",
     "train_only",
     *_methods,

@@ -17,8 +17,7 @@ class Key(NamedTuple):
     unit: str = ""
 
 
-RUNNER = ("runner",)
-ANALYSIS = ("analysis",)
+RUNNER, ANALYSIS = ("runner",), ("analysis",)
 TRAINING = ("adapt", "compress", "joint")
 REWRITING = ("retrofit", "compress", "joint")
 TESTING = (*TRAINING, "evaluate", "retrofit", *RUNNER)
@@ -210,6 +209,7 @@ class StagePart(TypedDict):
     checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]
     sha256: Annotated[NotRequired[dict[str, str]], Key("hash of each file of weights, by file name", RUNNER)]
     distil: Annotated[NotRequired[Distil], Key("the distillation", ("compress", "joint"))]
+    exports: Annotated[NotRequired[dict[str, str]], Key("folders for other libraries, by format", RUNNER)]
     weight_error: Annotated[NotRequired[Scores], Key("|W - W'| / |W| by layer, before training", REWRITING, "share")]
     logit_error: Annotated[NotRequired[float | None], Key("largest change of an output", ("retrofit",))]
     logit_scale: Annotated[NotRequired[float | None], Key("largest output of the original model", ("retrofit",))]

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from helpers import ROOT
+from recombine.models import lookup, roles
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 BLOCKS = {  # what stands behind a fence -> its text, less the fence's indent
@@ -96,11 +99,24 @@ def test_a_method_of_the_users_own_module(clone, tmp_path):
     assert result["method"]["label"] == "mine" and result["method"]["name"] == "Mine" and result["test"]["acc"] >= 0
 
 
-def test_a_family_is_one_row(clone, tmp_path):
+def test_a_family_is_one_object(monkeypatch):
+    monkeypatch.setattr(lookup, "REGISTERED", [])
+    told = {}
+    exec(BLOCKS["my_family.py"], told)
+    model, x = told["Net"](), told["x"]
+    assert roles.family(model) is lookup.REGISTERED[0] and type(told["model"].stack[0].mixed) is nn.Linear
+    roles.split_fused(model, ("q",))
+    q, k, v = told["model"].stack[0].mixed(x).unflatten(-1, (2, -1)).chunk(3, dim=-1)
+    roles.split_fused(told["model"], ("q",))
+    parts = told["model"].stack[0].mixed
+    for part, expected in zip("qkv", (q, k, v), strict=True):
+        torch.testing.assert_close(getattr(parts, part)(x), expected.flatten(2))
+    assert roles.head(model) is model.top and len(roles.blocks(model)) == 3
+
+
+def test_a_model_is_a_yaml(clone, tmp_path):
     write(clone, "conf/model/tiny_eva.yaml")
     said = ["model=tiny_eva", "data.limit=32", "method=cersa", "method.targets=[q,k,v,o,gate,up,down]"]
-    roles = clone / "recombine" / "models" / "roles.py"
-    insert(roles, '    r"VisionTransformer":', BLOCKS["row of FAMILIES"])
     result = execute(clone, tmp_path / "out", *said)
     assert [row["role"] for row in result["layers"]] == ["q", "k", "v", "o", "gate", "up", "down"] * 2
     assert result["model"]["arch"].startswith("eva02") and result["account"]["retained"] > 0

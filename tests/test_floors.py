@@ -13,7 +13,7 @@ FLOORS = (  # docs/design.md; a floor imports only floors below it
     ("runtime", "result_schema"),
     ("models", "data", "results"),
     ("core",),
-    ("methods",),
+    ("methods", "export"),
     ("training", "api"),
     ("evaluation",),
     ("stages",),

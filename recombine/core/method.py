@@ -48,7 +48,8 @@ class Method:
 
     Args:
         targets: roles of the layers to rewrite: q, k, v, o, up, down, gate, or qkv for the fused projection where
-            there is one. A role that ends in ? (gate?) is left out where the model has none.
+            there is one; or all-linear, ends of module names, globs or regular expressions. A target that ends in ?
+            (gate?) is left out where the model has none.
         lr: learning rate of the method's trainable weights, for runs that set no rate of the optimizer.
     """
 
@@ -69,6 +70,7 @@ class Method:
         cls.abstract = abstract
 
     def __post_init__(self):
+        self.targets = (self.targets,) if self.targets == "all-linear" else self.targets  # as peft takes it
         self.label = type(self).__name__.lower()  # how messages call it; the runner knows what the user typed
         self.key = "method"  # the node of the configuration that its fields stand in, for messages
         self.stats: dict[str, Stats] = {}  # what `statistics_needed` asked for, by site name, of one model
@@ -84,9 +86,7 @@ class Method:
 
     def contradiction(self, key: str) -> str | None:
         """Why the fields do not go together; None: they do. key: of the node that they stand in."""
-        given = [
-            f"{key}.{name}={value}" for name in self.conflicting_fields if (value := getattr(self, name)) is not None
-        ]
+        given = [f"{key}.{n}={value}" for n in self.conflicting_fields if (value := getattr(self, n)) is not None]
         return f"{' and '.join(given)} both set the size: drop one of them" if len(given) > 1 else None
 
     def check(self, sites: list[Site]) -> None:

@@ -16,7 +16,6 @@ from recombine.core.rollback import unchanged_on_failure
 from recombine.core.tied import declare_tied
 from recombine.core.untouched import Mark, remember
 from recombine.models import rebuild, roles
-from recombine.models.fused_qkv import layer_at
 from recombine.models.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
@@ -169,7 +168,7 @@ def find_sites(model: nn.Module, method: Method) -> list[Site]:
     """
     check_fields(method, method.key)
     roles_by_name = roles.find(model, method.targets, method.target_types, f"{method.key}.targets")
-    sites = [Site(name, role, layer_at(model, name)) for name, role in roles_by_name.items()]
+    sites = [Site(name, role, roles.layer_at(model, name)) for name, role in roles_by_name.items()]
     check_layers(model, method, sites)
     with fields_as_typed(method):
         method.check(sites)

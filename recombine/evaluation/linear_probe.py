@@ -1,4 +1,4 @@
-"""The linear probe: logistic (or ridge) regression on the frozen features in front of the head."""
+"""The linear probe: logistic (or ridge) regression on the frozen features in front of the head's last layer."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,9 +32,10 @@ class Probe:
 
     @torch.no_grad()
     def init_head(self, head: nn.Linear) -> None:
-        """Starts a head from the probe."""
+        """Starts the last layer of a head from the probe."""
         head.weight.copy_(self.weight)
-        head.bias.copy_(self.bias)
+        if head.bias is not None:
+            head.bias.copy_(self.bias)
 
 
 def load_or_fit(path: Path, model: nn.Module, data) -> Probe:
@@ -54,8 +55,8 @@ def load_or_fit(path: Path, model: nn.Module, data) -> Probe:
 
 @torch.no_grad()
 def features(model: nn.Module, data, split: str) -> tuple[Tensor, Tensor]:
-    """The head's inputs (N, d) in eval mode, and the labels (N,). split: "train", "val" or "test"."""
-    head, device, caught, labels = roles.head(model), next(model.parameters()).device, [], []
+    """The inputs (N, d) of the head's last layer in eval mode, and the labels (N,). split: "train", "val" or "test"."""
+    head, device, caught, labels = roles.output_layer(model), next(model.parameters()).device, [], []
     hook = head.register_forward_pre_hook(lambda _, args: caught.append(args[0].double().cpu()))
     training = model.training
     model.eval()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recombine.core import checkpoint
 from recombine.linalg import energy_rank, svd
-from recombine.models.fused_qkv import layer_at
+from recombine.models.roles import layer_at
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Models by architecture and source: ``build("dinov2_s14", arch=..., tag="packaged")`` -> nn.Module.
 
-``library: transformers`` in the YAML means ``encoders.py`` or ``causal_lm.py`` beside this file; the rest is timm's.
+``library: transformers`` in the YAML means ``encoders.py``, ``causal_lm.py`` or ``auto.py``; the rest is timm's.
 The weights come from exactly one place: a local ``checkpoint``; a package (``tag: packaged``); timm's hub under a
 pinned ``tag``; or nowhere (``pretrained=False``, drawn from torch's current seed). All go through one strict load.
 
@@ -21,13 +21,13 @@ from torch import nn
 
 from recombine.errors import UsageError
 from recombine.models import allowed, packaged, roles, sizes
-from recombine.models.weights import hub_file, load
+from recombine.models.weights import hub_file, load_named
 from recombine.runtime import conf
 from recombine.runtime.kinds import Colours, Deviations, Name, PartialShare, Pixels, Place, Whole
 from recombine.runtime.schema import checked
 
 __all__ = [
-    "build", "check", "for_data", "has_own_head", "list_models", "modality", "objective", "reset_head",
+    "build", "check", "for_data", "for_task", "has_own_head", "list_models", "modality", "objective", "reset_head",
     "schema", "tags", "tokenizer",
 ]  # fmt: skip
 
@@ -44,27 +44,34 @@ def list_models() -> list[str]:
     return sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
-def build(name: str, *, arch: str, library: str = "timm", **config) -> nn.Module:
+def build(name: str, *, arch: str | None = None, library: str = "timm", **config) -> nn.Module:
     """The model that a YAML of conf/model describes; ``model.recombine_source`` holds the arguments that build it.
 
     Args:
-        name: of the YAML, for example "dinov2_s14".
+        name: of the YAML, for example "dinov2_s14"; of timm, where there is no ``arch``; of the hub's repository or a
+            folder with ``arch="auto"``.
         arch: of timm, for example "vit_small_patch14_dinov2", or the family of a transformers model, as "llama".
         library: "timm" or "transformers".
-        config: the YAML's other keys. They are the arguments of `timm_model`, `encoders.build` or `causal_lm.build`.
+        config: the YAML's other keys. They are the arguments of `timm_model` or of the `build` of `encoders`,
+            `causal_lm` or `auto`.
 
     Raises:
         UsageError: there is no such architecture, its weights cannot be had, or they do not fit.
     """
-    return schema(name, library, arch)(**check(name, arch=arch, library=library, **config))
+    values = check(name, arch=arch, library=library, **config)
+    return schema(name, library, values["arch"])(**values)
 
 
-def check(name: str, *, arch: str, library: str = "timm", **config) -> dict:
+def check(name: str, *, arch: str | None = None, library: str = "timm", **config) -> dict:
     """The arguments of the function that builds such a model; nothing is built.
 
     Raises:
         UsageError: it takes no such key, or no such kind of value.
     """
+    sizes.check({"name": name, "arch": arch, "library": library})
+    if library == "timm" and arch is None:
+        arch, _, tag = str(name).partition(".")
+        config["tag"] = config.get("tag") or tag or None
     values = checked(schema(name, library, arch), {"name": name, "arch": arch} | config, "model")
     sizes.check(config)
     return values
@@ -85,12 +92,17 @@ def tokenizer(source: Mapping):
 
 def modality(source: Mapping) -> str:
     """What a model reads, by its ``recombine_source``: "vision" or "text"."""
-    return "vision" if source.get("library", "timm") == "timm" else "text"
+    return "vision" if source.get("library", "timm") == "timm" or source.get("task") == "image" else "text"
 
 
 def objective(source: Mapping) -> str:
     """What a model is for, by its ``recombine_source``: "lm", or "classification" where it has a classifier."""
-    return "lm" if source["arch"] == "llama" else "classification"
+    return "lm" if source["arch"] == "llama" or source.get("task") == "lm" else "classification"
+
+
+def for_task(config: Mapping, task: str) -> dict:
+    """A model's configuration with the task (lm, text, image) that the data are, where it names none itself."""
+    return dict(config) | ({"task": task} if config.get("arch") == "auto" and config.get("task") is None else {})
 
 
 def for_data(source: Mapping) -> dict:
@@ -110,8 +122,8 @@ def reset_head(model: nn.Module, num_classes: int) -> None:
 
 def has_own_head(model: nn.Module) -> bool:
     """Whether the model's classifier is the one that came with its weights."""
-    head = roles.head(model)
-    return head is not None and head.out_features == getattr(model, "own_classes", 0)
+    own = getattr(model, "own_classes", 0)
+    return own > 0 and roles.classes(model) == own
 
 
 def tags(arch: str, classes: int) -> list[str]:
@@ -131,7 +143,7 @@ def _of_transformers(name: str, library: str, arch: str):
         raise UsageError(f"model {name} sees pictures, not text: take model=minilm, or data=offline")
     if library != "transformers":
         raise UsageError(f"model.library={library}: must be timm or transformers")
-    return import_module(f"recombine.models.{'causal_lm' if objective({'arch': arch}) == 'lm' else 'encoders'}")
+    return import_module(f"recombine.models.{ {'llama': 'causal_lm', 'auto': 'auto'}.get(arch, 'encoders') }")
 
 
 def timm_model(
@@ -165,10 +177,7 @@ def timm_model(
     config = model.pretrained_cfg
     image_size = image_size or config["input_size"][-1]
     _check_patches(name, model, image_size)
-    try:
-        model.own_classes = 0 if path is None else load(model, path, num_classes)
-    except UsageError as error:
-        raise UsageError(f"model.checkpoint={error}" if checkpoint is not None else str(error)) from error
+    model.own_classes = 0 if path is None else load_named(model, path, num_classes, checkpoint is not None)
     model.recombine_source = {
         "name": name,
         "arch": arch,
@@ -189,12 +198,17 @@ def timm_model(
 def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapping) -> nn.Module:
     """Builds timm's model, without weights.
 
+    A dropout of 0 is left out for an architecture that has no such dropout.
+
     Raises:
         UsageError: timm refuses the arguments.
     """
     try:
         return timm.create_model(source, num_classes=num_classes, **arguments)
     except Exception as error:  # timm checks little, and stumbles over sizes in every way there is
+        lacked = [key for key in arguments if f"unexpected keyword argument '{key}'" in str(error)]
+        if lacked and lacked[0] in ("drop_path_rate", "attn_drop_rate") and not arguments[lacked[0]]:
+            return _create(name, arch, source, num_classes, {k: v for k, v in arguments.items() if k != lacked[0]})
         given = " ".join(f"{key}={value}" for key, value in arguments.items())
         reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
         raise UsageError(f"model {name}: {arch} cannot be built with {given} ({reason}): correct it") from error
@@ -202,10 +216,13 @@ def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapp
 
 def _resolve_tag(name: str, arch: str, tag: str | None) -> str | None:
     """The tag that is meant where none is given: the packaged weights, else timm's default."""
+    if arch == "timm":
+        raise UsageError("model=timm: say which architecture: model.name=eva02_base_patch14_224")
     known = timm.list_models()
     if arch not in known:
         close = ", ".join(difflib.get_close_matches(arch, known, n=3, cutoff=0.4)) or "one of timm.list_models()"
-        raise UsageError(f"model.arch={arch} is no timm architecture: did you mean {close}?")
+        key = "name" if name.partition(".")[0] == arch else "arch"
+        raise UsageError(f"model.{key}={arch} is no timm architecture: did you mean {close}?")
     tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{arch}.*")]
     if tag is None:
         return "packaged" if name in packaged.WEIGHTS else get_pretrained_cfg(arch).tag or None
@@ -222,7 +239,8 @@ def _check_patches(name: str, model: nn.Module, image_size: int) -> None:
     Raises:
         UsageError: names the sizes nearby that fit.
     """
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))[0]
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    patch = patch[0] if isinstance(patch, tuple | list) else patch
     if image_size < patch or image_size % patch:
         near = max(patch, image_size // patch * patch)
         fix = f"take {near} or {near + patch}"

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from recombine.errors import UsageError
+from recombine.models import roles
 from recombine.models.allowed import config_values
 from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged
 from recombine.models.weights import first_line, silence
@@ -180,20 +181,23 @@ def load(name: str, cls: type, path: Path, wanted, config: dict) -> tuple[nn.Mod
 
 
 def reset_head(model: nn.Module, num_classes: int) -> None:
-    """A fresh classifier, as the family draws it; 0 classes: none."""
-    width = model.config.hidden_size
+    """A fresh last layer of the classifier, as the family draws it; 0 classes: none."""
+    layer = roles.output_layer(model)
+    name = next((name for name, module in model.named_modules() if module is layer), "classifier")
+    width, bias = (model.config.hidden_size, True) if layer is None else (layer.in_features, layer.bias is not None)
     old = next(model.parameters())
-    model.classifier = nn.Linear(width, num_classes).to(old) if num_classes else nn.Identity()
+    model.set_submodule(name, nn.Linear(width, num_classes, bias).to(old) if num_classes else nn.Identity())
     if num_classes:
-        fresh(model, model.classifier)
+        fresh(model, model.get_submodule(name))
         model.num_labels = model.config.num_labels = num_classes
 
 
 @torch.no_grad()
 def fresh(model: nn.Module, linear: nn.Linear) -> None:
     """Draws a layer anew, as the family does: normal weights, biases of 0."""
-    linear.weight.normal_(0.0, model.config.initializer_range)
-    linear.bias.zero_()
+    linear.weight.normal_(0.0, getattr(model.config, "initializer_range", 0.02))
+    if linear.bias is not None:
+        linear.bias.zero_()
 
 
 def tokenizer(source: Mapping) -> PreTrainedTokenizerFast:

@@ -1,165 +1,189 @@
-"""Role names (q k v o up down gate, or a fused qkv) for the linear layers of each model family.
+"""Role names (q k v o up down gate, or a fused qkv or gate_up) for the linear layers of each model.
 
 Beside them: norm (every normalisation), embed (the patch embedding) and reduction (Swin's patch merging).
 
-A family is one row of FAMILIES: its class names -> a regular expression over module names for every role, for its
-blocks and for its head. To add a family, add a row; methods and their YAML files name roles only.
+Which layers play a role is said by the model's `Family`: one that `register` was given, a row of families.py for the
+model or for models inside it, or one that infer.py makes of the names. Methods and their YAML files name roles, or
+layers as `targets.py` reads them.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
 from recombine.errors import UsageError, did_you_mean
-from recombine.models import fused_qkv
-from recombine.models.fused_qkv import SplitQKV
+from recombine.models import fused_qkv, targets
+from recombine.models.family import FUSED, Family
+from recombine.models.fused_qkv import SplitLinear, as_linear, is_transposed
+from recombine.models.heads import classes, head, output_layer, words
+from recombine.models.lookup import family, stands_for_linear
+from recombine.models.targets import ALL
 
+__all__ = [
+    "block_names", "blocks", "classes", "family", "find", "head", "layer_at", "open_layers", "output_layer",
+    "role_names", "split_fused",
+]  # fmt: skip
 
-@dataclass(frozen=True)
-class Family:
-    """One row of FAMILIES: the regular expressions that find a family's layers, blocks and head."""
-
-    roles: dict[str, str]  # role -> regex that a module's whole name matches
-    blocks: str
-    head: str  # used where the model has no get_classifier()
-
-
-def _fused(block: str, **more: str) -> Family:
-    """The family of a timm model, whose attn.qkv is one layer until it is split. block: regex of a block's name."""
-    parts = {role: rf"{block}\.attn\.qkv\.{role}" for role in "qkv"}
-    rest = {
-        "o": rf"{block}\.attn\.proj",
-        "up": rf"{block}\.mlp\.fc1",
-        "down": rf"{block}\.mlp\.fc2",
-        "norm": rf"(?:{block}|layers\.\d+\.downsample|patch_embed)\.norm[12]?|norm|fc_norm",
-        "embed": r"patch_embed\.proj",
-    }
-    return Family({"qkv": rf"{block}\.attn\.qkv", **parts, **rest, **more}, blocks=block, head="head")
-
-
-_BERT, _LLAMA = r"(?:\w+\.)?encoder\.layer\.\d+", r"(?:\w+\.)?layers\.\d+"
-_AFTER_ATTENTION = {
-    "o": rf"{_BERT}\.attention\.output\.dense",
-    "up": rf"{_BERT}\.intermediate\.dense",
-    "down": rf"{_BERT}\.output\.dense",
-    "norm": rf"(?:{_BERT}\.(?:attention\.)?output|(?:\w+\.)?embeddings)\.LayerNorm",
-}
-
-FAMILIES = {  # regex over the names of the model's class and its parents
-    r"VisionTransformer": _fused(r"blocks\.\d+"),
-    r"SwinTransformer": _fused(r"layers\.\d+\.blocks\.\d+", reduction=r"layers\.\d+\.downsample\.reduction"),
-    r"BertPreTrainedModel": Family(
-        {
-            "q": rf"{_BERT}\.attention\.self\.query",
-            "k": rf"{_BERT}\.attention\.self\.key",
-            "v": rf"{_BERT}\.attention\.self\.value",
-            **_AFTER_ATTENTION,
-        },
-        blocks=_BERT,
-        head="classifier|qa_outputs",
-    ),
-    r"DebertaV2PreTrainedModel": Family(
-        {
-            "q": rf"{_BERT}\.attention\.self\.query_proj",
-            "k": rf"{_BERT}\.attention\.self\.key_proj",
-            "v": rf"{_BERT}\.attention\.self\.value_proj",
-            **_AFTER_ATTENTION,
-        },
-        blocks=_BERT,
-        head="classifier|qa_outputs",
-    ),
-    r"LlamaPreTrainedModel": Family(
-        {
-            **{role: rf"{_LLAMA}\.self_attn\.{role}_proj" for role in "qkvo"},
-            **{role: rf"{_LLAMA}\.mlp\.{role}_proj" for role in ("gate", "up", "down")},
-            "norm": rf"{_LLAMA}\.(?:input|post_attention)_layernorm|(?:\w+\.)?norm",
-        },
-        blocks=_LLAMA,
-        head="score",
-    ),
-}
-
-
-def family(model: nn.Module) -> Family:
-    """The row of FAMILIES that the model's class or one of its parents belongs to.
-
-    Raises:
-        UsageError: there is no such row.
-    """
-    names = [cls.__name__ for cls in type(model).__mro__]
-    for pattern, row in FAMILIES.items():
-        if any(re.fullmatch(pattern, name) for name in names):
-            return row
-    known = ", ".join(FAMILIES)
-    raise UsageError(
-        f"{names[0]} belongs to no known model family ({known}): add a row to FAMILIES in recombine/models/roles.py"
-    )
+ROLES = {"o", "down", "norm", "embed", "reduction", *FUSED, *(part for parts in FUSED.values() for part in parts)}
 
 
 def find(
-    model: nn.Module, targets: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear, key: str = "targets"
+    model: nn.Module, wanted: tuple[str, ...], kind: type | tuple[type, ...] = nn.Linear, key: str = "targets"
 ) -> dict[str, str]:
-    """Finds the layers that play these roles: {module name: role} in model order. The model is not changed.
+    """Finds the layers that these targets name: {module name: role} in model order. The model is not changed.
 
-    ``qkv`` is the fused layer, or the three layers q, k, v where there is none. Where q, k or v is named by itself and
-    the model has them as one fused layer, the names are those that `split_fused` would give them. Layers that are not
-    of ``kind`` (already rewritten) are left out. A role that ends in ? may be missing. ``key`` is what errors call the
-    targets.
+    A target is a role, ``all-linear``, the end of a module name, a glob or a regular expression (targets.py). ``qkv``
+    is the fused layer, or the three layers q, k, v where there is none. Where q, k or v is named by itself and the
+    model has them as one fused layer, the names are those that `split_fused` would give them; a fused layer that is
+    rewritten already, or whose order is not known, stands for all three where all are named. The same holds for
+    gate_up. Layers that are not of ``kind`` (already rewritten) are left out. A target that ends in ? may be missing.
+    The role of a layer that plays none is its name inside its block. ``key`` is what errors call the targets.
 
     Raises:
-        UsageError: no role is named, or one twice; the model has no layer of a role, or all are rewritten already.
+        UsageError: nothing is named, or one twice; the model has no such layer, or all of them are rewritten already.
     """
     row = family(model)
-    if not targets or isinstance(targets, str):
-        raise UsageError(f"{key}={targets!r} is not a list of roles: name one or more of {_had(model, row)}")
-    if twice := next((target for target in targets if list(targets).count(target) > 1), None):
-        raise UsageError(f"{key}=[{','.join(targets)}]: names {twice} twice; name it once")
-    modules = _as_split(dict(model.named_modules()), _to_split(model, targets))
-    wanted: dict[str, str] = {}
-    for target in targets:
-        names = _play(row, target.removesuffix("?"), modules)
+    if not wanted or isinstance(wanted, str):
+        raise UsageError(f"{key}={wanted!r} is not a list of roles: name one or more of {' '.join(role_names(model))}")
+    typed = f"{key}=[{','.join(wanted)}]"
+    if twice := next((target for target in wanted if list(wanted).count(target) > 1), None):
+        raise UsageError(f"{typed}: names {twice} twice; name it once")
+    modules, named = _resolve(model, row, wanted)
+    found: dict[str, str] = {}
+    for target, names in named.items():
         if not names:
             if target.endswith("?"):
                 continue
-            hint = did_you_mean(target, _had(model, row).split())
-            what = f"{key}=[{','.join(targets)}]: {type(model).__name__} has no role {target}"
-            raise UsageError(f"{what}; {hint}it has {_had(model, row)}")
+            raise UsageError(f"{typed}: {_missing(model, row, target)}")
         layers = {name: role for name, role in names.items() if _is(modules[name], kind)}
         if not layers:
-            other = type(modules[next(iter(names))]).__name__
-            what = f"{key}=[{','.join(targets)}]: role {target} of {type(model).__name__}"
-            raise UsageError(f"{what} is already rewritten ({other}): drop the role")
-        wanted |= layers
-    return {name: wanted[name] for name in modules if name in wanted}
+            name = next(iter(names))
+            kind_of, other = "role" if target.removesuffix("?") in row.roles else "target", type(modules[name]).__name__
+            if "weight" in modules[name]._parameters:
+                raise UsageError(
+                    f"{typed}: {kind_of} {target!r} names {name}, a {other}, which the method cannot rewrite: drop it"
+                )
+            raise UsageError(
+                f"{typed}: {kind_of} {target!r} of {type(model).__name__} is already rewritten ({other}): "
+                f"drop the {kind_of}"
+            )
+        found |= layers
+    return {name: found[name] for name in modules if name in found}
 
 
-def split_fused(model: nn.Module, targets: tuple[str, ...]) -> None:
-    """Splits every fused qkv, in place, where these targets name q, k or v by itself."""
-    fused_qkv.split(model, _to_split(model, targets))
+def split_fused(model: nn.Module, wanted: tuple[str, ...]) -> None:
+    """Prepares the layers that these targets name, in place, so that each can be replaced by itself.
+
+    Every fused qkv or gate_up is split of which a part is named; see `fused_qkv.call` for the rest.
+    """
+    named = _resolve(model, family(model), wanted)[1]
+    open_layers(model, {name for names in named.values() for name in names})
 
 
-def _to_split(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
-    """Names of the fused layers that are to be split for these targets."""
-    row = family(model)
-    if "qkv" not in row.roles or not {target.removesuffix("?") for target in targets} & set("qkv"):
-        return []
+def open_layers(model: nn.Module, names: Collection[str]) -> None:
+    """Prepares the layers of these names, in place, as `split_fused` does; some are parts of a fused layer."""
+    row, modules = family(model), dict(model.named_modules())
+    fused = {
+        name: parts
+        for name, parts in _fused(row, modules).items()
+        if not names.isdisjoint(f"{name}.{part}" for part in parts)
+    }
+    fused_qkv.call(model, [name for name in modules if name in fused or name in names])
+    for name, parts in fused.items():
+        fused_qkv.split(model, [name], parts, row.layout)
+
+
+def layer_at(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name, one of the parts of a fused layer included, as an nn.Linear that views its tensors."""
+    owner, _, part = name.rpartition(".")
+    fused = model.get_submodule(owner)
+    if parts := next((parts for parts in FUSED.values() if part in parts and not hasattr(fused, part)), None):
+        fused, holder, layout = as_linear(fused), model.get_submodule(owner.rpartition(".")[0]), family(model).layout
+        order = layout(holder, fused) if layout else fused_qkv.layout_of(holder, fused, parts)
+        return fused_qkv.part_of(fused, parts, part, order)
+    return as_linear(model.get_submodule(name))
+
+
+def _resolve(model: nn.Module, row: Family, wanted: Collection[str]) -> tuple[dict, dict[str, dict[str, str]]]:
+    """The modules by name as they are once the fused layers are split, and for each target {module name: role}."""
     modules = dict(model.named_modules())
-    return [name for name in _named(row, "qkv", modules) if isinstance(modules[name], nn.Linear)]
+    words = {target.removesuffix("?") for target in wanted}
+    patterns = words - row.roles.keys() - ROLES
+    fused = {
+        name: parts
+        for name, parts in _fused(row, modules).items()
+        if words & set(parts) or any(_is_part(word, name, parts) for word in patterns)
+    }
+    modules = _as_split(modules, fused)
+    named = {target: _play(row, target.removesuffix("?"), modules) for target in wanted}
+    for whole, parts in FUSED.items():
+        if words.issuperset(parts):  # together they are the fused layer, where that is not split
+            one = {name: whole for name in _named(row, whole, modules) if not isinstance(modules[name], SplitLinear)}
+            named |= {target: names | one for target, names in named.items() if target.removesuffix("?") in parts}
+    layers = _candidates(model, modules) if patterns else []
+    named |= {t: _pattern(row, word, layers, modules) for t in wanted if (word := t.removesuffix("?")) in patterns}
+    return modules, named
 
 
-def _as_split(modules: dict[str, nn.Module], fused: list[str]) -> dict[str, nn.Module]:
+def _pattern(row: Family, word: str, layers: list[str], modules: dict[str, nn.Module]) -> dict[str, str]:
+    """The layers that the word names without being a role, each with the role that it plays or its name."""
+    if word == ALL:
+        names = [name for name in layers if stands_for_linear(modules[name])]
+    else:
+        names = [name for name in layers if targets.names(word, name) or _splits(modules, name, word)]
+    return {name: row.plays(name) or targets.in_block(name, row.blocks) for name in names}
+
+
+def _splits(modules: dict[str, nn.Module], name: str, word: str) -> bool:
+    """Whether it is a part of a split layer that the word names."""
+    owner = name.rpartition(".")[0]
+    return isinstance(modules.get(owner), SplitLinear) and targets.names(word, owner)
+
+
+def _is_part(word: str, fused: str, parts: tuple[str, ...]) -> bool:
+    """Whether the word names a part of the fused layer, and not the layer itself."""
+    return not targets.names(word, fused) and any(targets.names(word, f"{fused}.{part}") for part in parts)
+
+
+def _candidates(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """The names of all layers that hold weights, without the heads and what is inside a layer."""
+    heads = [part for part in (head(model), words(model)) if part is not None]
+    left_out = {id(module) for part in heads for module in part.modules()}
+    found: list[str] = []
+    for name, module in modules.items():
+        layer = "weight" in module._parameters or stands_for_linear(module)
+        if not layer or id(module) in left_out or found and name.startswith(f"{found[-1]}."):
+            continue
+        if not isinstance(module, SplitLinear):  # its parts are layers
+            found.append(name)
+    return [name for name in found if not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)]
+
+
+def _fused(row: Family, modules: dict[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    """The fused layers that can be split, each with the roles of its parts."""
+    return {
+        name: parts
+        for whole, parts in FUSED.items()
+        for name in _named(row, whole, modules)
+        if _is(modules[name], nn.Linear) and f"{name}.{parts[0]}" in _named(row, parts[0], [f"{name}.{parts[0]}"])
+    }
+
+
+def _as_split(modules: dict[str, nn.Module], fused: dict[str, tuple[str, ...]]) -> dict[str, nn.Module]:
     """The modules as they will be named once these layers are split; a part is stood for by its fused layer."""
     named = {}
     for name, module in modules.items():
-        named |= {f"{name}.{role}": module for role in "qkv"} if name in fused else {name: module}
+        named |= {f"{name}.{part}": module for part in fused.get(name, ())} or {name: module}
     return named
 
 
 def _is(module: nn.Module, kind: type | tuple[type, ...]) -> bool:
     """Neither timm's Identity for a norm that is off, nor, of a kind, an adapter that peft makes a subclass of it."""
-    adapted = hasattr(module, "base_layer") and kind not in (nn.Module, (nn.Module,))
-    return isinstance(module, kind) and not adapted and not isinstance(module, nn.Identity)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    adapted = hasattr(module, "base_layer") and nn.Module not in kinds
+    fits = isinstance(module, kinds) or is_transposed(module) and nn.Linear in kinds
+    return fits and not adapted and not isinstance(module, nn.Identity)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -173,27 +197,40 @@ def block_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
 
 
-def head(model: nn.Module) -> nn.Module | None:
-    """The classifier; None where the model ends in features, or in words: a language model's head is pretrained."""
-    if hasattr(model, "get_classifier"):
-        classifier = model.get_classifier()
-    else:
-        classifier = next((m for name, m in model.named_children() if re.fullmatch(family(model).head, name)), None)
-    return None if isinstance(classifier, nn.Identity) else classifier
-
-
-def _named(row: Family, role: str, modules: dict[str, nn.Module]) -> list[str]:
+def _named(row: Family, role: str, modules: Iterable[str]) -> list[str]:
     return [name for name in modules if role in row.roles and re.fullmatch(row.roles[role], name)]
 
 
-def _play(row: Family, target: str, modules: dict[str, nn.Module]) -> dict[str, str]:
-    names = {name: target for name in _named(row, target, modules) if not isinstance(modules[name], SplitQKV)}
-    if target != "qkv":
-        return names
-    return names | {name: role for role in "qkv" for name in _named(row, role, modules)}
+def _play(row: Family, role: str, modules: dict[str, nn.Module]) -> dict[str, str]:
+    names = {name: role for name in _named(row, role, modules) if not isinstance(modules[name], SplitLinear)}
+    if role in ("norm", "embed"):  # neither what holds one, nor a norm without weights
+        names = {n: r for n, r in names.items() if holds_tensors(modules[n])}
+    parts = {name: part for part in FUSED.get(role, ()) for name in _named(row, part, modules)}
+    return names | parts
 
 
-def _had(model: nn.Module, row: Family) -> str:
-    modules = dict(model.named_modules())
+def holds_tensors(module: nn.Module) -> bool:
+    """Whether it is a layer with parameters of its own, or was one before it was adapted."""
+    return next(module.parameters(recurse=False), None) is not None or hasattr(module, "base_layer")
+
+
+def role_names(model: nn.Module) -> list[str]:
+    """The roles that targets may name in this model; a fused layer can be split into those of its parts."""
+    row, modules = family(model), dict(model.named_modules())
     has = {role for role in row.roles if _play(row, role, modules)}
-    return " ".join(role for role in row.roles if role in has or (role in "qkv" and "qkv" in has))  # a fused qkv splits
+    has |= {part for parts in _fused(row, modules).values() for part in parts}
+    return [role for role in row.roles if role in has]
+
+
+def _missing(model: nn.Module, row: Family, target: str) -> str:
+    """The error for a target that names no layer."""
+    word, modules = target.removesuffix("?"), dict(model.named_modules())
+    known = role_names(model)
+    hint = did_you_mean(word, list(known))
+    text = f"role {target!r} is not in {type(model).__name__}; {hint}it has {' '.join(known) or 'none by name'}"
+    if whole := next((w for w, parts in FUSED.items() if word in parts and _named(row, w, modules)), None):
+        return f"{text}; {whole} is one layer here: name {whole}, or all of {' '.join(FUSED[whole])}"
+    if row.note:
+        return f"{text}; {row.note}"
+    near = targets.nearest(word, _candidates(model, modules), row.blocks)
+    return f"{text}; layers with a like name: {' '.join(near)}" if near and word not in ROLES else text

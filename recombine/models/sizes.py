@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
 
 from recombine.errors import UsageError
-from recombine.runtime.kinds import Count, PartialShare, Positive, Weight
+from recombine.runtime.kinds import Count, Name, PartialShare, Positive, Weight
 from recombine.runtime.schema import annotations, checked
 
 Width = Annotated[int, Field(ge=1, le=2**20)]
@@ -17,8 +17,11 @@ Depth = Annotated[int, Field(ge=1, le=1024)]
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Keys that several architectures share. None: the architecture's own."""
+    """Keys that several architectures share: what is built, and its sizes. None: the architecture's own."""
 
+    name: Name | None = None
+    arch: Name | None = None
+    library: Literal["timm", "transformers"] = "timm"
     patch_size: Depth | None = None
     embed_dim: Width | None = None
     depth: Depth | None = None

@@ -120,6 +120,14 @@ def load(model: nn.Module, path: Path, num_classes: int) -> int:
     return own
 
 
+def load_named(model: nn.Module, path: Path, num_classes: int, given: bool) -> int:
+    """`load`, whose errors name model.checkpoint where the user has given the file."""
+    try:
+        return load(model, path, num_classes)
+    except UsageError as error:
+        raise UsageError(f"model.checkpoint={error}" if given else str(error)) from error
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a torch file that holds nothing but tensors."""
     if not path.is_file():

@@ -6,7 +6,7 @@ What is below the runner gets plain values and typed settings, never the configu
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -32,6 +32,7 @@ from recombine.stages.settings import (
 from recombine.training.loggers import LoggerSettings
 from recombine.training.settings import OptimizerSettings, TrainerSettings
 
+Format = Literal["hf", "dense", "lora"]  # of recombine/export
 GROUPS = ("model", "data", "method", "stage", "optim", "trainer", "logger", "calibration", "harness", "analyse")
 
 
@@ -46,6 +47,7 @@ class RootKeys:
     only: Word | list[Word] | None = None
     retry: bool = False
     report: Mapping[str, Any] | None = None
+    export: Format | list[Format] | None = None
 
 
 NODES = {  # node -> the schema of its keys, where it is always the same
@@ -67,7 +69,8 @@ class RunSpec:
     compressor: compresses first, then `method` adapts; None: there is only the method.
     labels: what the user called them, by "compressor" and "method".
     data, model: arguments of `data.build` and `models.build`. calibration_data: of the data that calibrates; None: the
-    run's own. transfer_tasks: other tasks of the same data that are probed before and after.
+    run's own. transfer_tasks: other tasks of the same data that are probed before and after. export: formats of the
+    folders that the run ends with.
     """
 
     config: dict[str, Any]
@@ -81,6 +84,7 @@ class RunSpec:
     calibration_data: dict[str, Any] | None
     transfer_tasks: tuple[str, ...]
     logger: LoggerSettings
+    export: tuple[str, ...]
 
 
 def resolve(cfg: DictConfig) -> RunSpec:
@@ -91,7 +95,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
     """
     validate_root(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True)
-    stage = stage_settings(plain["stage"])
+    stage, export = stage_settings(plain["stage"]), plain.get("export")
     method, compressor = resolve_methods(cfg)
     labels = chosen_labels(cfg)
     method.label = labels["method"]
@@ -129,6 +133,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
         calibration_data=calibration_data(chosen, cfg.seed),
         transfer_tasks=tuple(transfer_tasks),
         logger=typed(LoggerSettings, plain["logger"], "logger"),
+        export=(export,) if isinstance(export, str) else tuple(export or ()),
     )
 
 

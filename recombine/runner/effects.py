@@ -58,7 +58,7 @@ def say_unread(config: Mapping[str, Any], hydra: HydraConf, idle: Collection[str
     """
     stage = config["stage"]
     single = hydra.mode is RunMode.RUN
-    unread = set(UNREAD[stage["name"]]) | (set(ONE_RUN) if single else set())
+    unread = set(UNREAD.get(stage["name"], ())) | (set(ONE_RUN) if single else set())
     if stage.get("rewrite") is False:
         unread |= {"stage.rounds", "stage.reference", "stage.keep"}
     elif stage.get("rounds") == 0:

@@ -94,7 +94,10 @@ def jobs(config: DictConfig, arguments: Sequence[str]) -> list[list[str]]:
     if any(len(values(line)) > 1 for line in experiment):
         raise UsageError(f"{experiment[0]}: a sweep takes one experiment; call run.py once for each")
     shown = [line for line in arguments if line.startswith(("logger", "trainer.progress"))]  # no cell's, but each run's
-    return [[*experiment, *shown, *cell.overrides] for cell in cells(plain_axes(config), arguments, config.only)]
+    axes = plain_axes(config)
+    if not axes and config.only is not None:
+        raise UsageError(f"only={config.only}: chooses cells of a grid, and there is none; say experiment=NAME too")
+    return [[*experiment, *shown, *cell.overrides] for cell in cells(axes, arguments, config.only)]
 
 
 def plain_axes(config: DictConfig) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from recombine import data, models, results
 from recombine.core.calibration import BACKWARD
 from recombine.core.rewrite import find_sites
-from recombine.data.base import DataModule
+from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
 from recombine.evaluation import harness, linear_probe
 from recombine.models import roles
 from recombine.models.sizes import require_image_size
-from recombine.runner import effects, limits
+from recombine.runner import effects, exports, limits
 from recombine.runner.assemble import assemble_result
 from recombine.runner.config import RunSpec, resolve
 from recombine.runner.idle import idle
@@ -73,6 +73,7 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
     if (result := results.load_finished(out, spec.config)) is not None:
         print(f"{path}: finished before\n{summary_table(result, path)}")
         return result
+    limits.require_accelerator(spec.settings.trainer.accelerator)
     limits.require_workers(spec.data.get("num_workers", 0))
     limits.require_memory(spec.model)
     with results.lock_folder(out) if distributed.rank() == 0 else nullcontext():
@@ -96,6 +97,7 @@ def execute(spec: RunSpec, out: Path) -> dict:
             result["seconds"]["total"] = round(run.earlier + time.perf_counter() - start, 3)
             if distributed.rank() == 0:
                 report(result, run)
+                exports.write(spec.export, run, result)
     return result
 
 
@@ -119,7 +121,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         raise UsageError(f"harness.tasks={[*spec.settings.harness.tasks]}: {why}; set harness.tasks=null")
     harness.require_known(spec.settings.harness.tasks or (), module.root)
     native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
-    model = models.build(**native | spec.model)
+    model = models.build(**native | models.for_task(spec.model, task_of(module)))
     source, stage = model.recombine_source, spec.settings.stage
     module.attach_model(**models.for_data(source))
     require_image_size(model, getattr(module, "image_size", None))
@@ -137,8 +139,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         part.prepare_data()
         part.setup()
     limits.require_batch(module)
-    head = roles.head(model)
-    if module.num_classes and (head is None or head.out_features != module.num_classes):  # +model.num_classes keeps one
+    if module.num_classes and roles.classes(model) != module.num_classes:  # +model.num_classes keeps one
         models.reset_head(model, module.num_classes)
     if torch.cuda.is_available() and spec.settings.trainer.accelerator in ("auto", "gpu", "cuda"):
         model.cuda()
@@ -150,6 +151,11 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         "transfer_data": transfer,
     }
     return RunContext(spec.settings, out, state, model, spec.method, spec.budget, module, **pieces)
+
+
+def task_of(module: DataModule) -> str:
+    """What the data ask of a model that can be several: lm (the next token), or classes of a text or an image."""
+    return "lm" if module.objective == "lm" else "text" if isinstance(module, TokenModule) else "image"
 
 
 def build_calibration_data(spec: RunSpec, module: DataModule, source: dict) -> DataModule | None:
@@ -197,7 +203,7 @@ def fit_head(run: RunContext) -> None:
         with run.timed("probe"):
             run.probe = linear_probe.load_or_fit(run.state / "probe.safetensors", run.model, run.data)
             if starts:
-                run.probe.init_head(head)
+                run.probe.init_head(roles.output_layer(run.model))
 
 
 def watched(spec: RunSpec, run: RunContext) -> loggers.Watched:

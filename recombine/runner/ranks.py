@@ -47,9 +47,9 @@ def main(cfg: DictConfig, out: Path) -> float:
     if cfg.data.task != "all" and HydraConfig.initialized():
         data.say_default_task(cfg.data.name, cfg.data.task, HydraConfig.get().overrides.task)
     settings = typed(TrainerSettings, OmegaConf.to_container(cfg.trainer, resolve=True), "trainer")
-    limits.require_accelerator(settings.accelerator)
     require_possible(settings)
     if (settings.devices, settings.num_nodes, settings.strategy) != (1, 1, "auto"):
+        limits.require_accelerator(settings.accelerator)  # a single process asks when it knows that it has to work
         trainer = build_trainer(settings, logger=False, enable_checkpointing=False)
         if count := to_start(trainer):
             return launch(cfg, out, count)

@@ -24,8 +24,7 @@ def evaluate(run: RunContext) -> StagePart:
             run.model = checkpoint.load(path, run.model)
         except UsageError as error:
             raise UsageError(f"stage.checkpoint={error}") from error
-        head = roles.head(run.model)
-        if head is not None and (classes := head.out_features) != run.data.num_classes:
+        if (classes := roles.classes(run.model)) not in (None, run.data.num_classes):
             why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
             raise UsageError(f"stage.checkpoint={path}: {why}; set data.task to the one it was trained on")
     if bits is not None:

@@ -7,7 +7,7 @@ import torch
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.layers.quantize import quantize
-from recombine.models.fused_qkv import layer_at
+from recombine.models.roles import layer_at
 from recombine.result_schema import StagePart
 from recombine.stages.adapt import test
 from recombine.stages.context import RunContext

@@ -25,7 +25,8 @@ def call(model: nn.Module, batch) -> Tensor:
     """The model's logits for a batch."""
     if isinstance(batch, dict):
         return model(**inputs_of(batch)).logits
-    return model(inputs_of(batch))
+    logits = model(inputs_of(batch))
+    return logits if isinstance(logits, Tensor) else logits.logits  # of transformers
 
 
 def inputs_of(batch):

@@ -13,7 +13,7 @@ from recombine import Cersa, Crisp, Full
 from recombine.core.account import layer_report, stored_in_targets
 from recombine.core.rewrite import calibrate, find_sites
 from recombine.models import roles
-from recombine.models.fused_qkv import layer_at
+from recombine.models.roles import layer_at
 from zoo import ARCHS, batch, build, losses, outputs, train
 
 

@@ -75,7 +75,7 @@ def test_a_folder_that_transformers_saved(tmp_path, tiny_llama, byte_tokenizer):
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"dtype": "int8"}, "dtype=int8"), ({"num_key_value_heads": 3}, "multiple"),
+    ({"dtype": "int8"}, "dtype=int8"), ({"num_key_value_heads": 3}, "must divide num_attention_heads=4"),
     ({"hidden_size": "x"}, "model.hidden_size=x"), ({"tag": "packaged", "pretrained": True}, "no package"),
 ])  # fmt: skip
 def test_what_a_llama_cannot_be(change, word):

@@ -6,7 +6,7 @@ from torch import nn
 
 from recombine.errors import UsageError
 from recombine.models import roles
-from recombine.models.fused_qkv import SplitQKV, layer_at
+from recombine.models.fused_qkv import SplitLinear
 
 
 def test_roles_of_the_families(tiny):
@@ -23,7 +23,7 @@ def test_roles_of_the_families(tiny):
     assert list(found)[:2] == [f"{prefix}.attn.qkv.q", f"{prefix}.attn.qkv.v"] and len(found) == 2 * counts
     assert list(roles.find(tiny, ("qkv",)).values()) == ["qkv"] * counts  # looking up splits nothing
     assert roles.find(tiny, ("q", "qkv")) == {name: role for name, role in roles.find(tiny, ("q", "k", "v")).items()}
-    fused, key = tiny.get_submodule(f"{prefix}.attn.qkv"), layer_at(tiny, f"{prefix}.attn.qkv.k")
+    fused, key = tiny.get_submodule(f"{prefix}.attn.qkv"), roles.layer_at(tiny, f"{prefix}.attn.qkv.k")
     assert key.weight.data_ptr() == fused.weight[key.out_features :].data_ptr()  # a view: no weight is copied
     assert torch.equal(key.weight, fused.weight.chunk(3)[1]) and torch.equal(key.bias, fused.bias.chunk(3)[1])
     roles.split_fused(tiny, ("o", "up"))
@@ -37,7 +37,7 @@ def test_roles_of_the_families(tiny):
 
 def test_roles_refuse_in_one_line(tiny):
     refusals = [
-        (tiny, ("gate",), "no role gate"),
+        (tiny, ("gate",), "role 'gate' is not in"),
         (tiny, ("qvk",), "did you mean qkv. it has qkv q k v o up down"),
         (tiny, (), "list of roles"),
         (tiny, "q", "list of roles"),
@@ -51,7 +51,7 @@ def test_roles_refuse_in_one_line(tiny):
         tiny.set_submodule(name, nn.Identity())
     with pytest.raises(UsageError, match="already rewritten .Identity."):
         roles.find(tiny, ("o",))
-    assert not any(isinstance(module, SplitQKV) for module in tiny.modules())  # a refusal splits nothing
+    assert not any(isinstance(module, SplitLinear) for module in tiny.modules())  # a refusal splits nothing
 
 
 def test_head_is_none_for_features(tiny):

@@ -77,7 +77,9 @@ def test_the_first_line_is_there_before_torch(tmp_path):
     command = [sys.executable, "-c", code, "model=tiny_vit", "method@compressor=svd", "method=lora"]
     for more, rank, said in (([], "0", line), ([], "1", ""), (["trainer.progress=false"], "0", "")):
         arguments = [*command, f"hydra.run.dir={tmp_path}", *more]
-        done = subprocess.run(arguments, cwd=ROOT, env=os.environ | {"RANK": rank}, capture_output=True, text=True)
+        done = subprocess.run(
+            arguments, cwd=ROOT, env=os.environ | {"RANK": rank, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
         assert (done.returncode, done.stderr, done.stdout) == (0, said, "")
 
 

@@ -55,7 +55,7 @@ def test_bad_grids_are_one_line(axes, overrides, only, why):
     (["hydra.mode=MULTIRUN", "seed=range(0)"], "seed=range(0): there is no value in it, so nothing would run"),
     (["hydra.mode=MULTIRUN", "grid=5"], "grid=5: must be axes, or null"),
     (["only=LoRA"], "only=LoRA: chooses cells of a grid, and there is none"),
-    (["hydra.mode=MULTIRUN", "seed=1", "only=[nope]"], "only=nope: no axis of the grid has this label; they are"),
+    (["hydra.mode=MULTIRUN", "seed=1", "only=[nope]"], "only=['nope']: chooses cells of a grid, and there is none"),
     (["experiment=offline/cersa_tab06", "only=[]"], "only=[]: chooses nothing, so nothing would run"),
 ])  # fmt: skip
 def test_a_sweep_that_would_run_nothing_is_an_error(arguments, why, tmp_path, capsys, monkeypatch):

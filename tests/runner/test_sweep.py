@@ -37,7 +37,7 @@ def sweep(folder: Path, *overrides: str) -> tuple[int, str]:
 def test_a_sweep_skips_what_is_finished_and_retries_what_failed_on_request(tmp_path):
     args, why = (
         ["method=svd", "method.rank=4,9999"],
-        "method.rank=9999: must be from 1 to 48, the narrowest target layer",
+        "method.rank=9999: must be from 1 to 48, the widest target layer",
     )
     code, out = sweep(tmp_path, *args)
     assert code == 2 and "[1 done, 1 failed, 0 left]" in out and out.count(why) == 1

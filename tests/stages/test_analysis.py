@@ -12,7 +12,7 @@ from helpers import QKV
 from recombine import Cersa, Full, Jactus, Peft, UsageError, models
 from recombine.evaluation import linear_probe, subspaces
 from recombine.models import roles
-from recombine.models.fused_qkv import layer_at
+from recombine.models.roles import layer_at
 from recombine.runner import pipeline, ranks
 from recombine.runner.config import resolve
 from recombine.runner.grid import CONF

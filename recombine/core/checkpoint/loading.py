@@ -128,12 +128,14 @@ def shape(path: Path, model: nn.Module, meta: dict) -> None:
         UsageError: the model has no such layers, or the file's description of them makes no sense.
     """
     try:
-        head = roles.head(model)
-        if (0 if head is None else head.out_features) != (meta["classes"] or 0) and (head or meta["classes"]):
+        if (roles.classes(model) or 0) != (meta["classes"] or 0):
             models.reset_head(model, meta["classes"] or 0)
         rewritten = tuple(dict.fromkeys(meta["targets"].values()))
         roles.find(model, rewritten, nn.Module)  # refuses a model without these roles
-        roles.split_fused(model, rewritten)  # as the checkpoint has it
+        if meta["blocks"] is None:
+            roles.open_layers(model, meta["targets"].keys())  # as the checkpoint has it
+        else:  # other blocks will have these names
+            roles.split_fused(model, rewritten)
         model.requires_grad_(False)
         with kept_around(model):
             for name, config, layers in meta["steps"]:

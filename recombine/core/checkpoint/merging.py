@@ -5,7 +5,7 @@ from torch import nn
 from recombine.core.places import kept_around
 from recombine.core.tied import declare_tied
 from recombine.errors import UsageError
-from recombine.models.fused_qkv import fuse
+from recombine.models.fused_qkv import close
 from recombine.models.wrappers import unwrapped
 
 
@@ -25,7 +25,7 @@ def merge(model: nn.Module) -> nn.Module:
         for name in record.targets:
             model.set_submodule(name, merged(model.get_submodule(name)))
         freeze(model, record.frozen)
-        fuse(model)
+        close(model)
     del model.recombined
     declare_tied(model)
     freeze(model, record.frozen)  # a fused qkv has its name again

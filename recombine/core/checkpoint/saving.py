@@ -75,7 +75,7 @@ def described(model: nn.Module, record: Record, leave_out: set[str]) -> tuple[di
         "model": type(model).__name__,
         "source": getattr(model, "recombine_source", None),
         "steps": record.steps,
-        "classes": None if (head := roles.head(model)) is None else head.out_features,
+        "classes": roles.classes(model),
         "targets": record.targets,
         "dense": record.dense,
         "total": record.total,

@@ -20,7 +20,7 @@ from recombine.core.rewrite import find_sites
 from recombine.layers import DeltaLinear, FactoredLinear
 from recombine.linalg import shrink
 from recombine.models import roles
-from recombine.models.fused_qkv import layer_at
+from recombine.models.roles import layer_at
 from zoo import batch, build, losses, outputs
 
 KINDS = ("random", "zero", "rank one", "equal")

@@ -1,0 +1,104 @@
+"""The model card of an exported folder: README.md."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from recombine.core.account import MIB, Account, count
+from recombine.export.hf import class_name, task_class
+
+
+def card(model: nn.Module, to: str, tokenizer: bool, run: Mapping[str, Any] | None) -> str:
+    """The text of the card.
+
+    Args:
+        to: the format, hf or dense.
+        tokenizer: the folder holds one.
+        run: the result.json of the run that made the model; None: it was made by hand.
+    """
+    record = model.recombined
+    source = (getattr(model, "recombine_source", None) or {}).get("name") or record_name(model)
+    timm, hf = hasattr(model, "pretrained_cfg"), to == "hf"
+    licence = (getattr(model, "pretrained_cfg", None) or {}).get("license")
+    lines = [
+        "---",
+        f"library_name: {'timm' if timm and not hf else 'transformers'}",
+        *([f"license: {licence}"] if licence else []),
+        "tags: [recombine]",
+        "---",
+        f"# {source}, recombined by {' and '.join(step.method for step in record.steps)}",
+        "",
+        "The code in this folder builds the compressed model. recombine is not needed." if hf else "Merged: dense.",
+        f"Needed: torch, safetensors{', transformers' if hf or not timm else ''}{', timm' if timm else ''}.",
+        "",
+        *loading(model, timm, hf, tokenizer),
+        *(counts(record, count(model), next(model.parameters()).dtype) if hf else []),
+        "## Method",
+        "",
+        *(
+            f"- {step.method}: {', '.join(f'{k}={json.dumps(v)}' for k, v in step.fields.items())}"
+            for step in record.steps
+        ),
+        "",
+        "## Licence",
+        "",
+        f"Of the pretrained weights: {licence}."
+        if licence
+        else "That of the pretrained weights; it is not noted here.",
+        *(of_run(run) if run else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def loading(model: nn.Module, timm: bool, hf: bool, tokenizer: bool) -> list[str]:
+    """How the folder is loaded."""
+    trust = ", trust_remote_code=True" if hf else ""
+    if timm and not hf:
+        load = ["import timm", "", 'model = timm.create_model("local-dir:this/folder", pretrained=True)']
+    else:
+        auto = task_class(class_name(model, timm))
+        load = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("this/folder"{trust})']
+    more = (
+        ["", f'Its tokenizer: `transformers.AutoTokenizer.from_pretrained("this/folder"{trust})`.'] if tokenizer else []
+    )
+    return ["```python", *load, "```", *more, ""]
+
+
+def record_name(model: nn.Module) -> str:
+    """What the model is called, where no configuration of recombine made it."""
+    return (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+
+
+def counts(record: Any, account: Account, dtype: torch.dtype) -> list[str]:
+    """The table of sizes."""
+    return [
+        "| | |",
+        "|---|---|",
+        f"| parameters | {account.stored:,} of {record.total:,} ({account.retained_total:.1%}) |",
+        f"| in the {len(record.targets)} rewritten layers | {account.retained:.1%} of their weights |",
+        f"| weights | {account.bytes_weights / MIB:.1f} MiB in {str(dtype).removeprefix('torch.')} |",
+        "",
+    ]
+
+
+def of_run(run: Mapping[str, Any]) -> list[str]:
+    """How it was trained, what it scored, and on what."""
+    data = run["data"]
+    scores = [
+        f"| {part} | {name} | {value:.4g} |"
+        for part in ("val", "test")
+        for name, value in run.get(part, {}).items()
+        if value is not None
+    ]
+    return [
+        "",
+        "## Training",
+        "",
+        f"    {run['command']}",
+        "",
+        f"Data: {data.get('title') or data['name']}. {data.get('licence', '')}".rstrip(),
+        *(["", "| split | score | value |", "|---|---|---|", *scores] if scores else []),
+    ]

@@ -1,0 +1,39 @@
+"""Writes a recombined model as the plain one that it computes: an ordinary folder, at the dense size."""
+
+import copy
+from pathlib import Path
+
+from torch import nn
+
+from recombine.core.checkpoint import merge
+from recombine.errors import UsageError
+from recombine.export.hf import plain_twin, require_same
+from recombine.models import rebuild
+from recombine.runtime.atomic import atomic_write
+
+
+def write(model: nn.Module, folder: Path) -> Path:
+    """Merges a copy and writes it into a folder that is there: what `from_pretrained`, or timm's "local-dir:", loads.
+
+    Raises:
+        UsageError: neither timm nor transformers builds the merged model.
+    """
+    methods = " and ".join(step.method for step in model.recombined.steps)
+    merged = merge(copy.deepcopy(model)).eval()
+    architecture = rebuild.architecture(merged)
+    if architecture is None or type(merged).__module__.startswith("recombine."):
+        raise UsageError(f'no other library has a {type(merged).__name__}; recombine.export(..., "hf") takes its code')
+    twin, arguments = plain_twin(merged, architecture)
+    tensors = dict(merged.named_parameters()) | {k: b for k, b in merged.named_buffers() if k in merged.state_dict()}
+    require_same(merged, twin, tensors, methods)
+    if architecture["library"] == "transformers":
+        merged.save_pretrained(folder)
+    else:
+        from timm.models import save_for_hf
+
+        more = {key: value for key, value in arguments["arguments"].items() if key != "num_classes"}
+        save_for_hf(merged, folder, model_args=more, safe_serialization=True)
+    for path in folder.glob("*.safetensors"):  # the libraries give it to its owner alone
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(path.read_bytes())
+    return folder

@@ -1,0 +1,206 @@
+"""The layers of a compressed model in plain torch, and what puts them into a model.
+
+The text of this file is part of every exported folder, so it imports only torch. It computes as `recombine.layers` does
+in inference, product by product: exported logits are equal bit for bit.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GATES = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "none": lambda a: a}
+PLACEMENTS = {  # B (u, r), A (r, s), gate -> (u, s)
+    "pre": lambda b, a, gate: b @ gate(a),
+    "post": lambda b, a, gate: gate(b @ a),
+    "temp": lambda b, a, gate: gate(b) @ a,
+}
+
+
+def weight_of(linear: nn.Module, like: Tensor) -> Tensor:
+    """The weight (out, in) of a layer without bias. One that a quantiser or an adapter has changed is called for it."""
+    if type(linear) is nn.Linear:
+        return linear.weight
+    return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
+
+
+class Compressed(nn.Module):
+    """A linear layer (..., in) -> (..., out) that is kept as parts.
+
+    Args:
+        shared: what several layers share, by name; the model holds it, not this layer.
+        built: the dense weight takes fewer multiplications than the parts; it is kept while nothing can change.
+    """
+
+    def __init__(self, shared: nn.ModuleDict, in_features: int, out_features: int, bias: bool, built: bool):
+        super().__init__()
+        self.in_features, self.out_features, self.built = in_features, out_features, built
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.found = (shared,)  # in a tuple, so that the layer does not register it
+        self.kept = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> y (..., out)."""
+        if self.built:
+            return F.linear(x, self.dense(x), self.bias)
+        y = self.parts(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight under nn.Linear's name, for who reads it."""
+        return self.build(next(self.parameters()))
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The dense weight; in eval mode without gradients the one of before, unless a part has changed."""
+        plain = all(type(part) is nn.Linear for part in self.factors())  # an adapter may be switched on and off
+        if not plain or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self.kept = None
+            return self.build(x)
+        key = [(part.weight.data_ptr(), part.weight._version, part.weight.dtype) for part in self.factors()]
+        if self.kept is None or self.kept[0] != key:
+            with torch.autocast(x.device.type, enabled=False):
+                self.kept = (key, self.build(x))
+        return self.kept[1]
+
+
+class Factored(Compressed):
+    """y = left (right x) + bias: right (k, in) and left (out, k). right None: left alone; a word: it is shared."""
+
+    def __init__(self, shared, in_features, out_features, bias, built, rank, right):
+        super().__init__(shared, in_features, out_features, bias, built)
+        self.of_right = right
+        if right == "own":
+            self.right = nn.Linear(in_features, rank, bias=False)
+        self.left = nn.Linear(rank, out_features, bias=False)
+
+    def factors(self) -> tuple[nn.Module, ...]:
+        """left, and right where there is one."""
+        if self.of_right is None:
+            return (self.left,)
+        return self.left, self.right if self.of_right == "own" else self.found[0][self.of_right]
+
+    def parts(self, x: Tensor) -> Tensor:
+        """The product without bias."""
+        for layer in reversed(self.factors()):
+            x = layer(x)
+        return x
+
+    def build(self, x: Tensor) -> Tensor:
+        """The dense weight."""
+        left, right = self.factors()
+        return weight_of(left, x) @ weight_of(right, x)
+
+
+class SharedBasis(Compressed):
+    """W = reshape(basis . gate(mixer)): the basis (out in / s, r) is shared, the mixer (r, s) is the layer's own."""
+
+    def __init__(self, shared, in_features, out_features, bias, built, rank, chunk, gate, placement, basis):
+        super().__init__(shared, in_features, out_features, bias, built)
+        self.of_basis, self.gate, self.placement, self.chunk = basis, GATES[gate], placement, chunk
+        self.mixer = nn.Linear(chunk, rank, bias=False)
+
+    def factors(self) -> tuple[nn.Module, ...]:
+        """The basis and the mixer."""
+        return self.found[0][self.of_basis], self.mixer
+
+    def parts(self, x: Tensor) -> Tensor:
+        """The product without bias: chunks of x by the mixer, then all by the basis."""
+        basis, mixer = (weight_of(part, x) for part in self.factors())
+        mixer, basis = (self.gate(mixer), basis) if self.placement == "pre" else (mixer, self.gate(basis))
+        mixed = x.reshape(*x.shape[:-1], -1, self.chunk) @ mixer.T  # (..., in / s, r)
+        return mixed.flatten(-2) @ basis.reshape(self.out_features, -1).T
+
+    def build(self, x: Tensor) -> Tensor:
+        """The dense weight."""
+        basis, mixer = (weight_of(part, x) for part in self.factors())
+        return PLACEMENTS[self.placement](basis, mixer, self.gate).reshape(self.out_features, self.in_features)
+
+
+class Scaled(nn.Module):
+    """y = gamma * layer(x) + beta, by output channel."""
+
+    def __init__(self, layer: nn.Module, width: int, beta: bool, channels: list[int]):
+        super().__init__()
+        self.base_layer, self.channels = layer, channels
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width)) if beta else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the layer with the same outputs, for who reads it."""
+        return self.gamma.view(-1, *[1] * (self.base_layer.weight.ndim - 1)) * self.base_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, the layer's input -> its output, scaled and shifted."""
+        y = self.base_layer(x)
+        y = y * self.gamma.to(y.dtype).view(self.channels)
+        return y if self.beta is None else y + self.beta.to(y.dtype).view(self.channels)
+
+
+class Adapted(nn.Module):
+    """y = layer(x) + scale up (down x): a LoRA beside any layer."""
+
+    def __init__(self, layer: nn.Module, in_features: int, out_features: int, rank: int, scale: float):
+        super().__init__()
+        self.base_layer, self.scale = layer, scale
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own, without the adapter, as in peft."""
+        return self.base_layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> y (..., out)."""
+        return self.base_layer(x) + self.up(self.down(x)) * self.scale
+
+
+class Split(nn.Module):
+    """A fused projection as one layer for each part: x (..., in) -> all outputs in the fused order (..., out).
+
+    Args:
+        parts: their names. groups, widths: the outputs are so many groups, each with so many outputs of every part.
+        bias: whether each part has one.
+    """
+
+    def __init__(self, in_features: int, out_features: int, parts: list, groups: int, widths: list, bias: list):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.names, self.groups = parts, groups
+        for name, width, has_bias in zip(parts, widths, bias, strict=True):
+            self.add_module(name, nn.Linear(in_features, groups * width, has_bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to the outputs of all parts (..., out)."""
+        outputs = [getattr(self, name)(x) for name in self.names]
+        if self.groups == 1:
+            return torch.cat(outputs, dim=-1)
+        return torch.cat([y.unflatten(-1, (self.groups, -1)) for y in outputs], dim=-1).flatten(-2)
+
+
+KINDS = {"factored": Factored, "shared_basis": SharedBasis}
+AROUND = {"scaled": Scaled, "adapted": Adapted}
+PLAIN = {"linear": nn.Linear, "split": Split}
+
+
+def made(spec: dict, before: nn.Module, shared: nn.ModuleDict) -> nn.Module:
+    """The layer of an entry of config.json's `recombined.layers`; before: what stands there in the plain model."""
+    spec = dict(spec)
+    kind = spec.pop("kind")
+    if kind in AROUND:
+        base = spec.pop("base")
+        return AROUND[kind](before if base is None else made(base, before, shared), **spec)
+    return PLAIN[kind](**spec) if kind in PLAIN else KINDS[kind](shared, **spec)
+
+
+def put_layers(model: nn.Module, plan: dict) -> None:
+    """Replaces the layers of a plain model by those of config.json's `recombined`, in place; their values are any."""
+    shared = nn.ModuleDict({key: nn.Linear(*size, bias=False) for key, size in plan["shared"].items()})
+    for name, spec in plan["layers"].items():
+        model.set_submodule(name, made(spec, model.get_submodule(name), shared))
+    for name, attributes in plan["attributes"].items():
+        for key, value in attributes.items():
+            setattr(model.get_submodule(name), key, value)
+    if shared:
+        model.shared_bases = shared
