@@ -106,7 +106,9 @@ def verdict(found: Case, code: int | str, output: str, folder: Path) -> tuple[st
 
 def allowed(line: str) -> bool:
     """Whether a line may stand beside a refusal: what loads, notes, and lines of progress."""
-    return line.startswith(("loading ", "note: ", "data=")) or ": " in line and line.split(": ")[0].isidentifier()
+    return (
+        line.startswith(("loading ", "note: ", "data=", "W&B: ")) or ": " in line and line.split(": ")[0].isidentifier()
+    )
 
 
 def not_finite(result: dict) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from recombine.runtime.kinds import Count, Epochs, Positive, Rate, Share, Weight, Whole
 
+Machines = Annotated[int, Field(ge=1, le=4096)]
 Minutes = Annotated[float, Field(ge=0, le=10_000)]
 LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]
 
@@ -73,8 +74,8 @@ class TrainerSettings:
     """
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
-    devices: Count | Literal["auto"] | list[Whole] = 1
-    num_nodes: Count = 1
+    devices: Machines | Literal["auto"] | list[Whole] = 1
+    num_nodes: Machines = 1
     strategy: str | Mapping[str, Any] = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     epochs: Epochs = 4
