@@ -85,6 +85,9 @@ def verdict(found: Case, code: int | str, output: str, folder: Path) -> tuple[st
     if "Traceback" in output:
         return "trace", output.strip().splitlines()[-1]
     lines = [line for line in output.splitlines() if line.startswith("run.py: ")]
+    path = folder / "out" / "result.json"
+    if code == 2 and path.is_file() and any(line.startswith("export=") for line in found.arguments) and not found.bad:
+        return "ran", ""  # and its model cannot be written in that format; the result is there
     if code == 2:
         rest = [line for line in output.splitlines() if line and line not in lines and not allowed(line)]
         if len(lines) != 1:
@@ -96,7 +99,6 @@ def verdict(found: Case, code: int | str, output: str, folder: Path) -> tuple[st
         return "ended", f"exit code {code}: {output.strip().splitlines()[-1:]}"
     if found.bad:
         return "accepted", f"nonsense: {' '.join(found.bad)}"
-    path = folder / "out" / "result.json"
     if not path.is_file():
         return "ended", "no result.json"
     if strange := not_finite(json.loads(path.read_text())):

@@ -133,10 +133,9 @@ def change(key: str, hint: Any, rng: random.Random, sound: bool) -> tuple[str, b
         value = rng.choice(STRANGE)
     if key.rpartition(".")[2] in LONG and value.isdigit() and int(value) > 10 and fits(hint, value):
         value = "2"
-    if key in ("data.limit", "harness.limit") and (
-        value == "null" or value.isdigit() and int(value) > 64
-    ):  # all of the data: long too
-        value = "8" if fits(hint, value) else value
+    large = value == "null" or value.isdigit() and int(value) > 64
+    if key in ("data.limit", "harness.limit") and large and fits(hint, value):  # all of the data: a long run too
+        value = "8"
     return f"{key}={value}", not fits(hint, value)
 
 

@@ -29,7 +29,7 @@ def subspaces(original: nn.Module, model: nn.Module, energy: float, points: int 
         points)}, ...}, "map_v": ...} of the first, the middle and the last layer. Empty where nothing was rewritten.
 
     Row b, column a of a map: the top-j of the adapted against the top-i of the pretrained weight, for ranks i and j
-    from 1 to N = min(m, n) in equal steps. Layers that changed their shape are left out.
+    from 1 to N = min(m, n) in equal steps. Layers that changed their shape, or whose weight is no matrix, are left out.
     """
     if (record := getattr(model, "recombined", None)) is None:
         return {}
@@ -38,7 +38,7 @@ def subspaces(original: nn.Module, model: nn.Module, energy: float, points: int 
     for name, role in targets.items():
         pretrained = layer_at(original, name).weight
         weight = checkpoint.merged(copy.deepcopy(model.get_submodule(name))).weight
-        if record.blocks is None and weight.shape == pretrained.shape:
+        if record.blocks is None and weight.ndim == 2 and weight.shape == pretrained.shape:
             layers[role].append((pretrained, weight))
     result = {key: defaultdict(dict) for key in ("u", "v", "map_u", "map_v")}
     for role, pairs in layers.items():

@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import peft
@@ -166,7 +167,7 @@ def test_a_process_without_recombine(tmp_path):
             found = model(x) if name == "image" else model(**x).logits
         expected[name] = hashlib.sha256(found.numpy().tobytes()).hexdigest()
     done = subprocess.run(
-        [sys.executable, "-I", LONE, *(str(tmp_path / name) for name in expected)],
+        [sys.executable, "-I", "-S", LONE, sysconfig.get_path("purelib"), *(str(tmp_path / name) for name in expected)],
         cwd=tmp_path, capture_output=True, text=True, env={"HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

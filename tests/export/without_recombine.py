@@ -1,6 +1,8 @@
-"""Run as `python -I without_recombine.py FOLDER ...`: loads exported folders, and prints a digest of each one's logits.
+"""Run as `python -I -S without_recombine.py PACKAGES FOLDER ...`: loads exported folders, prints digests of logits.
 
-Each folder is called image, sequence or causal. The last line is JSON: the digests by that name.
+PACKAGES is the folder of installed packages. Without -S, Python would follow the links there to what is installed for
+development, recombine among them. Each folder is called image, sequence or causal. The last line is JSON: the digests
+by that name.
 """
 
 import hashlib
@@ -9,7 +11,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+sys.path.append(sys.argv[1])
+
+import torch  # noqa: E402
 
 assert find_spec("recombine") is None, "recombine can be imported here: this shows nothing"
 if find_spec("torchvision"):  # beside a torch for CPUs only it does not import without this, whoever asks
@@ -30,7 +34,7 @@ AUTO = {
     "causal": AutoModelForCausalLM,
 }
 found = {}
-for folder in map(Path, sys.argv[1:]):
+for folder in map(Path, sys.argv[2:]):
     model = AUTO[folder.name].from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         if folder.name == "image":
