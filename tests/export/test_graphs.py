@@ -6,6 +6,7 @@ import json
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -17,11 +18,6 @@ from recombine.export import graph, to_onnx, to_openvino, to_torch
 from scripts.model_matrix import loss, output
 from scripts.tiny_models import MODELS
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxscript", reason="needs pip install 'recombine[onnx]'")
-pytest.importorskip("onnxruntime", reason="needs pip install 'recombine[onnx]'")
-openvino = pytest.importorskip("openvino", reason="needs pip install 'recombine[openvino]'")
-
 SIZES = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 64}
 METHODS = {
     "svd": (recombine.Svd(), "retained_50"),
@@ -30,6 +26,13 @@ METHODS = {
     "lora": (recombine.Peft(rank=2, options={"init_lora_weights": False}), None),
     "jactus": (recombine.Jactus(), "retained_50"),
 }
+
+
+@pytest.fixture
+def extras() -> None:
+    """Skips where they are not installed."""
+    for package, extra in (("onnxscript", "onnx"), ("onnxruntime", "onnx"), ("openvino", "openvino")):
+        pytest.importorskip(package, reason=f"needs pip install 'recombine[{extra}]'")
 
 
 def vit(depth: int = 1) -> nn.Module:
@@ -101,7 +104,7 @@ FAR = [(bert, method) for method in ("cersa", "lora", "jactus")] + [(llama, m) f
 @pytest.mark.parametrize(
     "build, method", [pair if pair not in FAR else pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS]
 )
-def test_onnx_and_openvino_say_the_same_for_any_size(build, method, tmp_path):
+def test_onnx_and_openvino_say_the_same_for_any_size(extras, build, method, tmp_path):
     torch.manual_seed(0)
     model = made(build(), method)
     to_onnx.write(model, graph.trace(model), tmp_path)
@@ -125,7 +128,7 @@ def test_onnx_and_openvino_say_the_same_for_any_size(build, method, tmp_path):
     assert b"/tests/export/" not in (tmp_path / "model.onnx").read_bytes()
 
 
-def test_what_layers_share_is_stored_once(tmp_path):
+def test_what_layers_share_is_stored_once(extras, tmp_path):
     """Of two blocks that share their bases, with a layer that is built from its parts: in all three files."""
     torch.manual_seed(0)
     model = made(vit(depth=2), "crisp")
@@ -137,7 +140,7 @@ def test_what_layers_share_is_stored_once(tmp_path):
     to_openvino.store(tmp_path / "model.onnx", tmp_path / "model.xml")
 
     def times(arrays) -> list[int]:
-        """How often each basis is there, also transposed or with other axes, by its first and its sorted entries."""
+        """How often each basis is there, by its entries: also transposed, or with other axes."""
         known = [np.sort(np.asarray(array, np.float32).ravel()) for array in arrays]
         sought = [np.sort(basis.detach().numpy().ravel()) for basis in bases.values()]
         return [sum(len(a) == len(b) and bool((a == b).all()) for a in known) for b in sought]
@@ -169,7 +172,7 @@ def test_a_folder_is_whole(tmp_path):
     assert "torch.export.load" in (tmp_path / "out/README.md").read_text()
 
 
-def test_what_has_no_graph_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_what_has_no_graph_is_refused_in_one_line(extras, tmp_path, monkeypatch):
     def line(model: nn.Module, to: str) -> str:
         with pytest.raises(recombine.UsageError) as error:
             recombine.export(model, tmp_path / "out", to)
