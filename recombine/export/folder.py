@@ -66,11 +66,7 @@ def export(
         if to == "lora":
             import_module("recombine.export.lora").write(model, temporary, base, rank, energy)
         else:
-            if to in GRAPHS:
-                traced = import_module("recombine.export.graph").trace(model)
-                import_module(f"recombine.export.to_{to}").write(model, traced, temporary)
-            else:
-                import_module(f"recombine.export.{to}").write(model, temporary)
+            write(model, temporary, to)
             beside(model, temporary, to, tokenizer, run)
         os.replace(temporary, folder)
     except OSError as error:
@@ -80,6 +76,19 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def write(model: nn.Module, folder: Path, to: str) -> None:
+    """Writes the weights, and what a format has beside them, by the module of that format.
+
+    Raises:
+        UsageError: the model cannot be written so.
+    """
+    if to in GRAPHS:
+        traced = import_module("recombine.export.graph").trace(model)
+        import_module(f"recombine.export.to_{to}").write(model, traced, folder)
+    else:
+        import_module(f"recombine.export.{to}").write(model, folder)
 
 
 def check(folder: str | Path, to: str) -> Path:

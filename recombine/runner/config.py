@@ -96,10 +96,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
     """
     validate_root(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True)
-    stage, export = stage_settings(plain["stage"]), plain.get("export")
-    export = (export,) if isinstance(export, str) else tuple(export or ())
-    for name in export:
-        require(name)
+    stage, export = stage_settings(plain["stage"]), formats(plain.get("export"))
     method, compressor = resolve_methods(cfg)
     labels = chosen_labels(cfg)
     method.label = labels["method"]
@@ -139,6 +136,18 @@ def resolve(cfg: DictConfig) -> RunSpec:
         logger=typed(LoggerSettings, plain["logger"], "logger"),
         export=export,
     )
+
+
+def formats(chosen: str | list[str] | None) -> tuple[str, ...]:
+    """The formats of `export=`.
+
+    Raises:
+        UsageError: one needs an extra that is not installed.
+    """
+    found = (chosen,) if isinstance(chosen, str) else tuple(chosen or ())
+    for name in found:
+        require(name)
+    return found
 
 
 def stage_schema(name: str) -> type[StageSettings]:
