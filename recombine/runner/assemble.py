@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from recombine import results
 from recombine.core.account import count, layer_report
-from recombine.core.checkpoint.tensor_file import file_digest
+from recombine.runtime.tensor_file import file_digest
 from recombine.core.method import method_classes
 from recombine.core.rewrite import Step
 from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart

@@ -14,7 +14,7 @@ import recombine
 from helpers import refusal
 from helpers.command import CHUNK, config, execute, line
 from recombine import models
-from recombine.core.checkpoint import tensor_file
+from recombine.runtime import tensor_file
 from recombine.evaluation import linear_probe
 from recombine.runner.config import resolve
 from recombine.stages.adapt import fit

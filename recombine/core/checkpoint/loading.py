@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from recombine import models
-from recombine.core.checkpoint import metadata, tensor_file
+from recombine.core.checkpoint import metadata
+from recombine.runtime import tensor_file
 from recombine.core.checkpoint.filling import assign, fill, named_tensors, set_parameter
 from recombine.core.method import Method, method_classes
 from recombine.core.places import kept_around

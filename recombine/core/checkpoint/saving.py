@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from recombine.core.checkpoint import loading, tensor_file
+from recombine.core.checkpoint import loading
+from recombine.runtime import tensor_file
 from recombine.core.checkpoint.metadata import FORMAT
 from recombine.core.rewrite import Record
 from recombine.core.untouched import forget_changed, probe
