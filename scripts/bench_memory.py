@@ -1,15 +1,14 @@
 """Peak resident memory and seconds of recombining one model with one method, each in a fresh process.
 
-    python scripts/bench_memory.py run smollm2_135m svd crisp svd_llm jactus     # run.py, stage=retrofit, packaged weights
-    python scripts/bench_memory.py apply llama32_1b svd_llm jactus --memory 4gb  # the library, random weights
+    python scripts/bench_memory.py run smollm2_135m svd crisp svd_llm jactus
+    python scripts/bench_memory.py apply llama32_1b svd_llm jactus --memory 6gb
 
-Both keep 70 % of the weights and calibrate on 16 windows of 128 tokens. The peak is what the kernel says of the child
+run: run.py with stage=retrofit and the packaged weights. apply: the library with random weights. Both keep 70 % of the weights and calibrate on 16 windows of 128 tokens. The peak is what the kernel says of the child
 when it has ended: weights, libraries and everything else.
 """
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from recombine.runtime import conf
 
 ROOT = Path(__file__).parents[1]
 BATCH = 4  # windows at once
+POSITIONAL = ("how", "model", "methods")
 
 
 def main() -> None:
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--budget", default="retained_70")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--blocks", type=int, help="apply: as many blocks instead of all")
     args = parser.parse_args()
     if args.how == "child":
         recombined(args)
@@ -50,7 +51,7 @@ def main() -> None:
 def command(args: argparse.Namespace, method: str) -> list[str]:
     """What a child runs."""
     if args.how == "apply":
-        options = [f"--{key}={getattr(args, key)}" for key in ("memory", "budget", "samples", "tokens")]
+        options = [f"--{key}={value}" for key, value in vars(args).items() if key not in POSITIONAL and value]
         return [sys.executable, __file__, "child", args.model, method, *options]
     data = ["data=text", f"data.max_length={args.tokens}", f"calibration.samples={args.samples}"]
     more = [f"calibration.batch_size={BATCH}", f"calibration.memory={args.memory}", f"budget={args.budget}"]
@@ -75,8 +76,11 @@ def measured(words: list[str]) -> tuple[int, float]:
 def recombined(args: argparse.Namespace) -> None:
     """The child: a language model with random weights, rewritten with random windows."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    model = models.build(**conf.load("model", args.model) | {"pretrained": False, "gradient_checkpointing": False})
-    windows = torch.randint(model.config.vocab_size, (args.samples, args.tokens), generator=torch.Generator().manual_seed(0))
+    fewer = {"num_hidden_layers": args.blocks} if args.blocks else {}
+    known = {key: value for key, value in conf.load("model", args.model).items() if key != "tag"}
+    model = models.build(**known | {"pretrained": False, "gradient_checkpointing": False} | fewer)
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(model.config.vocab_size, (args.samples, args.tokens), generator=generator)
 
     def losses():
         for batch in windows.split(BATCH):
@@ -84,7 +88,7 @@ def recombined(args: argparse.Namespace) -> None:
 
     method = from_name(args.methods[0], {}, "method")
     apply(model, method, Budget.parse(args.budget), losses, memory=args.memory)
-    print(recombine.count(model), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(recombine.count(model))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor
 
-from recombine.runtime import tensor_file
 from recombine.errors import UsageError
+from recombine.runtime import tensor_file
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from weakref import ref
 from torch import nn
 
 from recombine.core.budget import Budget, solve
-from recombine.core.digesting import calibrate
 from recombine.core.calibration import Losses
 from recombine.core.checks import check_call, check_fields, check_layers, checked, fields_as_typed
+from recombine.core.digesting import calibrate
 from recombine.core.memory import Memory, device_of
 from recombine.core.method import Method
 from recombine.core.places import kept_around

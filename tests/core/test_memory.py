@@ -143,7 +143,11 @@ def test_layers_with_one_input_stay_together_and_their_sums_are_counted():
         for block, (role, (m, n)) in itertools.product((0, 1), made.items())
     ]
     alone = [[site] for site in sites]
-    assert [[s.role for group in unit for s in group] for unit in joined(alone)] == [[*"qkv"], ["o"], ["gate", "up"]] * 2
+    assert [[s.role for group in unit for s in group] for unit in joined(alone)] == [
+        [*"qkv"],
+        ["o"],
+        ["gate", "up"],
+    ] * 2
     over_blocks = [[a, b] for a, b in zip(sites[:6], sites[6:], strict=True)]
     assert [len(unit) for unit in joined(over_blocks)] == [3, 1, 2]
     assert sums(sites[:3], {"inputs", "outputs"}) == 8 * (48**2 + 48**2 + 2 * 24**2)
