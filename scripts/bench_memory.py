@@ -3,8 +3,9 @@
     python scripts/bench_memory.py run smollm2_135m svd crisp svd_llm jactus
     python scripts/bench_memory.py apply llama32_1b svd_llm jactus --memory 6gb
 
-run: run.py with stage=retrofit and the packaged weights. apply: the library with random weights. Both keep 70 % of the weights and calibrate on 16 windows of 128 tokens. The peak is what the kernel says of the child
-when it has ended: weights, libraries and everything else.
+run: run.py with stage=retrofit and the packaged weights. apply: the library with random weights. Both keep 70 % of the
+weights and calibrate on 16 windows of 128 tokens. The peak is what the kernel says of the child when it has ended:
+weights, libraries and everything else.
 """
 
 import argparse
