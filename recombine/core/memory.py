@@ -17,7 +17,7 @@ from recombine.runtime import memory
 
 SHARE = 0.5  # of the free memory, where no limit is given
 KEPT = 0.25  # of the limit
-WORK = 6  # float64 matrices as wide as the widest layer that work on one layer takes
+WORK = 2  # float64 matrices as wide as the widest layer that work on one layer takes; three times that with gradients
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Memory:
         Raises:
             UsageError: the limit that was given does not hold one layer.
         """
-        work = 8 * WORK * max((max(site.module.weight.shape) for group in groups for site in group), default=0) ** 2
+        widest = max((max(site.module.weight.shape) for group in groups for site in group), default=0)
+        work = 8 * WORK * (3 if "outputs" in kinds else 1) * widest**2
         room = (1 - KEPT) * self.bytes(device) - work
         units = [(unit, sums([site for group in unit for site in group], kinds)) for unit in joined(groups)]
         largest, most = max(units, key=lambda pair: pair[1], default=([], 0))
