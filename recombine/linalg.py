@@ -12,9 +12,10 @@ GELU_ARGMIN = -0.7517915246935644  # the same of GELU, x Phi(x)
 GELU_MIN = -0.16997120747990366
 
 
-def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def svd(weight: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD in float64: (m, n) -> U (m, N), s (N,) descending, Vh (N, n) with N = min(m, n)."""
-    return torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    u, s, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    return u[:, :rank], s[:rank], vh[:rank]
 
 
 def energy_rank(s: Tensor, fraction: float) -> int:
@@ -94,10 +95,31 @@ def orthonormal_union(base: Tensor, extra: Tensor, tolerance: float = 1e-6) -> T
     """
     for _ in range(2):  # the second pass takes away what rounding left
         extra = extra - base @ (base.T @ extra)
-    u, s, _ = svd(extra)
-    new = u[:, s > tolerance]
+    values, vectors = torch.linalg.eigh(extra.T @ extra)
+    new = extra @ vectors[:, values > tolerance**2]
+    new = torch.linalg.qr(new / new.norm(dim=0))[0]
     new = torch.linalg.qr(new - base @ (base.T @ new))[0]
     return torch.cat([base, new], 1)
+
+
+def spectrum_exceeds(matrix: Tensor, top: int, share: float) -> bool:
+    """Whether the eigenvalues after the `top` largest surely hold more than this share of the trace.
+
+    No eigenvalue is computed. An LDL^T factorisation of M - mu I tells how many are above mu (Sylvester's law of
+    inertia), at a tenth of the cost; three mu are tried. False: they may not.
+
+    Args:
+        matrix: M (d, d), positive semi-definite.
+    """
+    limit, rest = share * matrix.trace(), len(matrix) - top
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for above in {max(rest // part, 1) for part in (2, 4, 8)}:  # so many of the rest above mu are enough
+        factors, pivots = torch.linalg.ldl_factor(matrix - limit / above * eye)
+        singles = pivots > 0  # the others are blocks of two, with one eigenvalue above 0 and one below
+        positive = int((factors.diagonal()[singles] > 0).sum()) + int((~singles).sum()) // 2
+        if limit > 0 and positive - top > above:
+            return True
+    return False
 
 
 def shrink(second: Tensor, fourth: float, count: int, floor: float = 0.0) -> Tensor:

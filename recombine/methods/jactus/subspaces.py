@@ -58,6 +58,7 @@ class Subspaces(Method, abstract=True):
                 outputs = covariance(stats.gg, stats.g4, stats.tokens, self.floor)
             shares = (self.alpha, self.beta, self.gamma)
             turn = (stats.gx, self.eta) if self.gain == "weight+grad" else None
-            factors = union_factors(weight.detach().double(), self._eigen[key], outputs, shares, turn)
-            self._whole[site.name] = factors.truncate(self.widest(site), weight.dtype)
+            widest = self.widest(site)
+            factors = union_factors(weight.detach().double(), self._eigen[key], outputs, shares, turn, widest)
+            self._whole[site.name] = factors.truncate(widest, weight.dtype)
         return self._whole[site.name]
