@@ -14,8 +14,8 @@ of its CPU time over ours (more than 1: ours is faster), and its error |W - W'| 
     lowrank   torch.svd_lowrank in float32 with q = k and niter = 4, as peft's pissa_niter_4
     gesdd     scipy.linalg.svd in float64, where scipy is installed
 
-`gauss` draws a weight as a network starts, which is the hardest for iteration; `decaying` has the spectrum j^-1/2 with a
-random basis, nearer to a trained weight.
+`gauss` draws a weight as a network starts, which is the hardest for iteration. `decaying` has the spectrum j^-1/2 and
+random bases, nearer to a trained weight.
 """
 
 import argparse
@@ -73,9 +73,8 @@ def draw(m: int, n: int, spectrum: str) -> Tensor:
 def compare(weight: Tensor, k: int, names: list[str], rounds: int) -> dict[str, tuple[float, float, float]]:
     """CPU seconds, their ratio to ours and the error ratio of every rival."""
     spent, errors = {name: [] for name in names}, {}
-    values = torch.linalg.eigvalsh(weight.double() @ weight.double().T if len(weight) <= weight.shape[1]
-                                   else weight.double().T @ weight.double())  # fmt: skip
-    least = values[: len(values) - k].clamp(min=0).sum().sqrt()
+    wide = (weight if len(weight) <= weight.shape[1] else weight.T).double()
+    least = torch.linalg.eigvalsh(wide @ wide.T)[:-k].clamp(min=0).sum().sqrt()
     for _ in range(rounds):
         for name in names:
             start = time.process_time()

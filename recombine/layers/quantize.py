@@ -13,8 +13,9 @@ from torch import nn
 def quantize(layers: Iterable[nn.Module], bits: int) -> None:
     """Rounds the matrices of these layers to integers times one float32 scale for each row.
 
-    The parameters stay the same objects. A basis that layers share is rounded once. Vectors (biases) stay. The layers still compute in float. The bytes that
-    the integers and scales would take are noted on each parameter as `stored_bytes`, which `account.count` reads.
+    The parameters stay the same objects. A basis that layers share is rounded once. Vectors (biases) stay. The layers
+    still compute in float. The bytes that the integers and scales would take are noted on each parameter as
+    `stored_bytes`, which `account.count` reads.
 
     Args:
         bits: of an integer, its sign included.
