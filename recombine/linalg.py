@@ -191,9 +191,8 @@ def orthonormal_union(base: Tensor, extra: Tensor, tolerance: float = 1e-6) -> T
         extra = extra - base @ (base.T @ extra)
     values, vectors = torch.linalg.eigh(extra.T @ extra)
     new = extra @ vectors[:, values > tolerance**2]
-    new = torch.linalg.qr(new / new.norm(dim=0))[0]
-    new = torch.linalg.qr(new - base @ (base.T @ new))[0]
-    return torch.cat([base, new], 1)
+    new = new / new.norm(dim=0)  # orthogonal but for rounding, which this made larger
+    return torch.cat([base, torch.linalg.qr(new - base @ (base.T @ new))[0]], 1)
 
 
 def spectrum_exceeds(matrix: Tensor, top: int, share: float) -> bool:
@@ -207,8 +206,8 @@ def spectrum_exceeds(matrix: Tensor, top: int, share: float) -> bool:
     """
     limit, rest = share * matrix.trace(), len(matrix) - top
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    for above in {max(rest // part, 1) for part in (2, 4, 8)}:  # so many of the rest above mu are enough
-        factors, pivots = torch.linalg.ldl_factor(matrix - limit / above * eye)
+    for above in (max(rest // part, 1) for part in (2, 4, 8)):  # so many of the rest above mu are enough
+        factors, pivots, _ = torch.linalg.ldl_factor_ex(matrix - limit / above * eye)  # a pivot may be 0
         singles = pivots > 0  # the others are blocks of two, with one eigenvalue above 0 and one below
         positive = int((factors.diagonal()[singles] > 0).sum()) + int((~singles).sum()) // 2
         if limit > 0 and positive - top > above:

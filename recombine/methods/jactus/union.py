@@ -52,8 +52,8 @@ class Covariance:
 
     def needs(self, count: int, share: float) -> bool:
         """Whether `rank` is at least `count`."""
-        if count <= 1 or share >= 1 or spectrum_exceeds(self.measured, count - 1, 1 - share):
-            return count <= len(self.matrix)
+        if share >= 1 or spectrum_exceeds(self.measured, count - 1, 1 - share):
+            return True
         return self.rank(share) >= count
 
 
