@@ -62,8 +62,9 @@ class Subspaces(Method, abstract=True):
             outputs = covariance(stats.gg, stats.g4, stats.tokens, self.floor)
         shares = (self.alpha, self.beta, self.gamma)
         turn = (stats.gx, self.eta) if self.gain == "weight+grad" else None
-        factors = union_factors(weight.detach().double(), self._eigen[stats.inputs], outputs, shares, turn)
-        factors = factors.truncate(self.widest(site), weight.dtype)
+        widest, inputs = self.widest(site), self._eigen[stats.inputs]
+        factors = union_factors(weight.detach().double(), inputs, outputs, shares, turn, widest)
+        factors = factors.truncate(widest, weight.dtype)
         return {name: t.clone() for name, t in factors._asdict().items()} | {"width": torch.tensor(len(factors.right))}
 
     def whole(self, site: Site) -> Whole:
