@@ -110,8 +110,8 @@ def said(model: nn.Module, inputs: dict[str, tuple[str | int, ...]]) -> tuple[st
     """
     cases = []
     for sizes in CHECKED:
-        case = example(model, inputs, sizes)
         try:
+            case = example(model, inputs, sizes)
             name, expected = chosen(model(*case.values()) if len(case) == 1 else model(**case))
         except Exception as error:  # a model that wants other inputs fails in every way there is
             why = f"does not run on {' and '.join(inputs)} alone ({short(error)})"
@@ -141,7 +141,7 @@ def read(model: nn.Module) -> dict[str, tuple[str | int, ...]]:
     """
     config = getattr(model, "config", None)
     kind = getattr(model, "main_input_name", None)
-    if kind == "input_ids" and not config.is_encoder_decoder:
+    if kind == "input_ids" and not getattr(config, "is_encoder_decoder", False):
         return {name: ("batch", "sequence") for name in ("input_ids", "attention_mask")}
     size, channels = None, next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     if kind == "pixel_values":
