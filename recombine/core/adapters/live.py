@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from recombine.core.rollback import CONTAINERS
+from recombine.core.rollback import CONTAINERS, HELD
 from recombine.errors import UsageError, did_you_mean
 from recombine.models.wrappers import unwrapped
 
-HELD = "recombine_adapters"  # attribute of a model that holds adapters
 BASE = "__base__"  # peft's name for no adapter
 OWN = {HELD, "training", "_kept", *CONTAINERS}  # attributes that are not exchanged
 
@@ -37,7 +36,7 @@ class Change(NamedTuple):
     with_it: Any
 
     def put(self, on: bool) -> None:
-        """Exchanges the contents. What comes in is in the mode of its owner, and what was built of others is dropped."""
+        """Exchanges the contents. What comes in gets its owner's mode, and what was built of others is dropped."""
         content, other = (self.with_it, self.without) if on else (self.without, self.with_it)
         if self.table is None:
             for key, value in content.items():

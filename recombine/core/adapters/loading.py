@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from recombine.core.adapters import file
-from recombine.core.adapters.live import BASE, HELD, Adapter, Live, changes_since, contents, switch, tensors_of, whole
+from recombine.core.adapters.live import BASE, Adapter, Live, changes_since, contents, switch, tensors_of, whole
 from recombine.core.checkpoint.loading import shape, try_on, without_memory
 from recombine.core.rewrite import Record, Step
-from recombine.core.rollback import unchanged
+from recombine.core.rollback import HELD, unchanged
 from recombine.core.tied import declare_tied
 from recombine.core.untouched import Mark, probe, total
 from recombine.errors import UsageError
@@ -52,6 +52,17 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, v
         setattr(inner, HELD, live)
     finally:
         switch(inner, live, active)
+    return model
+
+
+def become(model: nn.Module, path: str | Path) -> nn.Module:
+    """Puts the adapter of a file on a model that holds none, for good; returns the model.
+
+    Raises:
+        UsageError: as `load_adapter`.
+    """
+    switch(model, vars(load_adapter(model, path))[HELD], "default")
+    delattr(model, HELD)
     return model
 
 

@@ -83,7 +83,9 @@ def layers_that_differ(model: nn.Module, live: Live, names: Sequence[str]) -> di
     paths = sorted({path for versions in by_adapter.values() for path in versions})
     for outer, path in zip(paths, paths[1:], strict=False):
         if path.startswith(f"{outer}."):
-            raise UsageError(f"adapter_names: {outer} and {path} inside it differ; mix adapters of one method and targets")
+            raise UsageError(
+                f"adapter_names: {outer} and {path} inside it differ; mix adapters of one method and targets"
+            )
     return {
         path: {name: versions.get(path) or model.get_submodule(path) for name, versions in by_adapter.items()}
         for path in paths
@@ -157,7 +159,9 @@ class MixedLayer(nn.Module):
         if not isinstance(first, RecombinedLinear) or not first.common():
             return False
         tensors = [[type(v), v.bias, *v.common()] if isinstance(v, RecombinedLinear) else [] for v in self.versions]
-        alike = all(len(t) == len(tensors[0]) and all(a is b for a, b in zip(t, tensors[0], strict=True)) for t in tensors)
+        alike = all(
+            len(t) == len(tensors[0]) and all(a is b for a, b in zip(t, tensors[0], strict=True)) for t in tensors
+        )
         structured, dense, _ = first.flops(x.numel() // first.in_features, torch.is_grad_enabled())
         return alike and structured <= dense
 
