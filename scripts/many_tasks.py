@@ -135,7 +135,7 @@ def milliseconds(model: nn.Module, times: int = 400) -> float:
 
 @torch.no_grad()
 def mixed_difference(model: nn.Module) -> float:
-    """The largest difference of outputs between a batch of all tasks and each adapter alone, over the largest output."""
+    """The largest difference between outputs of a batch of all tasks and of each adapter alone, over the largest."""
     images = torch.randn(len(TASKS), 3, 42, 42, generator=torch.Generator().manual_seed(0))
     with mixed(model.eval(), TASKS):
         together = model(images)

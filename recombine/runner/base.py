@@ -16,20 +16,22 @@ from recombine.core.rewrite import Step, find_sites
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runner.labels import label_of
+from recombine.runtime import conf
 from recombine.runtime.kinds import shown
 
 BEST = "best.safetensors"  # of a run's folder
 MAY_DIFFER = ("name", "tag", "pretrained", "checkpoint", "num_classes", "drop_path", "attn_drop", "dtype")
 
 
-def base_file(value: str | Path | None, stage: str, compressor: str | None) -> Path | None:
+def base_file(value: str | Path | None, stage: str, compressor: str | None, model: Mapping[str, Any]) -> Path | None:
     """The file that `base` means.
 
     Args:
-        compressor: the word after method@compressor=.
+        compressor: the word after method@compressor=; None: there is none.
+        model: the arguments of `models.build`.
 
     Raises:
-        UsageError: there is no such file, or the run cannot start from one.
+        UsageError: there is no such file, it is of another model, or the run cannot start from one.
     """
     if value is None:
         return None
@@ -42,6 +44,7 @@ def base_file(value: str | Path | None, stage: str, compressor: str | None) -> P
     if not path.is_file():
         fix = "say the folder of a finished run, or the file of a checkpoint"
         raise UsageError(f"base={value}: there is no file {path}; {fix}")
+    require_same_model(path, model)
     return path
 
 
@@ -115,10 +118,11 @@ def same_method(path: Path, model: nn.Module, method: Method) -> Method:
         UsageError: the run gives it other fields.
     """
     step = model.recombined.steps[-1]
-    made, plain = type(method)(**step.fields), type(method)()
-    for name in (f.name for f in fields(method) if f.name not in ("lr", "targets")):
+    made, plain, file = type(method)(**step.fields), type(method)(), conf.load("method", method.label) or {}
+    for name in (f.name for f in fields(method) if f.name != "lr"):
         value = getattr(method, name)
-        if value not in (getattr(made, name), getattr(plain, name)):
+        given = tuple(x) if isinstance(x := file.get(name), list) else x
+        if value not in (getattr(made, name), getattr(plain, name), given):
             why = f"base={path} has {name}={shown(getattr(made, name))}, and its factors are trained as they are"
             raise UsageError(f"method.{name}={shown(value)}: {why}; drop it")
     model.recombined.steps[-1] = Step(step.method, step.fields | {"lr": method.lr}, step.layers)

@@ -16,7 +16,7 @@ from recombine.core.budget import Budget
 from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.methods.from_config import from_config, from_name
-from recombine.runner.base import base_file, require_same_model
+from recombine.runner.base import base_file
 from recombine.runner.labels import chosen_labels
 from recombine.runtime import conf
 from recombine.runtime.kinds import Place, Seed, Word, shown
@@ -101,7 +101,6 @@ def resolve(cfg: DictConfig) -> RunSpec:
     stage, export = stage_settings(plain["stage"]), plain.get("export")
     method, compressor = resolve_methods(cfg)
     labels = chosen_labels(cfg)
-    base = base_file(plain.get("base"), stage.name, cfg.get("compressor") and labels.get("compressor", "it"))
     method.label = labels["method"]
     if compressor is not None:
         compressor.label = labels["compressor"]
@@ -116,8 +115,6 @@ def resolve(cfg: DictConfig) -> RunSpec:
     data = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
     data_sets.check(**data | {"seed": cfg.seed})
     models.check(**plain["model"])
-    if base is not None:
-        require_same_model(base, plain["model"])
     return RunSpec(
         config=results.settings(cfg),
         settings=RunSettings(
@@ -140,7 +137,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
         transfer_tasks=tuple(transfer_tasks),
         logger=typed(LoggerSettings, plain["logger"], "logger"),
         export=(export,) if isinstance(export, str) else tuple(export or ()),
-        base=base,
+        base=base_file(plain.get("base"), stage.name, labels.get("compressor"), plain["model"]),
     )
 
 

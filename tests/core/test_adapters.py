@@ -7,7 +7,7 @@ import torch
 
 import recombine
 from helpers import QKV, refusal
-from recombine import Cersa, Crisp, Full, Isomorphic, Peft, Rosa, Ssf, Svd, Svft
+from recombine import Cersa, Crisp, Full, Isomorphic, Peft, Rosa, Ssf, Svd
 from recombine.core.adapters import become, file
 from zoo import batch, build, loss, losses, outputs
 
@@ -18,7 +18,6 @@ CASES = {  # what is done once, what each task adds (None: it trains what is the
     "crisp, windows": (Crisp(chunk=8, basis_rank=5), None, "tiny_swin"),
     "svd with cores": (Svd(targets=(*QKV, "o"), train_core=True), None, "tiny_llama"),
     "cersa": (Cersa(alpha=0.9), None, "tiny_vit"),
-    "svft": (Svft(), None, "tiny_vit"),
     "lora on the dense model": (None, LORA, "tiny_vit"),
     "lora on svd": (Svd(targets=(*QKV, "o")), LORA, "tiny_swin"),
     "lora on a pruned model": (Isomorphic(ratio=0.6, head_dims=0.0), LORA, "tiny_vit"),

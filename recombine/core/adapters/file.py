@@ -98,5 +98,7 @@ def read(path: str | Path, verify: bool = True) -> tuple[dict[str, Any], dict[st
         AdapterMetadata.model_validate(meta)
     except (ValidationError, RecursionError) as error:
         raise UsageError(f"{path}: its metadata are malformed ({first(error)}); use another file") from error
+    if not set(meta["trains"]) <= tensors.keys() - meta["own"].keys():
+        raise UsageError(f"{path}: says that a tensor trains which it does not hold; use another file")
     own = {name: Mark(getattr(torch, dtype, None), *values) for name, (dtype, *values) in meta["own"].items()}
     return meta | {"own": own}, tensors

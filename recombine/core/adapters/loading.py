@@ -85,6 +85,9 @@ def built(path: Path, model: nn.Module, live: Live, meta: dict, tensors: dict[st
     known = {id(p): name in record.untouched for name, p in model.named_parameters()}
     with torch.random.fork_rng(devices=[]):
         shape(path, model, fresh)
+    parameters = dict(model.named_parameters())
+    for name in {*meta["own"], *meta["trains"]} - parameters.keys():
+        raise UsageError(f"{path}: {name} is no parameter of this model; use another file")
     compare_with_base(path, model, live, meta["own"], known)
     put(model, tensors, known)
     parameters = dict(model.named_parameters())
