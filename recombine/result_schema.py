@@ -17,8 +17,7 @@ class Key(NamedTuple):
     unit: str = ""
 
 
-RUNNER, ANALYSIS = ("runner",), ("analysis",)
-TRAINING = ("adapt", "compress", "joint")
+RUNNER, ANALYSIS, TRAINING = ("runner",), ("analysis",), ("adapt", "compress", "joint")
 REWRITING = ("retrofit", "compress", "joint")
 TESTING = (*TRAINING, "evaluate", "retrofit", *RUNNER)
 Scores = dict[str, float | None]  # a score's name -> its value
@@ -188,6 +187,7 @@ class RunPart(TypedDict):
     model: Annotated[ModelPart, Key("the pretrained model", RUNNER)]
     method: Annotated[MethodPart | None, Key("the method; null: nothing was rewritten", ("profile", *RUNNER))]
     compressor: Annotated[MethodPart | None, Key("the method that compressed before it", RUNNER)]
+    base: Annotated[NotRequired[dict[str, str]], Key("the compressed model it started from: path, sha256", RUNNER)]
     budget: Annotated[str, Key("the word after budget=", RUNNER)]
     data: Annotated[DataPart, Key("the data that trained and tested", RUNNER)]
     calibration: Annotated[DataPart | None, Key("other data that calibrated; null: the same", RUNNER)]

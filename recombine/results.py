@@ -36,6 +36,7 @@ ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", 
 }  # on what a run runs, not what it computes
 SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "stage", "test", "val")  # in every result
 LATER = {  # keys that came after the first results, with what they were by then
+    "base": None,
     "export": None,
     "optim.name": "adamw",
     "stage.distil.l1": 0.0,

@@ -43,6 +43,13 @@ class RecombinedLinear(nn.Module, ABC):
     def factored_forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), without the bias and without building the weight."""
 
+    def common(self) -> tuple[Tensor, ...]:
+        """What adapters of one base share of the layer; empty: nothing by itself.
+
+        A layer that has it is `leave(within(enter(x)))`, without the bias, where only `within` reads other tensors.
+        """
+        return ()
+
     @abstractmethod
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
         """Multiplications of (`factored_forward`, the product with a built weight, building that weight).

@@ -63,9 +63,20 @@ class FactoredLinear(RecombinedLinear):
         return torch.cat(parts, 1) if parts else self.left
 
     def factored_forward(self, x: Tensor) -> Tensor:
-        z = x @ self.right.T  # (..., k)
+        z = self.enter(x)
         if self.is_frozen:
             return z @ self.cached(self._folded).T
+        return self.leave(self.within(z))
+
+    def common(self) -> tuple[Tensor, ...]:
+        return self.left, self.right
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x (..., n) to right x (..., k)."""
+        return x @ self.right.T
+
+    def within(self, z: Tensor) -> Tensor:
+        """z (..., k) to K z (..., k)."""
         block, diagonal = self._inner()
         if block is not None:
             c = len(block)
@@ -73,6 +84,10 @@ class FactoredLinear(RecombinedLinear):
             z = head if diagonal is None else torch.cat([head, z[..., c:] * diagonal.to(z.dtype)], -1)
         elif diagonal is not None:
             z = z * diagonal.to(z.dtype)
+        return z
+
+    def leave(self, z: Tensor) -> Tensor:
+        """z (..., k) to left z (..., m)."""
         return z @ self.left.T
 
     def dense_weight(self) -> Tensor:

@@ -34,6 +34,8 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
         "config": spec.config,
         "environment": results.environment(),
     }
+    if run.base is not None:
+        runner["base"] = {"path": str(run.base), "sha256": file_digest(run.base)}
     if record and record.notes:
         runner["notes"] = record.notes
     result = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)
@@ -84,5 +86,5 @@ def describe_step(run: RunContext, step: Step, part: str) -> MethodPart:
     own = {type(method).__name__: type(method) for method in (run.compressor, run.method) if method}
     cls = own.get(step.method) or method_classes()[step.method]
     loaded = run.settings.stage.name == "evaluate"
-    label = label_of(step.method, step.fields) if loaded else run.labels[part]
+    label = label_of(step.method, step.fields) if loaded or part not in run.labels else run.labels[part]
     return results.method_part(step.method, step.fields, label, cls.compresses)

@@ -8,9 +8,11 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
 from recombine import data, models, results
 from recombine.core.calibration import BACKWARD
+from recombine.core.method import Method
 from recombine.core.rewrite import find_sites
 from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
@@ -19,6 +21,7 @@ from recombine.models import roles
 from recombine.models.sizes import require_image_size
 from recombine.runner import effects, exports, limits
 from recombine.runner.assemble import assemble_result
+from recombine.runner.base import fresh_head, put_on_base
 from recombine.runner.config import RunSpec, resolve
 from recombine.runner.idle import idle
 from recombine.runner.summary import suite_table, summary_table
@@ -128,9 +131,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     scored_as_it_is = stage.name == "evaluate" and stage.checkpoint is None or getattr(stage, "test", False)
     if scored_as_it_is:
         require_head(model, module)
-    for method in filter(None, (spec.compressor, spec.method)):
-        if stage.name != "evaluate":
-            find_sites(model, method)
+    method, continued = start(spec, model)
     if stage.name in ("compress", "joint") and stage.distil.epochs:
         require_small_fields(model, spec.compressor or spec.method, spec.budget, stage.name)
     calibration = build_calibration_data(spec, module, source)
@@ -139,18 +140,36 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         part.prepare_data()
         part.setup()
     limits.require_batch(module)
-    if module.num_classes and roles.classes(model) != module.num_classes:  # +model.num_classes keeps one
+    if module.num_classes and spec.base is not None:
+        fresh_head(model, module.num_classes)
+    elif module.num_classes and roles.classes(model) != module.num_classes:  # +model.num_classes keeps one
         models.reset_head(model, module.num_classes)
     if torch.cuda.is_available() and spec.settings.trainer.accelerator in ("auto", "gpu", "cuda"):
         model.cuda()
     state = resume.state_folder(out, spec.config)
     pieces = {
-        "labels": spec.labels,
         "compressor": spec.compressor,
         "calibration_data": calibration,
         "transfer_data": transfer,
+        "base": spec.base,
+        "continued": continued,
+        "labels": spec.labels,
     }
-    return RunContext(spec.settings, out, state, model, spec.method, spec.budget, module, **pieces)
+    return RunContext(spec.settings, out, state, model, method, spec.budget, module, **pieces)
+
+
+def start(spec: RunSpec, model: nn.Module) -> tuple[Method, bool]:
+    """Puts a run's model on its base, where it has one; checks that the methods find their layers.
+
+    Returns:
+        The method that adapts, and whether it is the one that made the base.
+    """
+    if spec.base is not None:
+        return put_on_base(spec.base, model, spec.method, spec.budget)
+    for method in filter(None, (spec.compressor, spec.method)):
+        if spec.settings.stage.name != "evaluate":
+            find_sites(model, method)
+    return spec.method, False
 
 
 def task_of(module: DataModule) -> str:

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import FSDPStrategy
 
-from recombine.core import checkpoint
+from recombine.core import adapters, checkpoint
 from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.result_schema import StagePart
@@ -31,7 +31,11 @@ def adapt(run: RunContext) -> StagePart:
     if not run.method.on_distillation_step(run.model, 0.0):
         name = run.labels["method"]
         raise UsageError(f"stage=adapt: {name} takes its form in a distillation; set stage=joint or stage=compress")
-    return train_and_test(run)
+    part = train_and_test(run)
+    if run.base is not None and distributed.rank() == 0:
+        labels = getattr(run.data, "classes", None)
+        adapters.save_adapter(run.model, run.out / "adapter.safetensors", labels)
+    return part
 
 
 def train_and_test(run: RunContext) -> StagePart:
