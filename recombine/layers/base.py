@@ -41,7 +41,7 @@ class RecombinedLinear(nn.Module, ABC):
 
     @abstractmethod
     def factored_forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> y (..., out), without the bias and without building the weight."""
+        """x (..., in) -> y (..., out), with the bias, without building the weight."""
 
     @abstractmethod
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
@@ -70,8 +70,7 @@ class RecombinedLinear(nn.Module, ABC):
         structured, dense, build = self.flops(tokens, torch.is_grad_enabled())
         if dense + (0 if self.is_frozen else build) < structured:
             return F.linear(x, self.cached(self.dense_weight), self.bias)
-        y = self.factored_forward(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.factored_forward(x)
 
     @property
     def is_frozen(self) -> bool:
@@ -85,7 +84,7 @@ class RecombinedLinear(nn.Module, ABC):
         if not self.is_frozen:
             self._kept = None
             return build()
-        tensors = (*self.parameters(recurse=False), *self.buffers(recurse=False))
+        tensors = (t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
         key = (build.__name__, *((t.data_ptr(), t._version, t.dtype) for t in tensors))
         if self._kept is None or self._kept[0] != key:
             with torch.autocast(next(self.parameters()).device.type, enabled=False):

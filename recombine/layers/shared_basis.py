@@ -48,11 +48,11 @@ class SharedBasisLinear(RecombinedLinear):
 
     def factored_forward(self, x: Tensor) -> Tensor:
         if self.placement == "post":  # no product to put in order
-            return F.linear(x, self.dense_weight())
+            return F.linear(x, self.dense_weight(), self.bias)
         mixer = self.gated_mixer()  # (r, s)
-        mixed = x.reshape(*x.shape[:-1], -1, self.chunk) @ mixer.T  # (..., n / s, r)
+        mixed = F.linear(x.reshape(*x.shape[:-1], -1, self.chunk), mixer)  # (..., n / s, r)
         basis = self.cached(self._gated_basis) if self.placement == "temp" else self.basis
-        return mixed.flatten(-2) @ basis.view(self.out_features, -1).T  # (..., m)
+        return F.linear(mixed.flatten(-2), basis.view(self.out_features, -1), self.bias)  # (..., m)
 
     def gated_mixer(self) -> Tensor:
         """What the basis is multiplied by, (r, s)."""
