@@ -56,7 +56,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     for name in args.models:
         for batch in args.batches:
-            compare(name, batch, args)
+            with tempfile.TemporaryDirectory() as folder:
+                compare(name, batch, args, Path(folder))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -74,8 +75,8 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def compare(name: str, batch: int, args: argparse.Namespace) -> None:
-    """Prints the tables of one model at one batch size."""
+def compare(name: str, batch: int, args: argparse.Namespace, folder: Path) -> None:
+    """Prints the tables of one model at one batch size; exported files lie in the folder meanwhile."""
     torch.manual_seed(0)
     dense, inputs = subject(name, batch, args)
     rivals = {"dense": dense}
@@ -91,7 +92,7 @@ def compare(name: str, batch: int, args: argparse.Namespace) -> None:
             continue
         works, clock = {}, CLOCKS[args.clock]
         for key, model in rivals.items():
-            run = RUNTIMES[runtime](model, inputs, args.threads)
+            run = RUNTIMES[runtime](model, inputs, args.threads, folder / f"{key}.onnx")
             run()
             start = time.perf_counter()
             run()
@@ -147,50 +148,46 @@ def subject(name: str, batch: int, args: argparse.Namespace) -> tuple[nn.Module,
     return model, {"input_ids": prompt[:, :1], "past_key_values": cache, "logits_to_keep": 1}
 
 
-def eager(model: nn.Module, inputs: dict, threads: int) -> Callable:
+def eager(model: nn.Module, inputs: dict, threads: int, file: Path) -> Callable:
     if (cache := inputs.get("past_key_values")) is None:
         return lambda: model(**inputs)
     length = inputs["past_key_values"].get_seq_length()
     return lambda: (cache.crop(length), model(**inputs))
 
 
-def compiled(model: nn.Module, inputs: dict, threads: int) -> Callable:
+def compiled(model: nn.Module, inputs: dict, threads: int, file: Path) -> Callable:
     torch.compiler.reset()
-    return eager(torch.compile(model), inputs, threads)
+    return eager(torch.compile(model), inputs, threads, file)
 
 
-def onnx(model: nn.Module, inputs: dict, threads: int) -> Callable:
+def onnx(model: nn.Module, inputs: dict, threads: int, file: Path) -> Callable:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    with onnx_file(model, inputs) as file:
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    write_onnx(model, inputs, file)
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     feed = {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()}
     return lambda: session.run(None, feed)
 
 
-def openvino(model: nn.Module, inputs: dict, threads: int) -> Callable:
+def openvino(model: nn.Module, inputs: dict, threads: int, file: Path) -> Callable:
     import openvino
 
-    core = openvino.Core()
-    with onnx_file(model, inputs) as file:
-        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        request = core.compile_model(core.read_model(file), "CPU", options).create_infer_request()
+    write_onnx(model, inputs, file)
+    core, options = openvino.Core(), {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    request = core.compile_model(core.read_model(file), "CPU", options).create_infer_request()
     feed = {key: value.numpy() for key, value in inputs.items() if isinstance(value, Tensor)}
     return lambda: request.infer(feed, share_inputs=True)
 
 
-@contextmanager
-def onnx_file(model: nn.Module, inputs: dict) -> Iterator[Path]:
-    """A file of the model with these inputs, for any batch."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "model.onnx")
-        dims = {key: {0: torch.export.Dim("batch", min=1, max=1024)} for key in inputs if key in ("x", "input_ids")}
+def write_onnx(model: nn.Module, inputs: dict, file: Path) -> None:
+    """Exports the model, for any batch, unless the file is there."""
+    if not file.exists():
         batch = {key: torch.cat([v, v]) if isinstance(v, Tensor) else v for key, v in inputs.items()}
-        shapes = {key: dims.get(key) for key in batch}
+        any_batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+        shapes = {key: any_batch if isinstance(v, Tensor) else None for key, v in batch.items()}
         torch.onnx.export(model, (), file, kwargs=batch, dynamic_shapes=shapes, dynamo=True, verbose=False)
-        yield file
 
 
 RUNTIMES = {"eager": eager, "compile": compiled, "onnx": onnx, "openvino": openvino}

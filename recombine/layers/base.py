@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+OVERHEAD = 1.15  # seconds per multiplication without the built weight / with it (experiments/runtime/README.md)
 MANY = 2**20  # tokens, where their number is not known: what is built then costs next to nothing
 
 
@@ -62,15 +63,26 @@ class RecombinedLinear(nn.Module, ABC):
         """A layer of that shape with uninitialised tensors, which a checkpoint fills."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> y (..., out), by the way that takes fewer multiplications.
+        """x (..., in) -> y (..., out), by the cheaper way.
 
+        With gradients that is the one with fewer multiplications. Without, where weights are kept, those of the
+        structured way count `OVERHEAD` times: it is two thinner products.
         An exported graph has one way for every batch size: the one that is cheaper for many tokens.
         """
         tokens = MANY if torch.compiler.is_exporting() else x.numel() // self.in_features
-        structured, dense, build = self.flops(tokens, torch.is_grad_enabled())
-        if dense + (0 if self.is_frozen else build) < structured:
+        if self.is_cheaper_built(tokens, torch.is_grad_enabled(), self.is_frozen):
             return F.linear(x, self.cached(self.dense_weight), self.bias)
         return self.factored_forward(x)
+
+    def is_cheaper_built(self, tokens: int, train: bool, kept: bool) -> bool:
+        """Whether the product with a built weight costs less.
+
+        Args:
+            tokens, train: as in `flops`.
+            kept: the weight is there already.
+        """
+        structured, dense, build = self.flops(tokens, train)
+        return dense + (0 if kept else build) < structured * (1 if train else OVERHEAD)
 
     @property
     def is_frozen(self) -> bool:
