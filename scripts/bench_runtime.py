@@ -67,6 +67,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=["svd", "crisp"], choices=list(METHODS))
     parser.add_argument("--percents", nargs="+", type=int, default=[100, 50, 25], help="of the weights that are kept")
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--size", type=int, default=224, help="pixels of an image")
     parser.add_argument("--tokens", type=int, default=256, help="of a prompt; of what a cache holds when decoding")
     parser.add_argument("--depth", type=int, default=4, help="blocks; the ratio hardly depends on their number")
     parser.add_argument("--threads", type=int, default=1)
@@ -136,8 +137,8 @@ def random_factors() -> Iterator[None]:
 def subject(name: str, batch: int, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
     """The dense model in eval mode and its inputs by name."""
     if name in VITS:
-        model = timm.create_model(VITS[name], depth=args.depth)
-        return model.eval(), {"x": torch.randn(batch, 3, 224, 224)}
+        model = timm.create_model(VITS[name], depth=args.depth, img_size=args.size)
+        return model.eval(), {"x": torch.randn(batch, 3, args.size, args.size)}
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**SMOLLM2, num_hidden_layers=args.depth)).eval()
