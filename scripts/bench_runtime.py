@@ -18,14 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-import recombine  # before timm
-import timm  # isort: skip
 import torch
 from torch import Tensor, nn
 
+import recombine
 from recombine import Cersa, Crisp, Svd
 from recombine.core import account
-from recombine.methods.svd.truncated import Spectral, directions
+from recombine.methods.svd import truncated
 from recombine.stages.profile import turns
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -86,7 +85,7 @@ def compare(name: str, batch: int, args: argparse.Namespace, folder: Path) -> No
             how, budget = METHODS[method](percent)
             with random_factors():
                 rivals[f"{method} {percent}"] = recombine.apply(copy.deepcopy(dense), how, budget).eval()
-    flops = {key: account.flops(model, dict(inputs)) for key, model in rivals.items()}
+    flops = {key: account.flops(model, copy.deepcopy(inputs)) for key, model in rivals.items()}
     for runtime in args.runtimes:
         if name == "decode" and runtime != "eager":
             print(f"\n{name} in {runtime}: left out, a cache is kept in eager only")
@@ -126,17 +125,19 @@ def seconds_of(run: Callable, repeats: int, clock: Callable[[], float]) -> Calla
 def random_factors() -> Iterator[None]:
     """Methods take random factors of the true shapes for a layer's SVD, which takes minutes."""
 
-    def factors(self: Spectral, site) -> tuple[Tensor, Tensor, Tensor]:
-        (m, n), k = site.module.weight.shape, directions(site)
+    def factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (m, n), k = weight.shape, min(weight.shape)
         return torch.randn(m, k) / m**0.5, torch.ones(k), torch.randn(k, n) / n**0.5
 
-    with mock.patch.object(Spectral, "decompose", factors):
+    with mock.patch.object(truncated, "svd", factors):
         yield
 
 
 def subject(name: str, batch: int, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
     """The dense model in eval mode and its inputs by name."""
     if name in VITS:
+        import timm  # after recombine
+
         model = timm.create_model(VITS[name], depth=args.depth, img_size=args.size)
         return model.eval(), {"x": torch.randn(batch, 3, args.size, args.size)}
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -152,8 +153,7 @@ def subject(name: str, batch: int, args: argparse.Namespace) -> tuple[nn.Module,
 def eager(model: nn.Module, inputs: dict, threads: int, file: Path) -> Callable:
     if (cache := inputs.get("past_key_values")) is None:
         return lambda: model(**inputs)
-    length = inputs["past_key_values"].get_seq_length()
-    return lambda: (cache.crop(length), model(**inputs))
+    return lambda: (model(**inputs), cache.crop(-1))
 
 
 def compiled(model: nn.Module, inputs: dict, threads: int, file: Path) -> Callable:
