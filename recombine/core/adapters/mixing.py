@@ -149,8 +149,7 @@ class MixedLayer(nn.Module):
         back = torch.cat(groups).argsort()
         if self.shares(x):
             first = self.versions[0]
-            y = first.leave(self.apart([v.within for v in self.versions], first.enter(x), groups, back))
-            return y if first.bias is None else y + first.bias.to(y.dtype)
+            return first.leave(self.apart([v.within for v in self.versions], first.enter(x), groups, back))
         return self.apart(self.versions, x, groups, back, **kwargs)
 
     def shares(self, x: Tensor) -> bool:
