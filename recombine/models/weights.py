@@ -3,23 +3,21 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from recombine.errors import UsageError
+from recombine.runtime import hub
 
 log = logging.getLogger(__name__)
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-CONNECT_SECONDS = 3  # the hub's own client would retry for half a minute before it gives up
 WAYS_OUT = "connect once, or give model.checkpoint=FILE, or take model=dinov2_s14 or model.pretrained=false"
 FIX = "give the checkpoint of this architecture, or set model= to the checkpoint's"
 
@@ -44,35 +42,26 @@ def hub_file(name: str, arch_tag: str) -> Path:
         if isinstance(cached, str):
             return Path(cached)
     try:
-        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_SECONDS)
-        for file in files:
-            with suppress(EntryNotFoundError):
-                return Path(huggingface_hub.hf_hub_download(repo, file))
-    except Exception as error:  # the transport's own errors, which differ between the client's versions
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"model {name}: {repo} is not cached and the hub fails ({reason}): {WAYS_OUT}") from error
-    raise UsageError(f"model {name}: {repo} holds none of {', '.join(files)}: give model.checkpoint=FILE")
+        folder = hub.snapshot(repo, None, lambda names: [file for file in files if file in names][:1])
+    except UsageError as error:
+        raise UsageError(f"model {name}: {repo} is not cached and the hub fails ({error}): {WAYS_OUT}") from error
+    return next(folder / file for file in files if (folder / file).is_file())
 
 
-def hub_folder(name: str, repo: str, revision: str, choose: Callable[[Sequence[str]], list[str]], ways: str) -> Path:
-    """The chosen files of a repository at a pinned revision: from the hub's cache, else downloaded.
+def hub_folder(
+    name: str, repo: str, revision: str | None, choose: Callable[[Sequence[str]], list[str]], ways: str
+) -> Path:
+    """The chosen files of a repository at a revision: from the hub's cache, else downloaded.
 
     Args:
         choose: names of files there are -> those to take; none where a needed one is missing.
         ways: what a user without this repository can do.
     """
-    what = f"model {name}: {repo}@{revision[:8]}"
-    with suppress(OSError):  # not cached
-        cached = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        if choose([str(path.relative_to(cached)) for path in cached.rglob("*") if path.is_file()]):
-            return cached
     try:
-        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_SECONDS)
-        if files := choose(huggingface_hub.HfApi().list_repo_files(repo, revision=revision)):
-            return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files))
-    except Exception as error:  # the transport's own errors, which differ between the client's versions
-        raise UsageError(f"{what} is not cached and the hub fails ({first_line(error)}): {ways}") from error
-    raise UsageError(f"{what} lacks weights or config.json: {ways}")
+        return hub.snapshot(repo, revision, choose)
+    except UsageError as error:
+        what = f"model {name}: {repo}@{(revision or 'main')[:8]}"
+        raise UsageError(f"{what} is not cached and the hub fails ({error}): {ways}") from error
 
 
 def first_line(error: Exception) -> str:
