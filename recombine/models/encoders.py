@@ -115,6 +115,7 @@ def build(
     model.own_classes = 0 if path is None else own
     if not num_classes:
         reset_head(model, 0)
+    model.recombine_weights = path
     model.recombine_source = {
         "name": name,
         "library": "transformers",

@@ -1,6 +1,8 @@
 """Reads weights, from a file or timm's hub, and loads them strictly: every tensor, or one line that says which not."""
 
+import hashlib
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -62,6 +64,26 @@ def hub_folder(
     except UsageError as error:
         what = f"model {name}: {repo}@{(revision or 'main')[:8]}"
         raise UsageError(f"{what} is not cached and the hub fails ({error}): {ways}") from error
+
+
+def origin(path: Path) -> dict:
+    """Where the weights in a file or a folder come from: the hub's repository and commit, and the sha256 of each file.
+
+    The hub's cache calls a large file by its sha256, which is taken from there. Other files are read.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("model*.safetensors")) or [path / "pytorch_model.bin"]
+    part = {"sha256": {file.name: _sha256(file) for file in files}}
+    where = path if path.is_dir() else path.parent
+    if where.parent.name == "snapshots" and (repository := where.parents[1].name).startswith("models--"):
+        part = {"hub": repository.removeprefix("models--").replace("--", "/"), "commit": where.name} | part
+    return part
+
+
+def _sha256(path: Path) -> str:
+    if re.fullmatch(r"[0-9a-f]{64}", known := path.resolve().name):
+        return known
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_line(error: Exception) -> str:
