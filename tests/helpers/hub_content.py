@@ -1,4 +1,4 @@
-"""What the hub of the tests serves: each repository that the project reads, in its own files, columns and names, tiny."""
+"""What the hub of the tests serves: the repositories that the project reads, tiny, in their own files and columns."""
 
 import io
 import json
@@ -6,7 +6,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import transformers
@@ -35,13 +34,12 @@ SIZES = {  # what the tiny weights need on the command line
 
 
 def add_vit(hub: Hub, name: str) -> str:
-    """Random weights in timm's layout: config.json, and both forms of the weights."""
-    keys = config(name)
+    """Random weights in timm's layout, for example of "vit_tiny_patch16_224.augreg_in21k"."""
     torch.manual_seed(0)
-    model = timm.create_model(f"{keys['arch']}.{keys['tag']}", pretrained=False)
-    told = {"architecture": keys["arch"], "num_classes": model.num_classes, "pretrained_cfg": {"tag": keys["tag"]}}
+    model = timm.create_model(name, pretrained=False)
+    told = {"architecture": name.partition(".")[0], "num_classes": model.num_classes}
     files = {"config.json": json.dumps(told).encode(), "model.safetensors": save(model.state_dict())}
-    return hub.add("models", f"timm/{keys['arch']}.{keys['tag']}", files | {"pytorch_model.bin": b"not this one"})
+    return hub.add("models", f"timm/{name}", files | {"pytorch_model.bin": b"not this one"})
 
 
 def add_deberta(hub: Hub) -> str:
@@ -77,7 +75,7 @@ def add_llama(hub: Hub, name: str) -> str:
     return hub.add("models", keys["id"], files, commit=keys["revision"], gated=True)
 
 
-def add_vtab(hub: Hub, tasks=("cifar", "kitti"), sizes=(4, 2, 2), branch: str = "main") -> str:
+def add_vtab(hub: Hub, tasks=("cifar", "kitti"), sizes=(2, 1, 1), branch: str = "main") -> str:
     """The archive, as NOAH packs it: vtab-1k/<task>/ with the lists and images/."""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
@@ -88,7 +86,9 @@ def add_vtab(hub: Hub, tasks=("cifar", "kitti"), sizes=(4, 2, 2), branch: str = 
                 for i in range(size):
                     number = shade if split != "test" else i
                     archive.writestr(f"vtab-1k/{task}/{where}/{number:06}.jpg", encoded(shade, "JPEG", 32))
-                    lines.setdefault(split, []).append(f"{where}/{number:06}.jpg {shade % vtab.Vtab.rows[task].classes}")
+                    lines.setdefault(split, []).append(
+                        f"{where}/{number:06}.jpg {shade % vtab.Vtab.rows[task].classes}"
+                    )
                     shade += 1
             lines["train800val200"] = lines["train800"] + lines["val200"]
             for split, listed in lines.items():
@@ -129,7 +129,8 @@ def add_metamath(hub: Hub) -> str:
 def add_wikitext(hub: Hub) -> str:
     lines = [{"text": f" line {i} of an article about rivers .\n"} for i in range(400)]
     files = {f"{config}/{split}-00000-of-00001.parquet": parquet(lines)
-             for config in ("wikitext-2-raw-v1", "wikitext-2-v1") for split in ("train", "validation", "test")}  # fmt: skip
+             for config in ("wikitext-2-raw-v1", "wikitext-2-v1")
+             for split in ("train", "validation", "test")}  # fmt: skip
     return hub.add("datasets", text.Text.repository, files, commit=text.Text.revision)
 
 

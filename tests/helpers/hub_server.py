@@ -166,7 +166,9 @@ class Front(Handler):
             return self.answer(self.hub.status, b"out of order")
         path, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         for (kind, name), repository in self.hub.repositories.items():
-            if found := re.fullmatch(f"/api/{kind}/{re.escape(name)}(?:/(revision|tree|paths-info)/([^/]+)(.*))?", path):
+            if found := re.fullmatch(
+                f"/api/{kind}/{re.escape(name)}(?:/(revision|tree|paths-info)/([^/]+)(.*))?", path
+            ):
                 return self.ask(repository, found[1] or "revision", unquote(found[2] or "main"), query)
             place = re.escape(f"{'datasets/' * (kind == 'datasets')}{name}")
             if found := re.fullmatch(f"/{place}/resolve/([^/]+)/(.+)", path):
@@ -174,7 +176,9 @@ class Front(Handler):
             if found := re.fullmatch(f"/api/resolve-cache/{kind}/{re.escape(name)}/([0-9a-f]+)/(.+)", path):
                 return self.small(found[1], repository.trees[found[1]][unquote(found[2])])
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"  # a stranger is not told what there is
-        self.refuse(404 if known else 401, "RepoNotFound", "Repository not found" if known else "Invalid username or password.")
+        self.refuse(
+            404 if known else 401, "RepoNotFound", "Repository not found" if known else "Invalid username or password."
+        )
 
     def refuse(self, status: int, code: str, said: str) -> None:
         body = json.dumps({"error": said}).encode()

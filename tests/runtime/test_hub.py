@@ -5,7 +5,6 @@ import shutil
 from collections import namedtuple
 
 import huggingface_hub
-import pytest
 from huggingface_hub.utils import close_session
 
 from helpers import refusal
@@ -21,24 +20,6 @@ WEIGHTS = {
     "model-00001-of-00002.safetensors": b"1" * 3000, "model-00002-of-00002.safetensors": b"2" * 3000,
 }  # fmt: skip
 wanted = client.named("data/*.parquet")
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub that runs, and a cache of its own. What waits between attempts does not."""
-    found = Hub().start()
-    for key, value in {
-        "ENDPOINT": found.address, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": False,
-        "HUGGINGFACE_CO_URL_TEMPLATE": f"{found.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-    }.items():  # fmt: skip
-        monkeypatch.setattr(f"huggingface_hub.constants.{key}", value)
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
-    close_session()
-    yield found
-    found.stop()
-    close_session()
 
 
 def asked(hub: Hub) -> list[str]:
@@ -126,7 +107,9 @@ def test_every_failure_is_a_reason(hub, monkeypatch):
     assert "the hub has no model no/model, or it is private" in said("no/model")
     assert "some/model has no such revision" in said(revision="dev")
     page = f"{hub.address}/some/gated"
-    assert f"some/gated is gated: accept its terms at {page}, then `hf auth login` or set HF_TOKEN" in said("some/gated")
+    assert f"some/gated is gated: accept its terms at {page}, then `hf auth login` or set HF_TOKEN" in said(
+        "some/gated"
+    )
     monkeypatch.setenv("HF_TOKEN", "hf_of_another")
     assert f"the account of your token has no access: ask for it at {page}" in said("some/gated")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
