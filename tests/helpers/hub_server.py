@@ -159,6 +159,8 @@ class Front(Handler):
         self.do_GET()
 
     def do_GET(self):
+        if self.path == "/api/agent-harnesses":  # the client's own, once a day or a process
+            return self.answer(404)
         self.hub.requests.append(f"{self.command} {self.path}")
         if self.path == "/":
             return self.answer(200, b"a hub")
