@@ -1,11 +1,11 @@
 """Reads weights, from a file or timm's hub, and loads them strictly: every tensor, or one line that says which not."""
 
-import hashlib
 import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from recombine.errors import UsageError
 from recombine.runtime import hub
+from recombine.runtime.tensor_file import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,7 @@ def origin(path: Path) -> dict:
 def _sha256(path: Path) -> str:
     if re.fullmatch(r"[0-9a-f]{64}", known := path.resolve().name):
         return known
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)
 
 
 def first_line(error: Exception) -> str:
@@ -114,9 +114,9 @@ def load(model: nn.Module, path: Path, num_classes: int) -> int:
     for name in sorted(head):
         if name in state and (name not in wanted or state[name].shape != wanted[name].shape):
             dropped = f"{name} {_shape(state.pop(name))}"
-            log.info("%s: its classifier %s is dropped (num_classes=%d)", path, dropped, num_classes)
+            say_once(f"{path}: its classifier {dropped} is dropped (num_classes={num_classes})")
         if name in wanted and name not in state:
-            log.info("%s gives no %s %s: it starts at random", path, name, _shape(wanted[name]))
+            say_once(f"{path} gives no {name} {_shape(wanted[name])}: it starts at random")
             state[name] = wanted[name]
     for name, tensor in wanted.items():
         if name not in state:
@@ -129,6 +129,12 @@ def load(model: nn.Module, path: Path, num_classes: int) -> int:
             raise UsageError(f"{path} is damaged: {name} {_shape(tensor)} is not finite; delete or replace the file")
     model.load_state_dict(state, strict=True)
     return own
+
+
+@cache
+def say_once(line: str) -> None:
+    """A line in the log, once a process: the tasks of a suite load the same weights."""
+    log.info(line)
 
 
 def load_named(model: nn.Module, path: Path, num_classes: int, given: bool) -> int:
