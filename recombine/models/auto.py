@@ -87,7 +87,7 @@ def build(
     model.config.use_cache = False  # as in causal_lm.py
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.own_classes = own if whole else 0
+    model.own_classes, model.recombine_weights = own if whole else 0, weights
     model.recombine_source = {"name": name, "library": "transformers", "arch": arch, "task": task} | where
     model.recombine_source |= {"model_type": config.model_type, "dtype": dtype, "num_classes": num_classes}
     model.recombine_source |= {"gradient_checkpointing": gradient_checkpointing, **sizes}

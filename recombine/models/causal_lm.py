@@ -63,6 +63,7 @@ def build(
         checkpointing = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # v5.23
         checkpointing({"use_reentrant": False})
         model.disable_input_require_grads()  # only the other kind needs a gradient at a block's input
+    model.recombine_weights = path
     model.recombine_source = {
         "name": name,
         "library": "transformers",

@@ -102,7 +102,7 @@ def test(run: RunContext, lit: LitRecombine) -> dict[str, float]:
     if not math.isfinite(scores["test/loss"]):
         raise lit.failure(f"test/loss={scores['test/loss']}", run.batch(run.data.test, [0]))
     scores = lit.objective.report({name.removeprefix("test/"): value for name, value in scores.items()})
-    names = run.settings.harness.tasks or run.data.harness
+    names = run.settings.harness.names(run.data.harness)
     return scores | harness_scores(run, names) if names else scores
 
 
