@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from recombine.runtime.kinds import Count, Epochs, Positive, Rate, Share, Weight, Whole
+from recombine.runtime.kinds import Count, Epochs, Name, Positive, Rate, Share, Weight, Whole
 
 Machines = Annotated[int, Field(ge=1, le=4096)]
 Minutes = Annotated[float, Field(ge=0, le=10_000)]
@@ -17,7 +17,7 @@ LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSettings:
     """One training's optimizer and schedule.
 
-    name: adamw, adam or sgd (with a momentum of 0.9).
+    name: adamw, adam, sgd (with a momentum of 0.9), adamw_8bit (by torchao), or muon (AdamW for what is no matrix).
     lr: peak learning rate of the method's weights; None: the method's own.
     lr_head: peak learning rate of the classification head.
     weight_decay: on matrices only.
@@ -28,7 +28,7 @@ class OptimizerSettings:
     head: where the classification head starts: random, or probe (the linear probe on the same data).
     """
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "adamw_8bit", "muon"] = "adamw"
     lr: Rate | None = None
     lr_head: Rate = 5e-3
     weight_decay: Rate = 0.0
@@ -70,6 +70,10 @@ class TrainerSettings:
     epochs: of the training on the task.
     patience: epochs without a better validation before it stops; None: never.
     checkpoint_minutes: longest time between two training states.
+    accumulate: batches whose gradients make one step, as one batch of that many times the size would.
+    compile: torch.compile of the blocks in training: True, or the name of one of torch's backends.
+    gradient_checkpointing: the backward pass computes each block again; only its input is kept.
+    matmul: how exact products of float32 matrices are, as torch.set_float32_matmul_precision has it.
     progress: show bars and lines while it works.
     """
 
@@ -81,4 +85,8 @@ class TrainerSettings:
     epochs: Epochs = 4
     patience: Count | None = None
     checkpoint_minutes: Minutes = 5
+    accumulate: Count = 1
+    compile: bool | Name = False
+    gradient_checkpointing: bool = False
+    matmul: Literal["highest", "high", "medium"] = "highest"
     progress: bool = True

@@ -24,6 +24,8 @@ def require_possible(settings: TrainerSettings) -> None:
     if isinstance(devices, list) and (settings.accelerator == "cpu" or len({*devices}) != len(devices) or not devices):
         why = "a list names different GPUs; say how many devices, for example trainer.devices=2"
         raise UsageError(f"trainer.devices={shown(devices)}: {why}")
+    if isinstance(strategy, str) and strategy.startswith("fsdp"):
+        raise UsageError(f"trainer.strategy={strategy}: is torch's first FSDP, by its second is trainer=fsdp; say that")
     if not isinstance(strategy, str):
         load_class(strategy.get("_target_"), Strategy, "trainer.strategy._target_")
     elif strategy not in (known := ["auto", *StrategyRegistry.available_strategies()]):

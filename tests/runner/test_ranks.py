@@ -139,3 +139,25 @@ def test_a_killed_rank_is_named():
 def test_several_machines_need_a_launcher(tmp_path):
     with pytest.raises(UsageError, match="trainer.num_nodes=2.*slurm_multinode"):
         execute(tmp_path, *TWO, "trainer.num_nodes=2")
+
+
+FSDP = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+
+
+def test_two_ranks_in_shards_are_one(tmp_path):
+    """Lightning's own path, killed on the way and started again: weights and moments come back into shards."""
+    words = ["method=crisp", "method.chunk=16", "trainer.accumulate=2"]
+    execute(tmp_path / "one", *words)
+    (gate := tmp_path / "gate").touch()
+    waiting = [f"method._target_={__name__}.WaitingCrisp", f"+method.shut={gate}", "+method.steps=8"]
+    words = [word for word in command(*words, *waiting, f"hydra.run.dir={tmp_path}/two") if word != "trainer=cpu"]
+    words += [*FSDP, "trainer.progress=false", "trainer.epochs=2", "trainer.checkpoint_minutes=0"]
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT / 'tests'}"}
+    killed = subprocess.Popen(words, stderr=subprocess.DEVNULL, env=environment)
+    until(Path(f"{gate}.reached").is_file, killed)
+    assert list((tmp_path / "two").rglob("best-*.ckpt"))
+    killed.kill()
+    killed.wait()
+    gate.unlink()
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=environment)
+    same(tmp_path / "one", tmp_path / "two")

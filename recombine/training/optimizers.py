@@ -1,0 +1,84 @@
+"""What `optim.name` names: torch's optimizers, one whose state has 8 bits, and Muon beside AdamW."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from recombine.errors import UsageError
+
+GPUS = ("cuda", "mps", "xpu")  # devices on which one kernel moves all weights
+
+
+def adamw(groups: Sequence[dict], fused: bool = False) -> Optimizer:
+    """AdamW. fused: one kernel moves all weights; the results differ in the last digits."""
+    return torch.optim.AdamW(groups, fused=fused or None)
+
+
+def adamw_8bit(groups: Sequence[dict], fused: bool = False) -> Optimizer:
+    """AdamW whose two moments are stored in 8 bits, where a tensor has 4096 entries or more (arXiv 2110.02861).
+
+    Raises:
+        UsageError: torchao is not installed.
+    """
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        fix = "pip install -e '.[8bit]', or say optim=adamw"
+        raise UsageError(f"optim.name=adamw_8bit: torchao cannot be imported ({error}); {fix}") from error
+    return AdamW8bit(groups)
+
+
+class MuonAdamW(Optimizer):
+    """Muon for groups with ``muon: True``, AdamW for the others, as one optimizer with one state.
+
+    Muon moves a matrix by an orthogonal one (Newton-Schulz), scaled as large as AdamW's steps are (arXiv 2502.16982),
+    so that one rate fits both. It knows matrices alone.
+    """
+
+    def __init__(self, groups: Sequence[dict], fused: bool = False):
+        kinds = {
+            True: lambda mine: torch.optim.Muon(mine, adjust_lr_fn="match_rms_adamw"),
+            False: partial(adamw, fused=fused),
+        }
+        self.parts = {kind: make(mine) for kind, make in kinds.items() if (mine := of_kind(groups, kind))}
+        super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of both."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for kind, part in self.parts.items():  # a state that was loaded has other groups than before
+            part.param_groups, part.state = of_kind(self.param_groups, kind), self.state
+            part.step()
+        return loss
+
+
+def of_kind(groups: Sequence[dict], muon: bool) -> list[dict]:
+    """The groups that Muon moves, or the others."""
+    return [group for group in groups if group["muon"] is muon]
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {  # optim.name -> how it is made of groups, fused or not
+    "adamw": adamw,
+    "adam": lambda groups, fused=False: torch.optim.Adam(groups, fused=fused or None),
+    "sgd": lambda groups, fused=False: torch.optim.SGD(groups, momentum=0.9),
+    "adamw_8bit": adamw_8bit,
+    "muon": MuonAdamW,
+}
+
+
+def takes_muon(model: nn.Module, head: nn.Module | None) -> set[int]:
+    """The ids of the parameters that Muon moves: matrices that are neither of the head nor of an embedding."""
+    outer = [head, *(module for module in model.modules() if isinstance(module, nn.Embedding))]
+    left_out = {id(p) for module in outer if module is not None for p in module.parameters()}
+    return {id(p) for p in model.parameters() if p.ndim == 2 and id(p) not in left_out}
+
+
+def fusible(device: torch.device, precision: str) -> bool:
+    """Whether one kernel may move all weights. With 16-mixed Lightning has no gradient clipped then."""
+    return device.type in GPUS and precision != "16-mixed"
