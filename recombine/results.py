@@ -29,10 +29,9 @@ PACKAGES = ("recombine", "torch", "lightning", "hydra-core", "timm", "peft", "tr
 LOCK = ".running"
 WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')  # a string of JSON, or what Python writes for no finite number
 VALID = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}
-ELSEWHERE = {"data.num_workers"} | {  # on what a run runs, not what it computes
-    f"trainer.{key}"
-    for key in "progress accelerator devices num_nodes strategy checkpoint_minutes compile gradient_checkpointing".split()
-}
+ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", "num_nodes", "strategy")} | {
+    *("data.num_workers", "trainer.checkpoint_minutes", "trainer.compile", "trainer.gradient_checkpointing"),
+}  # on what a run runs, not what it computes
 SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "stage", "test", "val")  # in every result
 LATER = {  # keys that came after the first results, with what they were by then
     **{"export": None, "optim.name": "adamw", "stage.distil.l1": 0.0},

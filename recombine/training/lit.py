@@ -14,7 +14,7 @@ from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.training import distributed, finite, resume
 from recombine.training.objectives import Objective, Shard, labels_of, parts_of
-from recombine.training.optimizers import OPTIMIZERS, fusible, takes_muon
+from recombine.training.optimizers import OPTIMIZERS, fusible, scale_gradients, takes_muon
 from recombine.training.settings import OptimizerSettings
 from recombine.training.sharding import Sharded, local, shard, whole
 
@@ -133,11 +133,8 @@ class LitRecombine(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer):
         """Makes the gradient of several batches that of one batch of all their samples or tokens."""
-        if (factor := self.trainer.accumulate_grad_batches / (self.total or 1)) != 1 and self.total:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        p.grad.mul_(factor)
+        if self.total:
+            scale_gradients(optimizer, self.trainer.accumulate_grad_batches / self.total)
         self.first, self.total = 0, 0.0
 
     def refuse_divergence(self, scores: dict[str, Tensor]) -> None:

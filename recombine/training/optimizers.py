@@ -82,3 +82,11 @@ def takes_muon(model: nn.Module, head: nn.Module | None) -> set[int]:
 def fusible(device: torch.device, precision: str) -> bool:
     """Whether one kernel may move all weights. With 16-mixed Lightning has no gradient clipped then."""
     return device.type in GPUS and precision != "16-mixed"
+
+
+@torch.no_grad()
+def scale_gradients(optimizer: Optimizer, factor: float) -> None:
+    """Multiplies every gradient, in place."""
+    if factor != 1:
+        for gradient in [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]:
+            gradient.mul_(factor)

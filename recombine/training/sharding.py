@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from recombine.errors import UsageError
 from recombine.models import roles
 
+SHARDED = ("adamw", "adam", "sgd")  # optimizers that go entry by entry
+
 
 class Sharded(ModelParallelStrategy):
     """Lightning's strategy for FSDP2. While it fits, the model lies in shards; it tests whole models.
@@ -40,6 +42,16 @@ class Sharded(ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         """Whether Lightning calls `load_optimizer_state_dict`."""
         return True
+
+    def setup_optimizers(self, trainer: L.Trainer) -> None:
+        """Makes the optimizer of the shards.
+
+        Raises:
+            UsageError: it needs whole matrices, or its state cannot be put together again.
+        """
+        if (name := self.lightning_module.optim.name) not in SHARDED:
+            raise UsageError(f"optim.name={name}: not with trainer=fsdp; choose one of {', '.join(SHARDED)}")
+        super().setup_optimizers(trainer)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole tensors of what trains, and the rest of the state as it is. Every rank has to call it."""

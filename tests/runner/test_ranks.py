@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
-from safetensors.torch import load_file
 
-from helpers import CONF, ROOT
+from helpers import ROOT
+from helpers.ranked import TINY, execute, same
 from helpers.waiting import LIMIT, Waits, children, until
 from recombine.errors import UsageError
 from recombine.methods.adapters.ssf import Ssf
@@ -22,36 +20,12 @@ from recombine.methods.crisp.method import Crisp
 from recombine.runner import ranks
 from recombine.training import distributed
 
-TINY = [
-    *("model=tiny_vit", "trainer=cpu", "trainer.progress=false", "data.limit=33", "data.batch_size=8"),
-    *("trainer.epochs=2", "trainer.checkpoint_minutes=0"),  # 33 = 4 * 8 + 1: the last batch is too small for two
-]
 JOINT = ["stage=joint", "budget=retained_50", "method=crisp", "method.chunk=16", "stage.distil.epochs=1"]
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 
-def execute(folder: Path, *overrides: str) -> dict:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        ranks.main(compose("config", [*TINY, *overrides]), folder)
-    return json.loads((folder / "result.json").read_text())
-
-
 def command(*overrides: str, flags: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, str(ROOT / "run.py"), *flags, *TINY, *overrides]
-
-
-def same(one: Path, two: Path) -> None:
-    """Equal but for the order of sums."""
-    a, b = (json.loads((folder / "result.json").read_text()) for folder in (one, two))
-    for split in ("val", "test"):
-        assert a[split].keys() == b[split].keys()
-        for key, value in a[split].items():
-            assert b[split][key] == pytest.approx(value, rel=1e-4), (split, key)
-    assert a["best_epoch"] == b["best_epoch"] and a["linear_probe"] == b["linear_probe"]
-    a, b = (load_file(folder / "best.safetensors") for folder in (one, two))
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch._inductor import config as inductor
 from torch._dynamo.testing import CompileCounter
+from torch._inductor import config as inductor
 
 import recombine
 from helpers import refusal
@@ -17,6 +17,7 @@ from recombine.training import engine
 from recombine.training.settings import TrainerSettings
 from zoo import ARCHS, batch, build
 
+SHORT = ["trainer.epochs=1", "data.limit=32", "data.batch_size=8"]
 LORA = ["method=lora", "method.rank=4", "trainer.epochs=1"]
 
 
@@ -36,8 +37,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(arch):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     calls, x = [], batch(model)
-    for block in roles.blocks(model):
-        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    for block in roles.blocks(model):  # transformers computes a block's forward again, without the block's own hooks
+        leaf = next(module for module in block.modules() if not [*module.children()])
+        leaf.register_forward_pre_hook(lambda *_: calls.append(1))
     expected, once = gradients(model, x), len(calls)
     with engine.engaged(model, TrainerSettings(gradient_checkpointing=True)):
         found = gradients(model, x)
@@ -77,11 +79,9 @@ def test_every_block_is_compiled_though_all_have_other_shapes():
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("true", marks=pytest.mark.full)])
 def test_a_compiled_run_learns_the_same(backend, tmp_path):
     joint = ["stage=joint", "budget=retained_50", "method=crisp", "method.chunk=16", "stage.distil.epochs=1"]
-    one, two = (execute(tmp_path / w, *joint, f"trainer.compile={w}") for w in ("false", backend))
-    for fit in ("distilled", "best"):
-        assert one["curves"][fit].keys() == two["curves"][fit].keys()
-        for key, values in one["curves"][fit].items():
-            assert two["curves"][fit][key] == pytest.approx(values, rel=1e-5 if "loss" in key else 1e-2), key
+    one, two = (execute(tmp_path / w, *joint, *SHORT, f"trainer.compile={w}") for w in ("false", backend))
+    assert one["curves"]["train/loss"] == pytest.approx(two["curves"]["train/loss"], rel=1e-5)
+    assert one["distil"]["val_loss"] == pytest.approx(two["distil"]["val_loss"], rel=1e-5)
     same_weights(tmp_path / "false", tmp_path / backend)
 
 

@@ -56,7 +56,7 @@ def test_muon_moves_matrices_by_orthogonal_ones_and_adamw_the_rest(net):
     assert not torch.equal(net.layer.weight, other.layer.weight)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "muon", pytest.param("adamw_8bit", marks=pytest.mark.full)])
 def test_goes_on_from_its_state(name, net, tmp_path):
     if name == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
         pytest.skip("torchao is not installed")
@@ -89,6 +89,7 @@ def test_8_bits_without_torchao_are_one_line(net, monkeypatch):
     assert message.startswith("optim.name=adamw_8bit: torchao cannot be imported") and "'.[8bit]'" in message
 
 
+@pytest.mark.full  # torchao compiles its step
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_8_bits_train_as_32_do(tmp_path):
     words = ["method=full", "trainer.epochs=1", "data.limit=32"]

@@ -1,6 +1,5 @@
 """FSDP2 on two gloo ranks: the weights and scores of one process, and no file where a shard is missing."""
 
-import json
 import multiprocessing
 import os
 import socket
@@ -14,7 +13,7 @@ from torch import nn
 import recombine
 from recombine.errors import UsageError
 from recombine.training import sharding
-from zoo import ARCHS, batch, build
+from zoo import batch, build
 from zoo import outputs as logits
 
 METHODS = {  # what shards differ in: shared bases over blocks, frozen and trained mixes, new dense layers
