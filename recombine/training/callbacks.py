@@ -12,7 +12,7 @@ from tqdm import tqdm
 from recombine.core import checkpoint
 from recombine.runtime import progress
 from recombine.training import distributed
-from recombine.training.sharding import Sharded, gathered
+from recombine.training.sharding import Sharded, trained_weights
 
 
 class Curves(Callback):
@@ -171,11 +171,10 @@ class KeepBest(Callback):
     def keep(self, trainer, lit) -> None:
         """Copies the trained weights to the CPU, and has the first rank write the checkpoint."""
         self.inherited = False
-        trained = {n: p.detach() for n, p in lit.model.named_parameters() if p.requires_grad}
         if isinstance(trainer.strategy, Sharded):  # `adapt.fit` writes the file, of a model that is whole
-            self.weights = gathered(trained)
+            self.weights = trained_weights(lit.model)
             return
-        self.weights = {n: p.cpu().clone() for n, p in trained.items()}
+        self.weights = {n: p.detach().cpu().clone() for n, p in lit.model.named_parameters() if p.requires_grad}
         if trainer.is_global_zero:
             checkpoint.save(lit.model, self.path, whole=False)
         lit.last_good = str(self.path)

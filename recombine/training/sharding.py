@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recombine.errors import UsageError
@@ -126,6 +126,18 @@ def units(model: nn.Module) -> list[list[nn.Module]]:
         found = [unit for unit in found if unit not in joined]
         found.append(([b for unit in joined for b in unit[0]] + [block], mine.union(*(unit[1] for unit in joined))))
     return [members for members, parameters in found if not parameters & outside]
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Whole tensors of what trains, on the CPU. Every rank has to call it.
+
+    Raises:
+        UsageError: the ranks' shards of a tensor are not all of it.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward in eval mode the outermost unit is still whole, in memory that is freed
+    return gathered({name: p for name, p in model.named_parameters() if p.requires_grad})
 
 
 def gathered(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,10 @@ def rank_of_two(rank: int, port: int, folder: Path) -> None:
         mine = sum(sharding.local(p).numel() for p in model.parameters())
         assert mine < 0.6 * sum(p.numel() for p in model.parameters())
         train(model, rows(same_lengths(batch(model_of(arch, method))), rank))
-        state = sharding.gathered(dict(model.named_parameters()))
+        with torch.no_grad():
+            logits(model.eval(), batch(model_of(arch, method)))  # leaves the outermost unit whole
+        trained = sharding.trained_weights(model.train())
+        state = sharding.gathered(dict(model.named_parameters()) | trained)
         assert all(type(p) is nn.Parameter for p in kept.parameters())
         if rank == 0:
             torch.save(state, folder / f"{arch}-{method}")
