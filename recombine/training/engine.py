@@ -30,7 +30,7 @@ def engaged(model: nn.Module, settings: TrainerSettings) -> Iterator[None]:
             recompute(model, True)
             stack.callback(recompute, model, False)
         if settings.compile:
-            stack.enter_context(compiled(model, backend(settings, next(model.parameters()).device)))
+            stack.enter_context(compiled(model, backend(settings)))
         yield
 
 
@@ -45,8 +45,8 @@ def products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def backend(settings: TrainerSettings, device: torch.device) -> str:
-    """torch.compile's backend.
+def backend(settings: TrainerSettings) -> str:
+    """torch.compile's backend for the settings' device.
 
     Raises:
         UsageError: torch has no such backend, or the default one finds no compiler for the device.
@@ -56,7 +56,7 @@ def backend(settings: TrainerSettings, device: torch.device) -> str:
             hint = did_you_mean(settings.compile, known) or f"choose true or one of {', '.join(known)}"
             raise UsageError(f"trainer.compile={settings.compile}: torch has no such backend; {hint.strip()}")
         return settings.compile
-    if device.type == "cpu":
+    if settings.accelerator == "cpu" or not torch.cuda.is_available():
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
 
@@ -65,7 +65,7 @@ def backend(settings: TrainerSettings, device: torch.device) -> str:
         except InvalidCxxCompiler as error:
             fix = "install g++, or set trainer.compile=false"
             raise UsageError(f"trainer.compile={settings.compile}: there is no C++ compiler; {fix}") from error
-    elif device.type == "cuda" and not torch.utils._triton.has_triton():
+    elif not torch.utils._triton.has_triton():
         fix = "install triton, or set trainer.compile=false"
         raise UsageError(f"trainer.compile={settings.compile}: there is no Triton for this GPU; {fix}")
     return "inductor"

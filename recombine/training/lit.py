@@ -14,7 +14,7 @@ from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.training import distributed, finite, resume
 from recombine.training.objectives import Objective, Shard, labels_of, parts_of
-from recombine.training.optimizers import OPTIMIZERS, fusible, scale_gradients, takes_muon
+from recombine.training.optimizers import OPTIMIZERS, fusible, prepare, scale_gradients, takes_muon
 from recombine.training.settings import OptimizerSettings
 from recombine.training.sharding import Sharded, local, shard, whole
 
@@ -57,6 +57,7 @@ class LitRecombine(L.LightningModule):
             raise UsageError(f"{key}.name={self.optim.name}: must be one of {', '.join(OPTIMIZERS)}")
         if self.optim.schedule not in SCHEDULES:
             raise UsageError(f"{key}.schedule={self.optim.schedule!r}: must be {', '.join(SCHEDULES)}")
+        prepare(self.optim.name)
         self.train_metrics = objective.metrics().clone("train/")
         self.val_metrics = objective.metrics().clone("val/")
         self.test_metrics = objective.metrics().clone("test/")

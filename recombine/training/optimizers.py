@@ -9,17 +9,30 @@ from torch import nn
 from torch.optim import Optimizer
 
 from recombine.errors import UsageError
+from recombine.training.settings import INSTALL
 
 GPUS = ("cuda", "mps", "xpu")  # devices on which one kernel moves all weights
 
 
 def adamw(groups: Sequence[dict], fused: bool = False) -> Optimizer:
     """AdamW. fused: one kernel moves all weights; the results differ in the last digits."""
-    return torch.optim.AdamW(groups, fused=fused or None)
+    return clipped(torch.optim.AdamW(groups, fused=fused or None))
 
 
-def adamw_8bit(groups: Sequence[dict], fused: bool = False) -> Optimizer:
-    """AdamW whose two moments are stored in 8 bits, where a tensor has 4096 entries or more (arXiv 2110.02861).
+def adam(groups: Sequence[dict], fused: bool = False) -> Optimizer:
+    """Adam, fused as `adamw` is."""
+    return clipped(torch.optim.Adam(groups, fused=fused or None))
+
+
+def clipped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer, of which Lightning clips gradients. It refuses to where one unscales gradients by itself, as fused
+    ones do with float16; where `fusible` allows those, nothing is scaled."""
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
+
+
+def eight_bits() -> type[Optimizer]:
+    """torchao's AdamW of 8 bits. Its import also lets torch.load read its training states.
 
     Raises:
         UsageError: torchao is not installed.
@@ -27,9 +40,13 @@ def adamw_8bit(groups: Sequence[dict], fused: bool = False) -> Optimizer:
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
-        fix = "pip install -e '.[8bit]', or say optim=adamw"
-        raise UsageError(f"optim.name=adamw_8bit: torchao cannot be imported ({error}); {fix}") from error
-    return AdamW8bit(groups)
+        raise UsageError(f"optim.name=adamw_8bit: torchao cannot be imported ({error}); {INSTALL}") from error
+    return AdamW8bit
+
+
+def adamw_8bit(groups: Sequence[dict], fused: bool = False) -> Optimizer:
+    """AdamW whose two moments are stored in 8 bits, where a tensor has 4096 entries or more (arXiv 2110.02861)."""
+    return eight_bits()(groups)
 
 
 class MuonAdamW(Optimizer):
@@ -65,11 +82,21 @@ def of_kind(groups: Sequence[dict], muon: bool) -> list[dict]:
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {  # optim.name -> how it is made of groups, fused or not
     "adamw": adamw,
-    "adam": lambda groups, fused=False: torch.optim.Adam(groups, fused=fused or None),
+    "adam": adam,
     "sgd": lambda groups, fused=False: torch.optim.SGD(groups, momentum=0.9),
     "adamw_8bit": adamw_8bit,
     "muon": MuonAdamW,
 }
+
+
+def prepare(name: str) -> None:
+    """Imports what an optimizer and its training states need.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    if name == "adamw_8bit":
+        eight_bits()
 
 
 def takes_muon(model: nn.Module, head: nn.Module | None) -> set[int]:
@@ -80,7 +107,7 @@ def takes_muon(model: nn.Module, head: nn.Module | None) -> set[int]:
 
 
 def fusible(device: torch.device, precision: str) -> bool:
-    """Whether one kernel may move all weights. With 16-mixed Lightning has no gradient clipped then."""
+    """Whether one kernel may move all weights. With 16-mixed it would unscale gradients after they are clipped."""
     return device.type in GPUS and precision != "16-mixed"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from recombine.runtime.kinds import Count, Epochs, Name, Positive, Rate, Share, 
 
 Machines = Annotated[int, Field(ge=1, le=4096)]
 Minutes = Annotated[float, Field(ge=0, le=10_000)]
+INSTALL = "pip install -e '.[8bit]', or say optim=adamw"
 LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -38,6 +40,12 @@ class OptimizerSettings:
     label_smoothing: LabelSmoothing = 0.0
     head: Literal["random", "probe"] = "random"
 
+    def contradiction(self, key: str) -> str | None:
+        """Why the values do not go together; None: they do. key: of the node."""
+        if self.name == "adamw_8bit" and find_spec("torchao") is None:
+            return f"{key}.name=adamw_8bit: torchao is not installed; {INSTALL}"
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationSettings(OptimizerSettings):
@@ -57,7 +65,7 @@ class DistillationSettings(OptimizerSettings):
         if self.epochs and not (self.kl or self.mse or self.features or self.l1):
             none = " ".join(f"{key}.{name}=0" for name in ("kl", "mse", "features", "l1"))
             return f"{none}: nothing is left to learn; set one, or {key}.epochs=0"
-        return None
+        return super().contradiction(key)
 
 
 @dataclass(frozen=True, kw_only=True)

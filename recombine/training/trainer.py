@@ -10,17 +10,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recombine.errors import UsageError, did_you_mean
 from recombine.runtime.kinds import shown
 from recombine.runtime.user_code import load_class
-from recombine.training import distributed
+from recombine.training import distributed, engine
 from recombine.training.settings import TrainerSettings
 
 
 def require_possible(settings: TrainerSettings) -> None:
-    """Refuses what no strategy or list of devices is.
+    """Refuses what no strategy, list of devices or backend of torch.compile is.
 
     Raises:
         UsageError: names the key, and what to say instead.
     """
     devices, strategy = settings.devices, settings.strategy
+    if settings.compile:
+        engine.backend(settings)
     if isinstance(devices, list) and (settings.accelerator == "cpu" or len({*devices}) != len(devices) or not devices):
         why = "a list names different GPUs; say how many devices, for example trainer.devices=2"
         raise UsageError(f"trainer.devices={shown(devices)}: {why}")

@@ -121,5 +121,5 @@ def test_a_backend_that_torch_lacks_is_one_line(capsys, monkeypatch, tmp_path):
 
 def test_without_a_compiler_it_is_one_line(monkeypatch):
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    message = refusal(engine.backend, TrainerSettings(compile=True), torch.device("cpu"))
+    message = refusal(engine.backend, TrainerSettings(compile=True, accelerator="cpu"))
     assert "there is no C++ compiler" in message

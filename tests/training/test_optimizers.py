@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers import refusal
 from helpers.command import execute
-from recombine.training import optimizers
+from recombine.training import lit, optimizers, settings
 from recombine.training.optimizers import OPTIMIZERS, fusible, takes_muon
 
 
@@ -83,7 +83,19 @@ def test_one_kernel_for_all_weights_does_the_same(net):
     assert not fusible(torch.device("cpu"), "32-true")
 
 
-def test_8_bits_without_torchao_are_one_line(net, monkeypatch):
+def test_a_fused_optimizer_has_its_gradients_clipped(tmp_path, monkeypatch):
+    """Lightning refuses to clip for one that could unscale gradients, in bfloat16 too, where nothing is scaled."""
+    made, adamw = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, **k: made.append(k["fused"]) or adamw(*a, **k))
+    monkeypatch.setattr(lit, "fusible", lambda *_: True)
+    execute(tmp_path, "method=lora", "trainer.precision=bf16-mixed", "trainer.epochs=1", "data.limit=32")
+    assert made == [True]
+
+
+def test_8_bits_without_torchao_are_one_line(net, monkeypatch, tmp_path):
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
+    message = refusal(execute, tmp_path, "optim=adamw_8bit", "method=lora")
+    assert message.startswith("optim.name=adamw_8bit: torchao is not installed; pip install")
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     message = refusal(optimizers.adamw_8bit, groups(net, set()))
     assert message.startswith("optim.name=adamw_8bit: torchao cannot be imported") and "'.[8bit]'" in message
