@@ -1,5 +1,6 @@
 """Tensor mathematics that two or more methods share. Everything is computed and returned in float64."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,10 +21,13 @@ def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def energy_rank(s: Tensor, fraction: float) -> int:
     """The smallest k with sum(s[:k]^2) >= fraction * sum(s^2) (CERSA Eq. 2).
 
-    It is at least 1, and len(s) at fraction 1. s (N,) is descending.
+    It is at least 1, and len(s) at fraction 1. s (N,) is descending. On the meta device, where s has no values: the
+    largest k that any s can have.
     """
     if fraction >= 1:
         return len(s)
+    if s.is_meta:
+        return math.ceil(fraction * len(s))
     energy = s.double().square().cumsum(0)
     return min(int((energy < fraction * energy[-1]).sum()) + 1, len(s))
 
@@ -35,6 +39,8 @@ def rising_inverse(function: Callable[[Tensor], Tensor], bottom: float, y: Tenso
     function(bottom), which is asserted.
     """
     y = y.double()
+    if y.is_meta:  # has no values to search by
+        return torch.empty_like(y)
     low, high = torch.full_like(y, bottom), y.clamp(min=0) + 1
     assert (y >= function(low) - 1e-12).all(), f"the function never reaches {y.min():.4f}"
     for _ in range(steps):
@@ -95,7 +101,7 @@ def orthonormal_union(base: Tensor, extra: Tensor, tolerance: float = 1e-6) -> T
     for _ in range(2):  # the second pass takes away what rounding left
         extra = extra - base @ (base.T @ extra)
     u, s, _ = svd(extra)
-    new = u[:, s > tolerance]
+    new = u[:, s > tolerance][:, : len(base) - base.shape[1]]  # no more can be outside
     new = torch.linalg.qr(new - base @ (base.T @ new))[0]
     return torch.cat([base, new], 1)
 

@@ -20,11 +20,12 @@ from hydra.core.override_parser.types import Override, OverrideType, Quote, Quot
 from hydra.errors import HydraException
 
 from recombine.errors import UsageError, did_you_mean
-from recombine.runtime import help
+from recombine.runtime import conf, help
 from recombine.runtime.conf import CONF
 
 STRUCTURED = re.compile(r"[\[{'\"]|.*\$\{|(\w+)\(", re.DOTALL)  # how lists, dicts, texts, interpolations, calls begin
 FUNCTIONS = [*create_functions().functions]  # that Hydra's grammar calls: choice(1,2)
+PLAN = "stage=plan"
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 UNREAD = re.compile(r"(?:token recognition error at: |input )'(.+?)'", re.DOTALL)  # in a message of the grammar
 NO_FUNCTION = re.compile(r"Unknown function '(\w+)'")
@@ -40,8 +41,22 @@ def prepared(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         UsageError: one of them can be no part of a run.
     """
     flags, overrides = split(arguments)
-    overrides = [readable(override) for override in overrides]
+    overrides = planned([readable(override) for override in overrides])
     return flags, [checked(override, parse(override)) for override in overrides]
+
+
+def planned(overrides: Sequence[str]) -> list[str]:
+    """The overrides, with stage=plan beside the stage that is planned, which an experiment or its cells may choose.
+
+    >>> planned(["stage=joint", "stage=plan", "stage.device=h100_80gb"])
+    ['stage=joint', 'stage@plan=plan', 'plan.device=h100_80gb']
+    """
+    if PLAN not in overrides:
+        return list(overrides)
+    keys = {f"stage.{key}": f"plan.{key}" for key in conf.load("stage", "plan")}
+    named = {PLAN: "stage@plan=plan"}
+    parts = [(key, equals + value) for key, equals, value in (o.partition("=") for o in overrides)]
+    return [named.get(key + rest, keys.get(key, key) + rest) for key, rest in parts]
 
 
 def cell_by_cell(overrides: Sequence[str]) -> list[str]:

@@ -214,6 +214,20 @@ class Suite(VisionData):
             train, val = _divide(train, HOLDOUT)
         return {"train": train, "val": val, "test": parts["test"]}
 
+    @property
+    def foreseen(self) -> dict[str, int]:
+        known = {ours: self.row.sizes[theirs] for ours, theirs in self.row.splits.items() if theirs in self.row.sizes}
+        if self.split == "80/20":
+            total = sum(known.values())
+            known = {"train": total - round(0.2 * total), "test": round(0.2 * total)}
+        known["train"] = math.ceil(self.row.share * known["train"])
+        if "val" not in known:
+            known["val"] = round(HOLDOUT * known["train"])
+            known["train"] -= known["val"]
+        if self.merge_train_val:
+            known["train"] += known.pop("val")
+        return {split: min(size, self.limit or size) for split, size in known.items()}
+
     def identity(self) -> str:
         """At a commit it needs neither network nor files."""
         known = self.root is None and self.commit

@@ -1,0 +1,342 @@
+"""Rehearses a run on torch's meta device: its own code, phase by phase, without weights, data or memory."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recombine import data, models
+from recombine.core import footprint, rewrite
+from recombine.core.budget import Budget
+from recombine.core.calibration import BACKWARD
+from recombine.core.footprint import Kernels, Watch
+from recombine.core.method import Method, Site
+from recombine.core.rollback import unchanged_on_failure
+from recombine.data.base import DataModule, TokenModule
+from recombine.errors import UsageError
+from recombine.models import roles
+from recombine.runner.config import RunSpec
+from recombine.runner.plan_devices import HALF, Cost, Device
+from recombine.runtime import progress
+from recombine.training import objectives
+from recombine.training.objectives import Objective
+from recombine.training.settings import OptimizerSettings
+
+log = logging.getLogger(__name__)
+
+CLASSES = 100  # of data that tell only once they are read
+MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # copies of what trains that an optimizer keeps
+COMPARED = 32  # samples that a retrofit compares
+BATCHES = 2  # of calibration that are rehearsed; the others cost the same
+PROBE_STEPS = 500  # evaluations of the linear probe's loss, all decays together
+
+
+class Phase(NamedTuple):
+    """A part of a run. held: bytes by part, all at the same time. cost: of its work; None: how much is not known."""
+
+    name: str
+    held: dict[str, int]
+    cost: Cost | None
+
+    @property
+    def bytes(self) -> int:
+        """All parts together."""
+        return sum(self.held.values())
+
+
+@dataclass
+class Rehearsal:
+    """What a run will take.
+
+    parameters: total, trained and, of the target layers, the share that is retained. phases: in their order.
+    samples: of each split, as far as known. changed: bytes that the result's checkpoint holds. notes: what is a bound.
+    """
+
+    parameters: dict[str, float] = field(default_factory=dict)
+    phases: list[Phase] = field(default_factory=list)
+    samples: dict[str, int] = field(default_factory=dict)
+    changed: int = 0
+    weights: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that takes most memory."""
+        return max(self.phases, key=lambda phase: phase.bytes)
+
+
+def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
+    """What the run takes on the device.
+
+    Raises:
+        UsageError: the run cannot be: an unknown role, a field out of range, data that the model cannot read.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what methods say of values, of which there are none
+    try:
+        with progress.display(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return Player(spec, device).play()
+    finally:
+        logging.disable(before)
+
+
+class Player:
+    """A rehearsal under way."""
+
+    def __init__(self, spec: RunSpec, device: Device):
+        self.spec, self.device, self.told = spec, device, Rehearsal()
+        self.settings, self.stage = spec.settings, spec.settings.stage
+        self.module = data.build(**spec.data)
+        self.model = self.build(spec, self.module)
+        if not isinstance(self.module, TokenModule):
+            self.module.attach_model(**models.for_data(self.model.recombine_source))
+        self.samples = self.told.samples = self.module.foreseen
+        count = self.settings.trainer.devices
+        self.ranks = count if isinstance(count, int) else 1
+        self.batch_size = ceil(min(self.module.batch_size, self.samples.get("train", 2**31)) / self.ranks)
+        half = {"bf16-mixed": HALF, "16-mixed": torch.float16, "auto": HALF if device.gpu else None}
+        self.kernels = lambda: Kernels(half.get(self.settings.trainer.precision), device.gpu)
+        self.sharded = "fsdp" in str(self.settings.trainer.strategy).lower()
+
+    @staticmethod
+    def build(spec: RunSpec, module: DataModule) -> nn.Module:
+        """The model without memory."""
+        task = "lm" if module.objective == "lm" else "text" if isinstance(module, TokenModule) else "image"
+        config = models.for_task(spec.model, task) | {"pretrained": False, "checkpoint": None}
+        with torch.device("meta"):
+            model = models.build(**config)
+            if module.objective != "lm":
+                classes = module.num_classes if isinstance(module.num_classes, int) else CLASSES
+                models.reset_head(model, classes)
+        return model
+
+    def play(self) -> Rehearsal:
+        """All phases."""
+        told, name, first = self.told, self.stage.name, self.spec.compressor or self.spec.method
+        told.weights = footprint.size(self.model.parameters())
+        self.load()
+        if name == "evaluate":
+            self.score()
+            return self.count()
+        self.probe()
+        teacher = copy.deepcopy(self.model) if name in ("compress", "joint", "retrofit") else None
+        self.change(first, teacher)
+        if name == "retrofit":
+            self.compare(teacher)
+        if name in ("compress", "joint"):
+            if self.stage.distil.epochs and hasattr(self.model, "recombined"):
+                self.distil(first, teacher)
+        if name == "compress":
+            rewrite.train_only(self.model, head_names(self.model))
+        elif self.spec.compressor is not None:
+            self.change(self.spec.method, None)
+        if name == "joint":
+            rewrite.train_only(self.model, set(self.model.recombined.trainable))
+        if name in ("adapt", "compress", "joint"):
+            if footprint.trained(self.model):
+                self.train("train", self.objective(), self.settings.optim, self.settings.trainer.epochs, None)
+            self.score()
+        return self.count()
+
+    def count(self) -> Rehearsal:
+        """The parameters, as the last phase left the model."""
+        model = self.model
+        total, trains = sum(p.numel() for p in model.parameters()), footprint.trained(model)
+        untouched = getattr(getattr(model, "recombined", None), "untouched", set())
+        self.told.changed = footprint.size(p for n, p in model.named_parameters() if n not in untouched)
+        self.told.parameters = {"total": total, "trained": sum(p.numel() for p in trains)}
+        return self.told
+
+    def add(self, name: str, cost: Cost | None, **held: int) -> None:
+        """Adds a phase, of which one rank holds these bytes."""
+        if self.sharded:
+            held = {k: v // self.ranks if k in ("weights", "gradients", "optimizer") else v for k, v in held.items()}
+        self.told.phases.append(Phase(name, {k: int(v) for k, v in held.items() if v}, cost))
+
+    def load(self) -> None:
+        """The weights, and the file they come from."""
+        weights, loaded = footprint.size(footprint.tensors(self.model)), self.spec.model.get("pretrained", True)
+        self.add("load", Cost(moved=2 * weights), weights=weights, file=weights if loaded else 0)
+
+    def probe(self) -> None:
+        """The linear probe: features of all samples, and a regression on them."""
+        stage, head, classes = self.stage.name, roles.head(self.model), self.module.num_classes
+        if head is None or not classes or stage == "evaluate":
+            return
+        parts = list(filter(None, (self.spec.compressor, self.spec.method)))
+        trained = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts)
+        starts = stage in ("compress", "joint") or trained or self.settings.optim.head == "probe"
+        if not (starts or self.settings.probe and stage not in ("retrofit", "profile")):
+            return
+        watch, per = self.forward(64)
+        width = roles.output_layer(self.model).in_features
+        count, train = sum(self.samples.values()), self.samples.get("train", 0)
+        cost = per * count + Cost(moved=0) if count else None
+        if cost:
+            cost.products[torch.float64] += PROBE_STEPS * 4 * train * width * classes
+        weights = footprint.size(footprint.tensors(self.model))
+        self.add("probe", cost, weights=weights, activations=watch.peak, features=8 * width * (count + 2 * train))
+
+    def change(self, method: Method, teacher: nn.Module | None) -> None:
+        """Calibrates and rewrites."""
+        pair, model = self.spec.compressor is not None, self.model
+        mine = not pair or (method is self.spec.method) == (self.spec.budget.kind == "trainable")
+        budget = self.spec.budget if mine else Budget()
+        if pair and not hasattr(model, "recombined"):
+            roles.split_fused(model, self.spec.method.targets)
+        sites, kinds = rewrite.find_sites(model, method), method.statistics_needed()
+        known = footprint.tensors(model)
+        held = {"weights": footprint.size(known), "statistics": footprint.statistics_bytes(kinds, sites)}
+        held |= {"teacher": footprint.size(footprint.tensors(teacher)) if teacher is not None else 0}
+        watch = Watch(known)
+        losses = Losses(self, watch)
+        try:
+            with unchanged_on_failure(model), watch, self.kernels():
+                rewrite._apply(model, method, budget, losses)
+                if pair and method is not self.spec.method:
+                    rewrite.finish(model, method, alone=False)
+            model.to("meta")  # what was made apart from it
+        except UsageError:
+            raise
+        except Exception as error:  # it reads values, of which there are none
+            log.debug("%s is planned by bounds: %r", method.label, error)
+            self.bound(method, sites)
+            watch.peak = watch.live + 8 * 2 * sum(site.module.weight.numel() for site in sites)
+        if losses.peak:
+            there = losses.peak - held["weights"] - held["statistics"]
+            self.add("calibrate", losses.cost, **held, activations=max(0, there))
+        rest = watch.peak - held["weights"]
+        held["statistics"] = min(rest, held["statistics"])
+        self.add("rewrite", Cost.of(watch) + losses.seen * -1.0, **held, factors=rest - held["statistics"])
+
+    def bound(self, method: Method, sites: list[Site]) -> None:
+        """Leaves the model dense, and trains all that the method could."""
+        why = "what it stores and trains is learnt; the dense layers are counted in its place, which is the most"
+        self.told.notes.append(f"{method.label}: {why}")
+        self.model.recombined = rewrite.started_record(self.model, sites, set())
+        self.model.recombined.targets = {site.name: site.role for site in sites}
+        self.model.requires_grad_(False)
+        for site in sites:
+            site.module.requires_grad_(not method.compresses)
+        if (head := roles.head(self.model)) is not None:
+            head.requires_grad_(True)
+        self.model.recombined.trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def distil(self, method: Method, teacher: nn.Module) -> None:
+        """The training that follows the original model."""
+        distil = self.stage.distil
+        rewrite.train_only(self.model, method.distillation_parameters(self.model))
+        objective = objectives.Distillation(teacher, distil.kl, distil.mse, distil.features, distil.l1)
+        self.train("distil", objective, distil, distil.epochs, teacher)
+        if self.model.recombined.steps:
+            rewrite.finish(self.model, method, alone=self.spec.compressor is None)
+
+    def train(
+        self, name: str, objective: Objective, optim: OptimizerSettings, epochs: int, teacher: nn.Module | None
+    ) -> None:
+        """A training: its steps, and what validates it."""
+        self.model.train()
+        apart = footprint.tensors(teacher) if teacher is not None else []
+        watch = footprint.step(self.model, lambda: self.loss(objective, self.batch_size), self.kernels(), apart)
+        trains, moments = footprint.size(footprint.trained(self.model)), MOMENTS[optim.name]
+        cost = None
+        if train := self.samples.get("train"):
+            steps = ceil(train / (self.batch_size * self.ranks)) * epochs
+            cost = (Cost.of(watch) + Cost(moved=(3 + 2 * moments) * trains)) * steps
+            if val := self.samples.get("val"):
+                cost += self.forward(self.batch_size, objective)[1] * (val * epochs / self.ranks)
+        held = {"weights": footprint.size(footprint.tensors(self.model)), "gradients": trains}
+        held |= {"optimizer": moments * trains, "activations": max(0, watch.peak - trains)}
+        held |= {"best weights": 0 if self.device.gpu else trains, "teacher": footprint.size(apart)}
+        self.add(name, cost, **held)
+
+    def compare(self, teacher: nn.Module) -> None:
+        """Both models' outputs on the samples that a retrofit compares."""
+        samples = min(COMPARED, self.samples.get("train", COMPARED))
+        known, given = footprint.tensors(self.model), batch(self.module, samples)
+        apart = footprint.tensors(teacher)
+        logits = []
+
+        def both() -> None:
+            for model in (teacher, self.model):
+                logits.append(objectives.call(model.eval(), given))
+
+        watch = footprint.forward(both, [*known, *apart], self.kernels())
+        held = {"weights": footprint.size(known), "teacher": footprint.size(apart), "activations": watch.peak}
+        self.add("compare", Cost.of(watch), **held)
+
+    def score(self) -> None:
+        """The test."""
+        watch, each = self.forward(self.batch_size)
+        test = self.samples.get("test")
+        weights = footprint.size(footprint.tensors(self.model))
+        self.add("test", each * test if test else None, weights=weights, activations=watch.peak)
+
+    def forward(self, size: int, objective: Objective | None = None) -> tuple[Watch, Cost]:
+        """What scoring a batch of that size takes, and what it costs a sample."""
+        objective = objective or self.objective()
+        self.model.eval()
+        known = footprint.tensors(self.model)
+        known += footprint.tensors(objective.teacher) if hasattr(objective, "teacher") else []
+        watch = footprint.forward(lambda: self.loss(objective, size), known, self.kernels())
+        self.model.train()
+        return watch, Cost.of(watch) * (1 / size)
+
+    def objective(self, module: DataModule | None = None) -> Objective:
+        """What a data module's task is trained by."""
+        module = module or self.module
+        if not isinstance(module.num_classes, int) and module.objective == "classification":
+            return objectives.Classification(CLASSES)
+        return objectives.build(module)
+
+    def loss(self, objective: Objective, size: int, module: DataModule | None = None) -> Tensor:
+        """The loss of a batch without values."""
+        return objective.loss(self.model, batch(module or self.module, size))[0]
+
+
+class Losses:
+    """The calibration's losses. Of each pass some batches are rehearsed.
+
+    peak: bytes that the passes took at most. seen: what the rehearsed batches cost; cost: what all cost.
+    """
+
+    def __init__(self, player: Player, watch: Watch):
+        self.player, self.watch = player, watch
+        self.peak, self.seen, self.cost = 0, Cost(), Cost()
+
+    def __call__(self) -> Iterator[Tensor]:
+        player, given = self.player, self.player.settings.calibration
+        module = player.module if player.spec.calibration_data is None else data.build(**player.spec.calibration_data)
+        samples = min(given.samples, module.foreseen.get("train", given.samples))
+        size = min(given.batch_size, samples)
+        rehearsed, before = min(BATCHES, samples // size), Cost.of(self.watch)
+        objective = player.objective(module)
+        for _ in range(rehearsed):
+            yield player.loss(objective, size, module)
+        cost = Cost.of(self.watch) + before * -1.0
+        self.seen, self.cost = self.seen + cost, self.cost + cost * (samples // size / rehearsed)
+        self.peak, self.watch.peak = max(self.peak, self.watch.peak), self.watch.live
+
+
+def batch(module: DataModule, size: int):
+    """A batch of that many samples without values, as `objectives` take it; texts have their largest length."""
+    if not isinstance(module, TokenModule):
+        pictures = torch.empty(size, 3, module.image_size, module.image_size, device="meta")
+        return pictures, torch.empty(size, dtype=torch.long, device="meta")
+    ids = torch.empty(size, module.max_length, dtype=torch.long, device="meta")
+    numbers = torch.float32 if module.objective == "regression" else torch.long
+    labels = ids.clone() if module.objective == "lm" else torch.empty(size, dtype=numbers, device="meta")
+    return {"input_ids": ids, "attention_mask": torch.empty_like(ids), "labels": labels}
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of the classification head."""
+    ours = {id(p) for p in head.parameters()} if (head := roles.head(model)) is not None else set()
+    return {name for name, p in model.named_parameters() if id(p) in ours}
