@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward  # torch.autograd.backward without a look at function modes
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -145,6 +146,9 @@ class Kernels(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is Tensor.backward and args[0].ndim == 0:  # checkpointed blocks run again in it, by the same kernels
+            with self:
+                return _engine_run_backward(args, (torch.ones_like(args[0]),), False, False, (), True, True)
         if self.half is not None and (func in PRODUCTS or func is F.scaled_dot_product_attention):
             args, kwargs = cast(args, self.half), cast(kwargs, self.half)
         if func is F.scaled_dot_product_attention:

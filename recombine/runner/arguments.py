@@ -53,10 +53,9 @@ def planned(overrides: Sequence[str]) -> list[str]:
     """
     if PLAN not in overrides:
         return list(overrides)
-    keys = {f"stage.{key}": f"plan.{key}" for key in conf.load("stage", "plan")}
-    named = {PLAN: "stage@plan=plan"}
-    parts = [(key, equals + value) for key, equals, value in (o.partition("=") for o in overrides)]
-    return [named.get(key + rest, keys.get(key, key) + rest) for key, rest in parts]
+    own = tuple(f"stage.{key}=" for key in conf.load("stage", "plan"))
+    beside = [o.replace("stage", "plan", 1) if o.startswith(own) else o for o in overrides]
+    return ["stage@plan=plan" if o == PLAN else o for o in beside]
 
 
 def cell_by_cell(overrides: Sequence[str]) -> list[str]:

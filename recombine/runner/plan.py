@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
-from recombine import data, models
-from recombine.data.base import TokenModule
+from torch import nn
+
+from recombine import data
+from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
 from recombine.runner.config import RunSpec
 from recombine.runner.ledger import duration
@@ -14,8 +16,8 @@ from recombine.runner.plan_devices import GB, Device, find
 from recombine.runner.plan_run import Player, Rehearsal, rehearse
 from recombine.training import distributed
 
-LONG = 600  # seconds from which a run says at its start what it will take
-WORTH = 120  # seconds, by a guess from sizes alone, from which a run is rehearsed at its start
+LONG = 600  # seconds from which a run says at its start what it will take; shorter ones do not wait for a rehearsal
+PATCH = 14  # pixels a side, for the guess
 LEAST = ("weights", "gradients", "optimizer", "statistics")  # parts that are counted, not estimated
 SPARE = 0.95  # of the memory; the rest is the driver's, the interpreter's and what lies between tensors
 IMPORTS = int(0.7 * GB)  # bytes of memory that torch and the other libraries take on a processor
@@ -162,7 +164,7 @@ def at_start(spec: RunSpec) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if weights > device.memory:
         raise UsageError(too_large(spec, f"{gigabytes(weights)} of weights", device))
-    if guess(spec, module, model, device) < WORTH and 8 * weights < device.memory:
+    if guess(spec, module, model, device) < LONG and 8 * weights < device.memory:
         return
     try:
         found = plan(spec, find("here", spec.settings.trainer.accelerator))
@@ -183,9 +185,11 @@ def too_large(spec: RunSpec, what: str, device: Device) -> str:
     return f"model={spec.model['name']}: {what} do not fit into {gigabytes(device.memory)} of {device.name}; {fix}"
 
 
-def guess(spec: RunSpec, module, model, device: Device) -> float:
+def guess(spec: RunSpec, module: DataModule, model: nn.Module, device: Device) -> float:
     """Seconds of a run by its sizes alone."""
-    tokens = module.max_length if isinstance(module, TokenModule) else 256
+    text = isinstance(module, TokenModule)
+    size = 0 if text else module.image_size or model.recombine_source["image_size"]
+    tokens = module.max_length if text else (size // PATCH) ** 2 + 1
     samples = module.foreseen.get("train", 10_000) * spec.settings.trainer.epochs
     weights = sum(p.numel() for p in model.parameters())
     return 6 * weights * tokens * samples / GUESSED[device.gpu]

@@ -4,7 +4,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from recombine.training.settings import OptimizerSettings
 log = logging.getLogger(__name__)
 
 CLASSES = 100  # of data that tell only once they are read
+FEW = 2  # blocks of a deep model that are rehearsed, and twice as many; times the layers that share a basis
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # copies of what trains that an optimizer keeps
 COMPARED = 32  # samples that a retrofit compares
 BATCHES = 2  # of calibration that are rehearsed; the others cost the same
@@ -74,6 +75,8 @@ class Rehearsal:
 def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
     """What the run takes on the device.
 
+    A deep model whose blocks are alike is rehearsed with a few of them, twice, and the rest follows in a straight line.
+
     Raises:
         UsageError: the run cannot be: an unknown role, a field out of range, data that the model cannot read.
     """
@@ -82,19 +85,60 @@ def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
     try:
         with progress.display(False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return Player(spec, device).play()
+            few = FEW * max(getattr(m, "group_size", 1) for m in (spec.method, spec.compressor or spec.method))
+            player = Player(spec, device, few)
+            if player.depth is None or player.depth < 3 * few:
+                return Player(spec, device, None).play()
+            return extended(player.play(), Player(spec, device, 2 * few).play(), (player.depth - few) / few)
     finally:
         logging.disable(before)
 
 
-class Player:
-    """A rehearsal under way."""
+def extended(small: Rehearsal, large: Rehearsal, times: float) -> Rehearsal:
+    """The rehearsal of a deeper model, on the line through two others. times: of their difference beyond the first."""
 
-    def __init__(self, spec: RunSpec, device: Device):
+    def on(a: float, b: float) -> int:
+        return max(0, round(a + times * (b - a)))
+
+    phases = []
+    for a, b in zip(small.phases, large.phases, strict=True):
+        held = {part: on(a.held.get(part, 0), b.held[part]) for part in b.held}
+        phases.append(Phase(b.name, held, None if b.cost is None else a.cost + (b.cost + a.cost * -1.0) * times))
+    parameters = {key: on(small.parameters[key], large.parameters[key]) for key in large.parameters}
+    changed, weights = on(small.changed, large.changed), on(small.weights, large.weights)
+    return replace(large, parameters=parameters, phases=phases, changed=changed, weights=weights)
+
+
+def shortened(model: nn.Module, few: int) -> int | None:
+    """Leaves a model so many of its blocks, in place, and returns how many it had.
+
+    None: it stays as it is, for its blocks differ.
+    """
+    names = roles.block_names(model)
+    shapes = {tuple((key, p.shape) for key, p in model.get_submodule(n).named_parameters()) for n in names}
+    owners = {name.rpartition(".")[0] for name in names}
+    if len(names) <= few or len(shapes) > 1 or len(owners) > 1:
+        return None
+    blocks = model.get_submodule(owners.pop())
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or len(blocks) != len(names):
+        return None
+    del blocks[few:]
+    return len(names)
+
+
+class Player:
+    """A rehearsal under way.
+
+    depth: the blocks of the model, where it is rehearsed with `few` of them; None: it is with all.
+    """
+
+    def __init__(self, spec: RunSpec, device: Device, few: int | None):
         self.spec, self.device, self.told = spec, device, Rehearsal()
         self.settings, self.stage = spec.settings, spec.settings.stage
         self.module = data.build(**spec.data)
         self.model = self.build(spec, self.module)
+        absolute = spec.budget.kind in ("trainable", "memory")  # is of the whole model
+        self.depth = None if absolute or few is None else shortened(self.model, few)
         if not isinstance(self.module, TokenModule):
             self.module.attach_model(**models.for_data(self.model.recombine_source))
         self.samples = self.told.samples = self.module.foreseen
