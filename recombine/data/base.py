@@ -90,7 +90,7 @@ class DataModule(lightning.LightningDataModule):
 
     @property
     def foreseen(self) -> dict[str, int]:
-        """Samples of each split, as far as they are known before anything is fetched or read; none where they are not."""
+        """Samples of each split, as far as they are known before anything is fetched or read."""
         return {}
 
     def metrics(self) -> MetricCollection | None:

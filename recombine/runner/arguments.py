@@ -25,7 +25,6 @@ from recombine.runtime.conf import CONF
 
 STRUCTURED = re.compile(r"[\[{'\"]|.*\$\{|(\w+)\(", re.DOTALL)  # how lists, dicts, texts, interpolations, calls begin
 FUNCTIONS = [*create_functions().functions]  # that Hydra's grammar calls: choice(1,2)
-PLAN = "stage=plan"
 FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 UNREAD = re.compile(r"(?:token recognition error at: |input )'(.+?)'", re.DOTALL)  # in a message of the grammar
 NO_FUNCTION = re.compile(r"Unknown function '(\w+)'")
@@ -51,11 +50,10 @@ def planned(overrides: Sequence[str]) -> list[str]:
     >>> planned(["stage=joint", "stage=plan", "stage.device=h100_80gb"])
     ['stage=joint', 'stage@plan=plan', 'plan.device=h100_80gb']
     """
-    if PLAN not in overrides:
+    if "stage=plan" not in overrides:
         return list(overrides)
     own = tuple(f"stage.{key}=" for key in conf.load("stage", "plan"))
-    beside = [o.replace("stage", "plan", 1) if o.startswith(own) else o for o in overrides]
-    return ["stage@plan=plan" if o == PLAN else o for o in beside]
+    return ["stage@plan=plan" if o == "stage=plan" else f"plan{o[5:]}" if o.startswith(own) else o for o in overrides]
 
 
 def cell_by_cell(overrides: Sequence[str]) -> list[str]:

@@ -13,7 +13,8 @@ from recombine.errors import UsageError
 from recombine.runner.config import RunSpec
 from recombine.runner.ledger import duration
 from recombine.runner.plan_devices import GB, Device, find
-from recombine.runner.plan_run import Player, Rehearsal, rehearse
+from recombine.runner.plan_parts import Rehearsal, build
+from recombine.runner.plan_run import rehearse
 from recombine.training import distributed
 
 LONG = 600  # seconds from which a run says at its start what it will take; shorter ones do not wait for a rehearsal
@@ -74,7 +75,8 @@ class Plan:
     def line(self) -> str:
         """The plan in one line."""
         time = "time not known before the data are" if self.wall is None else f"about {duration(self.wall)}"
-        return f"{gigabytes(self.peak)} at most ({self.told.largest.name}), {time} on {self.device.name}: {self.verdict}"
+        most = f"{gigabytes(self.peak)} at most ({self.told.largest.name})"
+        return f"{most}, {time} on {self.device.name}: {self.verdict}"
 
 
 def plan(spec: RunSpec, device: Device) -> Plan:
@@ -157,7 +159,7 @@ def at_start(spec: RunSpec) -> None:
     """
     try:
         module = data.build(**spec.data)
-        model = Player.build(spec, module)
+        model = build(spec, module)
     except (NotImplementedError, RuntimeError, UsageError):  # what is wrong, the build that follows says
         return
     device = find("here", spec.settings.trainer.accelerator, timed=False)

@@ -52,7 +52,8 @@ class Cost:
         return Cost(products, self.factoring + other.factoring, self.moved + other.moved)
 
     def __mul__(self, times: float) -> "Cost":
-        return Cost(Counter({k: v * times for k, v in self.products.items()}), self.factoring * times, self.moved * times)
+        products = Counter({dtype: flops * times for dtype, flops in self.products.items()})
+        return Cost(products, self.factoring * times, self.moved * times)
 
     @classmethod
     def of(cls, watch) -> "Cost":

@@ -1,6 +1,5 @@
 """What `stage=plan` prints: the plan of one run, or a table of a grid's."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from recombine.runner.config import resolve
 from recombine.runner.ledger import duration
 from recombine.runner.plan import Plan, gigabytes, plan
 from recombine.runner.plan_devices import Device, find
+from recombine.runtime import progress
 from recombine.runtime.naming import aside
 from recombine.runtime.schema import typed
 from recombine.stages.settings import PlanSettings
@@ -105,7 +105,7 @@ def several(loader, config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
         cells[kept] = cells.get(kept, 0) + 1
     rows: dict[tuple[str, ...], list] = {}
     refused = 0
-    for kept, count in cells.items():
+    for kept, count in progress.of(cells.items(), "plan", "runs"):
         try:
             found = planned(loader.load_sweep_config(config, list(kept)), device)
             cost = row(found)
@@ -114,7 +114,6 @@ def several(loader, config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
             cost = ("", "", "", "", "", one_line(error))
         entry = rows.setdefault((varied(kept, cells), *cost), [0])
         entry[0] += count
-        print(f"{len(rows)} of {len(cells)} planned", end="\r", file=sys.stderr, flush=True) if sys.stderr.isatty() else 0
     print(table(rows, device))
     if refused == len(cells):
         raise UsageError("stage=plan: none of the runs can be; see the table")
