@@ -42,13 +42,12 @@ class GridSweeper(Sweeper):
 
         given = {argument.split("=")[0] for argument in arguments}
         params = [f"{key}={value}" for key, value in self.params.items() if key not in given]
-        jobs = grid.jobs(self.config, [*params, *arguments])
         if self.config.get("plan") is not None:
             from recombine.runner import plan_table
 
-            plan_table.several(self.hydra_context.config_loader, self.config, jobs)
+            plan_table.several(self.hydra_context.config_loader, self.config, [*params, *arguments])
             return []
-        returns = self.launcher.launch(jobs, 0)
+        returns = self.launcher.launch(grid.jobs(self.config, [*params, *arguments]), 0)
         ledger.refuse_failed(returns)
         return returns
 

@@ -34,7 +34,7 @@ FACTORING: dict = {  # operation -> FLOPs for (long side, short side) (Golub & V
     aten.linalg_pinv.atol_rtol_tensor: lambda m, n: 9 * n**3,
 }
 SAME_INPUT = {"q": "attention", "k": "attention", "v": "attention", "up": "mlp", "gate": "mlp"}  # roles of a block
-MOST = 60_000  # operations that a plan waits for, some seconds
+MOST = 30_000  # operations that a plan waits for, some seconds
 PRODUCTS = (F.linear, F.conv1d, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum)
 
 
@@ -197,7 +197,7 @@ def statistics_bytes(kinds: set[str], sites: list[Site]) -> int:
         kinds: as `Method.statistics_needed` gives them.
     """
     total, read = 0, set()
-    for site in sites:
+    for site in sites if kinds else ():
         m, n = site.module.weight.shape
         source = site.name.rpartition(".")[0], n, SAME_INPUT.get(site.role, site.name)
         if source not in read:

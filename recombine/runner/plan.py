@@ -157,6 +157,8 @@ def at_start(spec: RunSpec) -> None:
     Raises:
         UsageError: this machine cannot hold it, whatever is not counted.
     """
+    if distributed.rank() > 0:  # the first speaks for all
+        return
     try:
         module = data.build(**spec.data)
         model = build(spec, module)
@@ -176,7 +178,7 @@ def at_start(spec: RunSpec) -> None:
         held = max(found.told.phases, key=lambda phase: sum(phase.held.get(part, 0) for part in LEAST))
         parts = ", ".join(f"{gigabytes(held.held[part])} of {part}" for part in LEAST if part in held.held)
         raise UsageError(too_large(spec, parts, device))
-    if (found.wall or 0) > LONG and spec.settings.trainer.progress and distributed.rank() == 0:
+    if (found.wall or 0) > LONG and spec.settings.trainer.progress:
         print(f"plan: {found.line()}", file=sys.stderr, flush=True)
 
 

@@ -1,5 +1,6 @@
 """What a rehearsed run is told in: its phases, and the stand-ins for its model and its batches."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from recombine.runner.plan_player import Player
 
 BATCHES = 2  # of calibration that are rehearsed; the others cost the same
+KEPT: dict[str, tuple[nn.Module, int | None]] = {}
 CLASSES = 100  # of data that tell only once they are read
 
 
@@ -67,11 +69,24 @@ def build(spec: RunSpec, module: DataModule) -> nn.Module:
     return model
 
 
-def shortened(model: nn.Module, few: int) -> int | None:
-    """Leaves a model so many of its blocks, in place, and returns how many it had.
+def shortened(spec: RunSpec, module: DataModule, few: int | None) -> tuple[nn.Module, int | None]:
+    """The model of a run, without memory and with so many of its blocks; and how many it has.
 
-    None: it stays as it is, for its blocks differ.
+    None for that: it has all of its blocks, since they differ or are few. Models are kept, for the runs of a grid.
     """
+    key = repr((spec.model, module.objective, module.num_classes, few))
+    if key not in KEPT:
+        model = build(spec, module)
+        depth = None if few is None else shorten(model, few)
+        if len(KEPT) >= 8:
+            KEPT.clear()
+        KEPT[key] = model, depth
+    model, depth = KEPT[key]
+    return copy.deepcopy(model), depth
+
+
+def shorten(model: nn.Module, few: int) -> int | None:
+    """Leaves a model so many of its blocks, in place. Returns how many it had; None: it stays as it is."""
     names = roles.block_names(model)
     shapes = {tuple((key, p.shape) for key, p in model.get_submodule(n).named_parameters()) for n in names}
     owners = {name.rpartition(".")[0] for name in names}

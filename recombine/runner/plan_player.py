@@ -19,7 +19,7 @@ from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import HALF, Cost, Device
-from recombine.runner.plan_parts import CLASSES, Losses, Phase, Rehearsal, batch, build, head_names, shortened
+from recombine.runner.plan_parts import CLASSES, Losses, Phase, Rehearsal, batch, head_names, shortened
 from recombine.training import objectives
 from recombine.training.objectives import Objective
 from recombine.training.settings import OptimizerSettings
@@ -41,9 +41,8 @@ class Player:
         self.spec, self.device, self.told = spec, device, Rehearsal()
         self.settings, self.stage = spec.settings, spec.settings.stage
         self.module = data.build(**spec.data)
-        self.model = build(spec, self.module)
         absolute = spec.budget.kind in ("trainable", "memory")  # is of the whole model
-        self.depth = None if absolute or few is None else shortened(self.model, few)
+        self.model, self.depth = shortened(spec, self.module, None if absolute else few)
         if not isinstance(self.module, TokenModule):
             self.module.attach_model(**models.for_data(self.model.recombine_source))
         self.samples = self.told.samples = self.module.foreseen
@@ -190,7 +189,7 @@ class Player:
                 cost += self.forward(self.batch_size, objective)[1] * (val * epochs / self.ranks)
         held = {"weights": footprint.size(footprint.tensors(self.model)), "gradients": trains}
         held |= {"optimizer": moments * trains, "activations": max(0, watch.peak - trains)}
-        held |= {"best weights": 0 if self.device.gpu else trains, "teacher": footprint.size(apart)}
+        held |= {"best weights": trains if epochs > 1 and not self.device.gpu else 0, "teacher": footprint.size(apart)}
         self.add(name, cost, **held)
 
     def compare(self, teacher: nn.Module) -> None:

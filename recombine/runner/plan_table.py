@@ -1,23 +1,24 @@
 """What `stage=plan` prints: the plan of one run, or a table of a grid's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from recombine import data, results
 from recombine.errors import EXPECTED, UsageError, one_line
+from recombine.runner import grid
 from recombine.runner.config import resolve
 from recombine.runner.ledger import duration
 from recombine.runner.plan import Plan, gigabytes, plan
 from recombine.runner.plan_devices import Device, find
 from recombine.runtime import progress
-from recombine.runtime.naming import aside
 from recombine.runtime.schema import typed
 from recombine.stages.settings import PlanSettings
 
 ALIKE = ("seed",)  # keys that change nothing of what a run takes
-COLUMNS = ("cells", "weights", "trained", "peak", "at", "time", "verdict")
+COLUMNS = ("weights", "trained", "peak", "in", "time", "verdict")
+NAMED = 4  # runs that a row of the table names
 
 
 def settings(cfg: DictConfig) -> PlanSettings:
@@ -88,56 +89,55 @@ def disk(found: Plan) -> str:
     )
 
 
-def several(loader, config: DictConfig, jobs: Sequence[Sequence[str]]) -> None:
+def several(loader, config: DictConfig, arguments: Sequence[str]) -> None:
     """Plans the runs of a sweep and prints a table, a row for those that take the same.
 
     Args:
         loader: Hydra's, of configurations.
-        jobs: the command line of each.
+        arguments: the command line without the program.
 
     Raises:
         UsageError: none of the runs can be planned, or the device is not known.
     """
     device = find(settings(config).device, config.trainer.accelerator)
-    cells: dict[tuple[str, ...], int] = {}
-    for job in jobs:
-        kept = tuple(o for o in job if o.lstrip("+").partition("=")[0] not in ALIKE)
-        cells[kept] = cells.get(kept, 0) + 1
-    rows: dict[tuple[str, ...], list] = {}
-    refused = 0
-    for kept, count in progress.of(cells.items(), "plan", "runs"):
-        try:
-            found = planned(loader.load_sweep_config(config, list(kept)), device)
-            cost = row(found)
-        except EXPECTED as error:
-            refused += 1
-            cost = ("", "", "", "", "", one_line(error))
-        entry = rows.setdefault((varied(kept, cells), *cost), [0])
-        entry[0] += count
-    print(table(rows, device))
-    if refused == len(cells):
-        raise UsageError("stage=plan: none of the runs can be; see the table")
+    cells = grid.cells(grid.plain_axes(config), arguments, config.only)
+    named: dict[tuple[str, ...], list[str]] = {}  # what a run takes -> the runs, by their labels
+    plans: dict[tuple[str, ...], tuple[str, ...]] = {}
+    jobs = list(zip(cells, grid.jobs(config, arguments), strict=True))
+    for cell, job in progress.of(jobs, "plan", "runs"):
+        kept = tuple(o for o in job if grid.key_of(o) not in ALIKE)
+        if kept not in plans:
+            try:
+                plans[kept] = row(planned(loader.load_sweep_config(config, list(kept)), device))
+            except EXPECTED as error:
+                plans[kept] = ("", "", "", "", "", one_line(error))
+        named.setdefault(plans[kept], []).append(called(cell, cells))
+    print(table(named, device))
+    if not any(taken[0] for taken in named):
+        raise UsageError("stage=plan: none of the runs can be; the table says why")
 
 
-def varied(kept: Sequence[str], cells) -> str:
-    """What tells a run from the others, as typed."""
-    common = set.intersection(*(set(other) for other in cells))
-    own = [o for o in kept if o not in common and not aside(o.lstrip("+").partition("=")[0])]
-    return " ".join(own) or "all"
+def called(cell: grid.Cell, cells: Sequence[grid.Cell]) -> str:
+    """A run by its labels on the axes on which runs differ and do not plan alike."""
+    several = [axis for axis in cell.labels if len({other.labels[axis] for other in cells}) > 1 and axis not in ALIKE]
+    return ", ".join(cell.labels[axis] for axis in several) or "all"
 
 
 def row(found: Plan) -> tuple[str, ...]:
-    """The columns of a plan, without those of the cell."""
+    """What a run takes, as the table shows it."""
     told = found.told
     time = "?" if found.wall is None else duration(found.wall)
     trained = f"{told.parameters['trained'] / 1e6:.3g}M"
     return gigabytes(told.weights), trained, gigabytes(found.peak), told.largest.name, time, found.verdict
 
 
-def table(rows: dict[tuple[str, ...], list], device: Device) -> str:
-    """The rows as text, columns aligned, with the cells beneath each other at the end."""
-    lines = [("runs", *COLUMNS[1:], COLUMNS[0])]
-    lines += [(str(count), *cost, cell) for (cell, *cost), (count,) in rows.items()]
+def table(named: Mapping[tuple[str, ...], Sequence[str]], device: Device) -> str:
+    """The rows as text, in columns."""
+    lines = [("runs", "of", *COLUMNS)]
+    for taken, runs in named.items():
+        names = list(dict.fromkeys(runs))
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        lines.append((str(len(runs)), "; ".join(names[:NAMED]) + more, *taken))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([f"Plan for {device.name}, {gigabytes(device.memory)}; {device.how}", *text])
+    return "\n".join([f"Plan for {device.name}, {gigabytes(device.memory)}; speed {device.how}", *text])
