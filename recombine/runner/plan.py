@@ -111,11 +111,13 @@ def judged(spec: RunSpec, told: Rehearsal, device: Device) -> str:
     """The verdict: fits, or the first way there is to make it fit."""
     if told.largest.bytes <= room(device):
         return "fits"
+    count = shards(told, device)
+    divided = f"{count} GPUs of {gigabytes(device.memory)}: trainer=fsdp trainer.devices={count}"
     for keys, other in ways(spec, device):
         if rehearse(other, device).largest.bytes <= room(device):
-            return f"does not fit {gigabytes(device.memory)}; {keys} does"
-    if (count := shards(told, device)) is not None:
-        return f"needs {count} GPUs of {gigabytes(device.memory)}: trainer=fsdp trainer.devices={count}"
+            return f"does not fit {gigabytes(device.memory)}; {keys} does{f', or {divided}' if count else ''}"
+    if count is not None:
+        return f"needs {divided}"
     return f"does not fit {gigabytes(device.memory)}; the {told.largest.name} needs {gigabytes(told.largest.bytes)}"
 
 

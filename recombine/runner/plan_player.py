@@ -51,6 +51,7 @@ class Player:
         self.batch_size = ceil(min(self.module.batch_size, self.samples.get("train", 2**31)) / self.ranks)
         half = {"bf16-mixed": HALF, "16-mixed": torch.float16, "auto": HALF if device.gpu else None}
         self.kernels = lambda: Kernels(half.get(self.settings.trainer.precision), device.gpu)
+        self.scored: tuple[Watch, Cost] | None = None  # a batch of the test, where the validation has told
         self.sharded = "fsdp" in str(self.settings.trainer.strategy).lower()
 
     def play(self) -> Rehearsal:
@@ -186,7 +187,9 @@ class Player:
             steps = ceil(train / (self.batch_size * self.ranks)) * epochs
             cost = (Cost.of(watch) + Cost(moved=(3 + 2 * moments) * trains)) * steps
             if val := self.samples.get("val"):
-                cost += self.forward(self.batch_size, objective)[1] * (val * epochs / self.ranks)
+                scored = self.forward(self.batch_size, objective)
+                cost += scored[1] * (val * epochs / self.ranks)
+                self.scored = scored if teacher is None else None
         held = {"weights": footprint.size(footprint.tensors(self.model)), "gradients": trains}
         held |= {"optimizer": moments * trains, "activations": max(0, watch.peak - trains)}
         held |= {"best weights": trains if epochs > 1 and not self.device.gpu else 0, "teacher": footprint.size(apart)}
@@ -209,7 +212,7 @@ class Player:
 
     def score(self) -> None:
         """The test."""
-        watch, each = self.forward(self.batch_size)
+        watch, each = self.scored or self.forward(self.batch_size)
         test = self.samples.get("test")
         weights = footprint.size(footprint.tensors(self.model))
         self.add("test", each * test if test else None, weights=weights, activations=watch.peak)

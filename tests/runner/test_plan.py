@@ -1,6 +1,7 @@
 """A plan before the run: what it takes, whether it fits, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -123,7 +124,7 @@ def test_the_verdict_names_what_makes_it_fit():
     divided = sum(held[part] for part in plan.LEAST[:3])
     big = spec("model=tiny_llama", "data=text", "method=full", "data.batch_size=1", "data.max_length=8", "probe=false")
     needs = plan.plan(big, device())
-    assert divided and "GPUs of" in plan.plan(big, device(int(needs.peak * 0.9))).verdict
+    assert divided and "2 GPUs of 1 MB: trainer=fsdp" in plan.plan(big, device(int(needs.peak * 0.9))).verdict
 
 
 def test_one_run_writes_its_plan(tmp_path, capsys):
@@ -173,3 +174,31 @@ def test_a_long_run_says_its_plan(monkeypatch, capsys):
 def test_ways_out_keep_what_is_computed_first():
     keys = [key for key, _ in plan.ways(spec("model=tiny_llama", "data=text", "method=lora"), device())]
     assert keys[0] == "model.gradient_checkpointing=true" and keys[-1].endswith("model.dtype=bfloat16")
+
+
+PICTURES = ["model=dinov2_s14", "model.image_size=140", "data.task=fashion_mnist", "data.limit=32"]
+PICTURES += ["data.batch_size=16"]
+WINDOWS = ["model=smollm2_135m", "data=text", "data.limit=8", "data.max_length=128", "calibration.samples=8"]
+WINDOWS += ["calibration.batch_size=4", "stage=retrofit", "budget=retained_70"]
+TEXTS = ["model=minilm", "data=sentences", "data.limit=128", "data.max_length=32", "data.batch_size=64"]
+SIX = {
+    "pictures, lora": [*PICTURES, "method=lora"],
+    "pictures, crisp": [*PICTURES, "method=crisp"],
+    "pictures, full": [*PICTURES, "method=full"],
+    "texts, full": [*TEXTS, "method=full"],
+    "windows, svd": [*WINDOWS, "method=svd"],
+    "windows, svd_llm": [*WINDOWS, "method=svd_llm"],
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("given", SIX.values(), ids=SIX)
+def test_the_peak_is_that_of_a_real_run(tmp_path, given):
+    """experiments/scale/plan.md has the numbers."""
+    given = [*given, "trainer=cpu", "trainer.epochs=1", "trainer.progress=false", "probe=false"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "helpers.peak", str(tmp_path), *given]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    own = int(done.stdout.rpartition("own ")[2])
+    told = plan_run.rehearse(spec(*given), plan_devices.find("here", "cpu", timed=False))
+    assert told.largest.bytes == pytest.approx(own, rel=0.15)
