@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # copies of what trains that an optimizer keeps
 COMPARED = 32  # samples that a retrofit compares
+LEARN: set[type[Method]] = set()  # methods that cannot be rehearsed, once that is known
 PROBE_STEPS = 500  # evaluations of the linear probe's loss, all decays together
 
 
@@ -52,6 +53,9 @@ class Player:
         half = {"bf16-mixed": HALF, "16-mixed": torch.float16, "auto": HALF if device.gpu else None}
         self.kernels = lambda: Kernels(half.get(self.settings.trainer.precision), device.gpu)
         self.scored: tuple[Watch, Cost] | None = None  # a batch of the test, where the validation has told
+        source = self.spec.model
+        self.maps = source.get("library") == "transformers" and source.get("pretrained", True)  # weights are the file's
+        self.mapped = 0  # bytes of weights that are replaced and stay mapped with the others
         self.sharded = "fsdp" in str(self.settings.trainer.strategy).lower()
 
     def play(self) -> Rehearsal:
@@ -92,14 +96,15 @@ class Player:
 
     def add(self, name: str, cost: Cost | None, **held: int) -> None:
         """Adds a phase, of which one rank holds these bytes."""
+        held["mapped file"] = self.mapped
         if self.sharded:
             held = {k: v // self.ranks if k in ("weights", "gradients", "optimizer") else v for k, v in held.items()}
         self.told.phases.append(Phase(name, {k: int(v) for k, v in held.items() if v}, cost))
 
     def load(self) -> None:
         """The weights, and the file they come from."""
-        weights, loaded = footprint.size(footprint.tensors(self.model)), self.spec.model.get("pretrained", True)
-        self.add("load", Cost(moved=2 * weights), weights=weights, file=weights if loaded else 0)
+        weights, read = footprint.size(footprint.tensors(self.model)), self.spec.model.get("pretrained", True)
+        self.add("load", Cost(moved=2 * weights), weights=weights, file=weights if read and not self.maps else 0)
 
     def probe(self) -> None:
         """The linear probe: features of all samples, and a regression on them."""
@@ -127,13 +132,15 @@ class Player:
         budget = self.spec.budget if mine else Budget()
         if pair and not hasattr(model, "recombined"):
             roles.split_fused(model, self.spec.method.targets)
-        sites, kinds = rewrite.find_sites(model, method), method.statistics_needed()
+        sites, kinds, mapped = rewrite.find_sites(model, method), method.statistics_needed(), self.mapped
         known = footprint.tensors(model)
         held = {"weights": footprint.size(known), "statistics": footprint.statistics_bytes(kinds, sites)}
         held |= {"teacher": footprint.size(footprint.tensors(teacher)) if teacher is not None else 0}
         watch = Watch(known)
         losses = Losses(self, watch)
         try:
+            if type(method) in LEARN:
+                raise footprint.Endless
             with unchanged_on_failure(model), watch, self.kernels():
                 rewrite._apply(model, method, budget, losses)
                 if pair and method is not self.spec.method:
@@ -143,6 +150,7 @@ class Player:
             raise
         except Exception as error:  # it reads values, of which there are none
             log.debug("%s is planned by bounds: %r", method.label, error)
+            LEARN.add(type(method))
             self.bound(method, sites)
             watch.peak = watch.live + 8 * 2 * sum(site.module.weight.numel() for site in sites)
         if losses.peak:
@@ -151,6 +159,9 @@ class Player:
         rest = watch.peak - held["weights"]
         held["statistics"] = min(rest, held["statistics"])
         self.add("rewrite", Cost.of(watch) + losses.seen * -1.0, **held, factors=rest - held["statistics"])
+        if self.maps and not self.device.gpu:
+            there = {id(tensor) for tensor in footprint.tensors(model)}
+            self.mapped = mapped + footprint.size(tensor for tensor in known if id(tensor) not in there)
 
     def bound(self, method: Method, sites: list[Site]) -> None:
         """Leaves the model dense, and trains all that the method could."""
@@ -205,6 +216,7 @@ class Player:
         def both() -> None:
             for model in (teacher, self.model):
                 logits.append(objectives.call(model.eval(), given))
+            (logits[1] - logits[0]).abs().max()
 
         watch = footprint.forward(both, [*known, *apart], self.kernels())
         held = {"weights": footprint.size(known), "teacher": footprint.size(apart), "activations": watch.peak}
