@@ -67,7 +67,7 @@ class Plan:
             "phases": {phase.name: phase.held | {"all": phase.bytes} for phase in self.told.phases},
             "disk": {"download": self.downloads, "pictures": self.pictures, "results": self.told.changed},
             "seconds": self.seconds | {"all": self.wall},
-            "gpu_hours": self.wall and self.device.gpu and self.wall * self.ranks / 3600 or None,
+            "gpu_hours": None if self.wall is None or not self.device.gpu else self.wall * self.ranks / 3600,
             "samples": self.told.samples,
             "notes": self.told.notes,
         }
@@ -86,7 +86,7 @@ def plan(spec: RunSpec, device: Device) -> Plan:
         UsageError: the run cannot be, as `rehearse` says.
     """
     told = rehearse(spec, device)
-    seconds = {p.name: None if p.cost is None else round(device.seconds(p.cost), 1) for p in told.phases}
+    seconds = {p.name: None if p.cost is None else round(device.seconds(p.cost), 3) for p in told.phases}
     devices = spec.settings.trainer.devices
     verdict = judged(spec, told, device)
     size = spec.data.get("image_size") or spec.model.get("image_size") or 0

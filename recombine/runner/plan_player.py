@@ -53,8 +53,9 @@ class Player:
         half = {"bf16-mixed": HALF, "16-mixed": torch.float16, "auto": HALF if device.gpu else None}
         self.kernels = lambda: Kernels(half.get(self.settings.trainer.precision), device.gpu)
         self.scored: tuple[Watch, Cost] | None = None  # a batch of the test, where the validation has told
-        source = self.spec.model
-        self.maps = source.get("library") == "transformers" and source.get("pretrained", True)  # weights are the file's
+        self.maps = spec.model.get("library") == "transformers" and spec.model.get(
+            "pretrained", True
+        )  # the file's weights
         self.mapped = 0  # bytes of weights that are replaced and stay mapped with the others
         self.sharded = "fsdp" in str(self.settings.trainer.strategy).lower()
 
