@@ -53,10 +53,7 @@ class Player:
         half = {"bf16-mixed": HALF, "16-mixed": torch.float16, "auto": HALF if device.gpu else None}
         self.kernels = lambda: Kernels(half.get(self.settings.trainer.precision), device.gpu)
         self.scored: tuple[Watch, Cost] | None = None  # a batch of the test, where the validation has told
-        self.maps = spec.model.get("library") == "transformers" and spec.model.get(
-            "pretrained", True
-        )  # the file's weights
-        self.mapped = 0  # bytes of weights that are replaced and stay mapped with the others
+        self.maps, self.mapped = False, 0  # weights are pages of their file; bytes that are replaced and stay mapped
         self.sharded = "fsdp" in str(self.settings.trainer.strategy).lower()
 
     def play(self) -> Rehearsal:
@@ -105,6 +102,7 @@ class Player:
     def load(self) -> None:
         """The weights, and the file they come from."""
         weights, read = footprint.size(footprint.tensors(self.model)), self.spec.model.get("pretrained", True)
+        self.maps = read and self.spec.model.get("library") == "transformers" and not self.device.gpu
         self.add("load", Cost(moved=2 * weights), weights=weights, file=weights if read and not self.maps else 0)
 
     def probe(self) -> None:
@@ -160,7 +158,7 @@ class Player:
         rest = watch.peak - held["weights"]
         held["statistics"] = min(rest, held["statistics"])
         self.add("rewrite", Cost.of(watch) + losses.seen * -1.0, **held, factors=rest - held["statistics"])
-        if self.maps and not self.device.gpu:
+        if self.maps:
             there = {id(tensor) for tensor in footprint.tensors(model)}
             self.mapped = mapped + footprint.size(tensor for tensor in known if id(tensor) not in there)
 
