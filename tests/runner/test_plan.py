@@ -202,3 +202,13 @@ def test_the_peak_is_that_of_a_real_run(tmp_path, given):
     own = int(done.stdout.rpartition("own ")[2])
     told = plan_run.rehearse(spec(*given), plan_devices.find("here", "cpu", timed=False))
     assert told.largest.bytes == pytest.approx(own, rel=0.15)
+
+
+def test_samples_are_known_before_the_data_are():
+    sizes = {task: data.build("vision8", task=task, batch_size=1).foreseen for task in ("dtd", "eurosat")}
+    assert sizes["dtd"] == {"train": 3384, "val": 376, "test": 1880}
+    assert sizes["eurosat"] == {"train": 16200, "val": 5400, "test": 5400}
+    last = data.build("vision8", task="dtd", select="last", split="80/20", limit=4000)
+    assert last.foreseen == {"train": 4000, "test": 1128}
+    assert data.build("glue", task="mrpc").foreseen == {"train": 3301, "val": 367, "test": 408}
+    assert data.build("text", task="wiki").foreseen == {}

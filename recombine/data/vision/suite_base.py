@@ -21,7 +21,7 @@ import numpy as np
 
 from recombine.data import hub
 from recombine.data.base import SPLITS, require_known
-from recombine.data.sampling import shuffled, stratified
+from recombine.data.sampling import cut_sizes, shuffled, stratified
 from recombine.data.vision import parquet
 from recombine.data.vision.base import VisionData
 from recombine.data.vision.folder import OFFICIAL, is_tree, splits, stamp
@@ -152,6 +152,8 @@ class Suite(VisionData):
 
     # What a run uses of them
 
+    # What a run uses of them
+
     def listing(self) -> tuple[list[str], dict[str, Part], str, tuple[str, ...]]:
         """Class names, the pictures of train, val and test, what identifies them, and differences from the papers."""
         if self._listing is None:
@@ -217,16 +219,8 @@ class Suite(VisionData):
     @property
     def foreseen(self) -> dict[str, int]:
         known = {ours: self.row.sizes[theirs] for ours, theirs in self.row.splits.items() if theirs in self.row.sizes}
-        if self.split == "80/20":
-            total = sum(known.values())
-            known = {"train": total - round(0.2 * total), "test": round(0.2 * total)}
-        known["train"] = math.ceil(self.row.share * known["train"])
-        if "val" not in known:
-            known["val"] = round(HOLDOUT * known["train"])
-            known["train"] -= known["val"]
-        if self.merge_train_val:
-            known["train"] += known.pop("val")
-        return {split: min(size, self.limit or size) for split, size in known.items()}
+        cut = cut_sizes(known, self.split == "80/20", self.row.share, HOLDOUT, self.merge_train_val)
+        return {split: min(size, self.limit or size) for split, size in cut.items()}
 
     def identity(self) -> str:
         """At a commit it needs neither network nor files."""
