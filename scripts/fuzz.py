@@ -32,6 +32,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from scripts.fuzz_cases import Case, case  # noqa: E402
 
 CPU_SECONDS = 20  # that a small run may take
+IMPORTS = 20  # more for each rank of several: they are processes of their own, which import everything again
 WALL_SECONDS = 300  # after which it is taken to wait for something
 
 
@@ -58,7 +59,8 @@ def child(found: Case, folder: Path, log: Path) -> None:
     """The life of the forked process."""
     code = 99
     try:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
+        seconds = CPU_SECONDS + (IMPORTS if any("trainer.devices=" in word for word in found.arguments) else 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         os.setsid()
         os.chdir(folder)
         file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)

@@ -17,8 +17,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from recombine.core.method import Site
-
 aten = torch.ops.aten
 FUSED, FUSED_BACKWARD = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -33,7 +31,6 @@ FACTORING: dict = {  # operation -> FLOPs for (long side, short side) (Golub & V
     aten._linalg_solve_ex.default: lambda m, n: 2 * n**3 / 3,
     aten.linalg_pinv.atol_rtol_tensor: lambda m, n: 9 * n**3,
 }
-SAME_INPUT = {"q": "attention", "k": "attention", "v": "attention", "up": "mlp", "gate": "mlp"}  # roles of a block
 MOST = 30_000  # operations that a plan waits for, some seconds
 PRODUCTS = (F.linear, F.conv1d, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum)
 
@@ -190,21 +187,10 @@ def size(found: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def statistics_bytes(kinds: set[str], sites: list[Site]) -> int:
-    """Bytes of the statistics that calibration holds at its end, in float64; layers that read the same share theirs.
-
-    Args:
-        kinds: as `Method.statistics_needed` gives them.
-    """
-    total, read = 0, set()
-    for site in sites if kinds else ():
-        m, n = site.module.weight.shape
-        source = site.name.rpartition(".")[0], n, SAME_INPUT.get(site.role, site.name)
-        if source not in read:
-            read.add(source)
-            total += 8 * (n * n * ("inputs" in kinds) + n * ("magnitudes" in kinds))
-        total += 8 * (m * m * ("outputs" in kinds) + m * n * (("cross" in kinds) + ("fisher" in kinds)))
-    return total
+def apart(found: Iterable[Tensor], known: Iterable[Tensor]) -> int:
+    """Bytes of these tensors whose storages no known one has."""
+    there = {t.untyped_storage()._cdata for t in known}
+    return size(t for t in found if t.untyped_storage()._cdata not in there)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

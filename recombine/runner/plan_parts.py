@@ -41,6 +41,7 @@ class Rehearsal:
     """What a run will take.
 
     parameters: total, trained and, of the target layers, the share that is retained. phases: in their order.
+    digests: a method keeps its statistics and factors to calibration.memory.
     samples: of each split, as far as known. changed: bytes that the result's checkpoint holds. notes: what is a bound.
     """
 
@@ -49,6 +50,7 @@ class Rehearsal:
     samples: dict[str, int] = field(default_factory=dict)
     changed: int = 0
     weights: int = 0
+    digests: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property

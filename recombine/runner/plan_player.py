@@ -1,14 +1,12 @@
 """A rehearsal under way: the phases of a run, one after the other, on torch's meta device."""
 
-import copy
-import logging
 from math import ceil
 
 import torch
 from torch import Tensor, nn
 
 from recombine import data, models
-from recombine.core import footprint, rewrite
+from recombine.core import footprint, memory, rewrite
 from recombine.core.budget import Budget
 from recombine.core.calibration import BACKWARD
 from recombine.core.footprint import Kernels, Watch
@@ -20,14 +18,12 @@ from recombine.models import roles
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import HALF, Cost, Device
 from recombine.runner.plan_parts import CLASSES, Losses, Phase, Rehearsal, batch, head_names, shortened
+from recombine.stages.retrofit import SAMPLES, shared_copy
 from recombine.training import objectives
 from recombine.training.objectives import Objective
 from recombine.training.settings import OptimizerSettings
 
-log = logging.getLogger(__name__)
-
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # copies of what trains that an optimizer keeps
-COMPARED = 32  # samples that a retrofit compares
 LEARN: set[type[Method]] = set()  # methods that cannot be rehearsed, once that is known
 PROBE_STEPS = 500  # evaluations of the linear probe's loss, all decays together
 
@@ -65,7 +61,7 @@ class Player:
             self.score()
             return self.count()
         self.probe()
-        teacher = copy.deepcopy(self.model) if name in ("compress", "joint", "retrofit") else None
+        teacher = shared_copy(self.model) if name in ("compress", "joint", "retrofit") else None
         self.change(first, teacher)
         if name == "retrofit":
             self.compare(teacher)
@@ -126,37 +122,40 @@ class Player:
 
     def change(self, method: Method, teacher: nn.Module | None) -> None:
         """Calibrates and rewrites."""
-        pair, model = self.spec.compressor is not None, self.model
+        pair, model, first = self.spec.compressor is not None, self.model, method is not self.spec.method
         mine = not pair or (method is self.spec.method) == (self.spec.budget.kind == "trainable")
         budget = self.spec.budget if mine else Budget()
         if pair and not hasattr(model, "recombined"):
             roles.split_fused(model, self.spec.method.targets)
-        sites, kinds, mapped = rewrite.find_sites(model, method), method.statistics_needed(), self.mapped
-        known = footprint.tensors(model)
-        held = {"weights": footprint.size(known), "statistics": footprint.statistics_bytes(kinds, sites)}
-        held |= {"teacher": footprint.size(footprint.tensors(teacher)) if teacher is not None else 0}
+        method, sites, mapped = method.copy(), rewrite.find_sites(model, method), self.mapped
+        known, others = footprint.tensors(model), [] if teacher is None else footprint.tensors(teacher)
+        kinds = method.statistics_needed()
+        held = {"weights": footprint.size(known), "statistics": memory.sums(sites, kinds) if kinds else 0}
+        held |= {"teacher": footprint.apart(others, known)}
+        self.told.digests |= type(method).digest is not Method.digest
         watch = Watch(known)
         losses = Losses(self, watch)
         try:
             if type(method) in LEARN:
                 raise footprint.Endless
             with unchanged_on_failure(model), watch, self.kernels():
-                rewrite._apply(model, method, budget, losses)
-                if pair and method is not self.spec.method:
+                rewrite._apply(model, method, budget, losses, memory.Memory(2**60))
+                if pair and first:
                     rewrite.finish(model, method, alone=False)
+            method.kept.close(True)
             model.to("meta")  # what was made apart from it
         except UsageError:
             raise
-        except Exception as error:  # it reads values, of which there are none
-            log.debug("%s is planned by bounds: %r", method.label, error)
+        except Exception:  # it reads values, of which there are none
             LEARN.add(type(method))
             self.bound(method, sites)
             watch.peak = watch.live + 8 * 2 * sum(site.module.weight.numel() for site in sites)
         if losses.peak:
             there = losses.peak - held["weights"] - held["statistics"]
             self.add("calibrate", losses.cost, **held, activations=max(0, there))
-        rest = watch.peak - held["weights"]
-        held["statistics"] = min(rest, held["statistics"])
+        new = footprint.apart(footprint.tensors(model), known)
+        rest = max(0, watch.peak - held["weights"] - new)
+        held |= {"statistics": min(rest, held["statistics"]), "new weights": new}
         self.add("rewrite", Cost.of(watch) + losses.seen * -1.0, **held, factors=rest - held["statistics"])
         if self.maps:
             there = {id(tensor) for tensor in footprint.tensors(model)}
@@ -199,15 +198,16 @@ class Player:
             if val := self.samples.get("val"):
                 scored = self.forward(self.batch_size, objective)
                 cost += scored[1] * (val * epochs / self.ranks)
-                self.scored = scored if teacher is None else None
+                self.scored = None if teacher else scored
         held = {"weights": footprint.size(footprint.tensors(self.model)), "gradients": trains}
         held |= {"optimizer": moments * trains, "activations": max(0, watch.peak - trains)}
-        held |= {"best weights": trains if epochs > 1 and not self.device.gpu else 0, "teacher": footprint.size(apart)}
+        held |= {"best weights": trains if epochs > 1 and not self.device.gpu else 0}
+        held |= {"teacher": footprint.apart(apart, footprint.tensors(self.model))}
         self.add(name, cost, **held)
 
     def compare(self, teacher: nn.Module) -> None:
         """Both models' outputs on the samples that a retrofit compares."""
-        samples = min(COMPARED, self.samples.get("train", COMPARED))
+        samples = min(SAMPLES, self.samples.get("train", SAMPLES))
         known, given = footprint.tensors(self.model), batch(self.module, samples)
         apart = footprint.tensors(teacher)
         logits = []
@@ -218,7 +218,7 @@ class Player:
             (logits[1] - logits[0]).abs().max()
 
         watch = footprint.forward(both, [*known, *apart], self.kernels())
-        held = {"weights": footprint.size(known), "teacher": footprint.size(apart), "activations": watch.peak}
+        held = {"weights": footprint.size(known), "teacher": footprint.apart(apart, known), "activations": watch.peak}
         self.add("compare", Cost.of(watch), **held)
 
     def score(self) -> None:

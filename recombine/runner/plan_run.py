@@ -3,12 +3,14 @@
 import logging
 import warnings
 from dataclasses import replace
+from math import ceil
 
+from recombine.core.memory import KEPT, SHARE
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import Device
 from recombine.runner.plan_parts import Phase, Rehearsal
 from recombine.runner.plan_player import Player
-from recombine.runtime import progress
+from recombine.runtime import memory, progress
 
 FEW = 2  # blocks of a deep model that are rehearsed, and twice as many; times the layers that share a basis
 
@@ -29,10 +31,28 @@ def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
             few = FEW * max(getattr(m, "group_size", 1) for m in (spec.method, spec.compressor or spec.method))
             player = Player(spec, device, few)
             if player.depth is None or player.depth < 3 * few:
-                return Player(spec, device, None).play()
-            return extended(player.play(), Player(spec, device, 2 * few).play(), (player.depth - few) / few)
+                told = Player(spec, device, None).play()
+            else:
+                told = extended(player.play(), Player(spec, device, 2 * few).play(), (player.depth - few) / few)
+            return limited(told, spec, device) if told.digests else told
     finally:
         logging.disable(before)
+
+
+def limited(told: Rehearsal, spec: RunSpec, device: Device) -> Rehearsal:
+    """What a run takes whose statistics and factors keep to calibration.memory: more passes, and less at once."""
+    limit = memory.parse(spec.settings.calibration.memory, "calibration.memory")
+    limit = int(SHARE * (device.memory - told.weights)) if limit is None else limit
+    room, phases = max(1, int((1 - KEPT) * limit)), []
+    for phase in told.phases:
+        held, cost = dict(phase.held), phase.cost
+        if "statistics" in held:
+            cost = cost * ceil(held["statistics"] / room) if phase.name == "calibrate" else cost
+            held["statistics"] = min(held["statistics"], room)
+        if "factors" in held:
+            held["factors"] = min(held["factors"], max(0, limit - held.get("statistics", 0)))
+        phases.append(Phase(phase.name, held, cost))
+    return replace(told, phases=phases)
 
 
 def extended(small: Rehearsal, large: Rehearsal, times: float) -> Rehearsal:

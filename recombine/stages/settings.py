@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from recombine.core.method import Method
-from recombine.runtime.kinds import BatchSize, Bits, Count, Name, Place, PositiveShare, Seed
+from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Name, Place, PositiveShare, Seed
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
 
@@ -87,10 +87,14 @@ class PlanSettings(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
-    """How much of the training set calibration sees: so many samples, in batches of that size."""
+    """How much of the training set calibration sees: so many samples, in batches of that size.
+
+    memory: what the statistics and the factors may take at once.
+    """
 
     samples: Count = 256
     batch_size: BatchSize = 32
+    memory: Bytes = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
