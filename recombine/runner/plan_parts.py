@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from recombine import data, models
+from recombine.core import rewrite
+from recombine.core.budget import Budget
 from recombine.core.footprint import Watch
+from recombine.core.memory import Memory
+from recombine.core.method import Method
+from recombine.core.rollback import unchanged_on_failure
 from recombine.data.base import DataModule, TokenModule
+from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import Cost
@@ -99,6 +106,25 @@ def shorten(model: nn.Module, few: int) -> int | None:
         return None
     del blocks[few:]
     return len(names)
+
+
+def attempt(model: nn.Module, method: Method, budget: Budget, losses: "Losses") -> None:
+    """Applies a method to a model without memory.
+
+    What it makes apart from the model lies on the processor, or, where a library refuses to mix both, has no memory.
+
+    Raises:
+        UsageError: as `apply` does.
+    """
+    for place in (nullcontext(), torch.device("meta")):
+        try:
+            with unchanged_on_failure(model), place:
+                return rewrite._apply(model, method, budget, losses, Memory(2**60))
+        except UsageError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
+            refused = error
+    raise refused
 
 
 class Losses:

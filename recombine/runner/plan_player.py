@@ -11,13 +11,12 @@ from recombine.core.budget import Budget
 from recombine.core.calibration import BACKWARD
 from recombine.core.footprint import Kernels, Watch
 from recombine.core.method import Method, Site
-from recombine.core.rollback import unchanged_on_failure
 from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import HALF, Cost, Device
-from recombine.runner.plan_parts import CLASSES, Losses, Phase, Rehearsal, batch, head_names, shortened
+from recombine.runner.plan_parts import CLASSES, Losses, Phase, Rehearsal, attempt, batch, head_names, shortened
 from recombine.stages.retrofit import SAMPLES, shared_copy
 from recombine.training import objectives
 from recombine.training.objectives import Objective
@@ -138,8 +137,8 @@ class Player:
         try:
             if type(method) in LEARN:
                 raise footprint.Endless
-            with unchanged_on_failure(model), watch, self.kernels():
-                rewrite._apply(model, method, budget, losses, memory.Memory(2**60))
+            with watch, self.kernels():
+                attempt(model, method, budget, losses)
                 if pair and first:
                     rewrite.finish(model, method, alone=False)
             method.kept.close(True)
@@ -148,8 +147,9 @@ class Player:
             raise
         except Exception:  # it reads values, of which there are none
             LEARN.add(type(method))
+            losses.peak = 0
             self.bound(method, sites)
-            watch.peak = watch.live + 8 * 2 * sum(site.module.weight.numel() for site in sites)
+            watch.peak = held["weights"] + 8 * 2 * sum(site.module.weight.numel() for site in sites)
         if losses.peak:
             there = losses.peak - held["weights"] - held["statistics"]
             self.add("calibrate", losses.cost, **held, activations=max(0, there))
