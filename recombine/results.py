@@ -36,7 +36,8 @@ ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", 
 SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "stage", "test", "val")  # in every result
 LATER = {  # keys that came after the first results, with what they were by then
     **{"base": None, "export": None, "optim.name": "adamw", "stage.distil.l1": 0.0},
-    **{"trainer.accumulate": 1, "trainer.matmul": "highest"},
+    **{"trainer.accumulate": 1, "trainer.matmul": "highest", "calibration.memory": "auto"},
+    **{"trainer.compile": False, "trainer.gradient_checkpointing": False},
 } | {
     f"{slot}.{key}": value
     for slot in ("method", "compressor")

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,8 @@ class RecombinedLinear(nn.Module, ABC):
         tensors = (t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
         key = (build.__name__, *((t.data_ptr(), t._version, t.dtype) for t in tensors))
         if self._kept is None or self._kept[0] != key:
-            with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            device = next(self.parameters()).device.type
+            with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
                 self._kept = (key, build())
         return self._kept[1]
 

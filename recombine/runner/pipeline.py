@@ -19,7 +19,7 @@ from recombine.errors import UsageError
 from recombine.evaluation import harness, linear_probe
 from recombine.models import roles
 from recombine.models.sizes import require_image_size
-from recombine.runner import effects, exports, limits
+from recombine.runner import effects, exports, limits, plan
 from recombine.runner.assemble import assemble_result
 from recombine.runner.base import fresh_head, put_on_base
 from recombine.runner.config import RunSpec, resolve
@@ -78,7 +78,7 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
         return result
     limits.require_accelerator(spec.settings.trainer.accelerator)
     limits.require_workers(spec.data.get("num_workers", 0))
-    limits.require_memory(spec.model)
+    plan.at_start(spec)
     with results.lock_folder(out) if distributed.rank() == 0 else nullcontext():
         return execute(spec, out)
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from recombine.core.method import Method
-from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Place, PositiveShare, Seed
+from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Name, Place, PositiveShare, Seed
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
 
@@ -75,6 +75,17 @@ class ProfileSettings(StageSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanSettings(StageSettings):
+    """The keys of `stage=plan`, which plans the run's stage and runs nothing.
+
+    device: whose memory and speed count: here, or a name of runner/plan_devices.py.
+    """
+
+    name: str = "plan"
+    device: Name = "here"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
     """How much of the training set calibration sees: so many samples, in batches of that size.
 
@@ -132,6 +143,7 @@ STAGE_SETTINGS: dict[str, type[StageSettings]] = {  # of the stages that have ke
     "compress": CompressSettings,
     "evaluate": EvaluateSettings,
     "joint": CompressSettings,
+    "plan": PlanSettings,
     "profile": ProfileSettings,
     "retrofit": RetrofitSettings,
 }

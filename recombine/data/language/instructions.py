@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -84,9 +84,15 @@ class Instructed(LanguageData):
         loss_on_prompt: the prompt is learnt too.
     """
 
+    rows: ClassVar[dict[str, int]] = {}  # of each split, where that is known before they are read
+
     def __init__(self, *, loss_on_prompt: bool = False, **kwargs):
         super().__init__(**kwargs)
         self.loss_on_prompt = loss_on_prompt
+
+    @property
+    def foreseen(self) -> dict[str, int]:
+        return {split: min(size, self.limit or size) for split, size in self.rows.items()}
 
     def pairs(self) -> dict[str, list[Pair]]:
         """split -> (prompt, response) of every row; `limit` is not looked at."""
@@ -145,6 +151,7 @@ class Commonsense(Instructed):
     task_labels = {"commonsense_170k": ""}
     tasks = ("commonsense_170k",)
     repository, revision = "zwhe99/commonsense_170k", "main"
+    rows = {"train": 170_420 - 240, "val": 120, "test": 120}  # LLM-Adapters'
     licence = "each of the eight sets its own"
     sets = tuple(prompts.ANSWERS)
 
@@ -182,6 +189,7 @@ class Gsm8k(Instructed):
     task_labels = {"metamath": ""}
     tasks = ("metamath",)
     repository, revision = "meta-math/MetaMathQA", "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18"
+    rows = {"train": 395_000 - 240, "val": 120, "test": 1319}
     licence = "MIT (MetaMathQA, GSM8K)"
 
     def __init__(self, *, root: Place | None = None, **kwargs):

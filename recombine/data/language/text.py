@@ -96,6 +96,10 @@ class Text(LanguageData):
     def title(self) -> str:
         return self.task_labels[self.task]
 
+    @property
+    def foreseen(self) -> dict[str, int]:
+        return {} if self.limit is None else dict.fromkeys(SPLITS, self.limit)
+
     def build(self) -> dict[str, Windows]:
         texts = {"wiki": self._wiki, "wikitext2": self._wikitext2, "c4": self._c4}[self.task]()
         return {split: Windows(pack(self.tokenizer, texts[split], self.max_length, self.limit)) for split in SPLITS}

@@ -27,7 +27,7 @@ import pyarrow as pa
 from recombine.data import hub
 from recombine.data.base import require_known
 from recombine.data.readers import arrow_table
-from recombine.data.text.base import TextData, TextSource
+from recombine.data.text.base import HELD_OUT, TextData, TextSource
 from recombine.errors import UsageError
 from recombine.runtime.kinds import Name, Place, Word
 
@@ -97,6 +97,13 @@ class Glue(TextData):
         self.row = TASKS[task]
         self.classes, self.scores = list(self.row.classes) or None, self.row.scores
         self.root, self.revision = None if root is None else Path(root).expanduser(), revision or REVISION
+
+    @property
+    def foreseen(self) -> dict[str, int]:
+        train, *tests = [min(size, self.limit or size) for size in self.row.sizes.values()]
+        held = max(1, round(HELD_OUT * train)) if self.select == "val" else 0
+        val = {"val": held or sum(tests)} if self.select != "last" else {}
+        return {"train": train - held, "test": sum(tests)} | val
 
     @property
     def folder(self) -> Path:

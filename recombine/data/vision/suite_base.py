@@ -21,7 +21,7 @@ import numpy as np
 
 from recombine.data import hub
 from recombine.data.base import SPLITS, require_known
-from recombine.data.sampling import shuffled, stratified
+from recombine.data.sampling import cut_sizes, shuffled, stratified
 from recombine.data.vision import parquet
 from recombine.data.vision.base import VisionData
 from recombine.data.vision.folder import OFFICIAL, is_tree, splits, stamp
@@ -159,6 +159,8 @@ class Suite(VisionData):
 
     # What a run uses of them
 
+    # What a run uses of them
+
     def listing(self) -> tuple[list[str], dict[str, Part], str, tuple[str, ...]]:
         """Class names, the pictures of train, val and test, what identifies them, and differences from the papers."""
         if self._listing is None:
@@ -220,6 +222,12 @@ class Suite(VisionData):
         if val is None:
             train, val = _divide(train, HOLDOUT)
         return {"train": train, "val": val, "test": parts["test"]}
+
+    @property
+    def foreseen(self) -> dict[str, int]:
+        known = {ours: self.row.sizes[theirs] for ours, theirs in self.row.splits.items() if theirs in self.row.sizes}
+        cut = cut_sizes(known, self.split == "80/20", self.row.share, HOLDOUT, self.merge_train_val)
+        return {split: min(size, self.limit or size) for split, size in cut.items()}
 
     def identity(self) -> str:
         """On the hub it needs no files, and at a commit no network."""
