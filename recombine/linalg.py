@@ -1,4 +1,17 @@
-"""Tensor mathematics that two or more methods share. Everything is computed and returned in float64."""
+"""Tensor mathematics that two or more methods share. Everything is returned in float64.
+
+`svd` chooses its algorithm by shape, rank and device. With N = min(m, n):
+
+    N <= SMALL        LAPACK's SVD
+    larger            eigenvectors U of the smaller Gram matrix W W^T, then s and V^T from U^T W
+    k <= N / THIN     randomised subspace iteration (Halko, Martinsson & Tropp, arXiv 0909.4061), then the same inside
+
+|W - U_k S_k V_k^T| is at most 1.001 times that of LAPACK's SVD, plus 1e-12 |W|, for every k. A Gram matrix squares the
+singular values, so those below 1e-3 of the largest are computed again from what is left of W. The iteration ends once
+what further steps can gain is too little. Where it does not end, or leaves too little to judge, the Gram matrix is
+used. On a GPU whose float64 is slow, the subspace of a rank k < N is found in float32, where rounding cannot cost more
+than that either, and the rest is done in float64.
+"""
 
 from collections.abc import Callable
 
@@ -6,15 +19,97 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Factors = tuple[Tensor, Tensor, Tensor]
+
 SILU_ARGMIN = -1.2784645427610738  # SiLU falls to its minimum here and rises ever after
 SILU_MIN = -0.2784645427610738  # silu(SILU_ARGMIN): SiLU has no inverse below
 GELU_ARGMIN = -0.7517915246935644  # the same of GELU, x Phi(x)
 GELU_MIN = -0.16997120747990366
 
+SMALL = 512  # directions up to which LAPACK's SVD is used: little would be gained, and its bits stay
+THIN = 32  # ranks up to min(m, n) / THIN are found by iteration
+SLACK = 5e-4  # of the squared error: a quarter of what 1.001 allows
+SWEEPS = 24  # of the iteration, at most
+LEAD = 1e-6  # a Gram matrix's eigenvalues above this share of the largest are good to 1e-10
+FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # compute capabilities: P100, V100, A100, H100, B200
 
-def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD in float64: (m, n) -> U (m, N), s (N,) descending, Vh (N, n) with N = min(m, n)."""
-    return torch.linalg.svd(weight.detach().double(), full_matrices=False)
+
+def svd(weight: Tensor, rank: int | None = None, finder: torch.dtype | None = None) -> Factors:
+    """Thin SVD in float64: (m, n) -> U (m, k), s (k,) descending, Vh (k, n).
+
+    Args:
+        rank: k, at most N = min(m, n); None: N.
+        finder: the precision in which the subspace of a rank below N is found, float32 or float64; None: by the device.
+    """
+    weight, size = weight.detach().double(), min(weight.shape)
+    rank = size if rank is None else min(rank, size)
+    if size <= SMALL:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank]
+    if weight.shape[0] > weight.shape[1]:
+        u, s, vh = svd(weight.T, rank, finder)
+        return vh.T, s, u.T
+    finder = finder or finder_on(weight.device)
+    found = iterated(weight, rank, finder) if rank <= size // THIN else None
+    return found or by_gram(weight, rank, finder)
+
+
+def finder_on(device: torch.device) -> torch.dtype:
+    """The precision in which subspaces are found on a device: float32 on a GPU whose float64 is slow, else float64."""
+    slow = device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_FLOAT64
+    return torch.float32 if slow else torch.float64
+
+
+def by_gram(weight: Tensor, rank: int, finder: torch.dtype = torch.float64) -> Factors:
+    """The k first singular triplets of a wide (m, n), m <= n, by the eigenvectors of W W^T."""
+    gram = weight @ weight.T
+    if finder == torch.float32 and rank < len(gram):
+        values, vectors = torch.linalg.eigh(gram.float())
+        tail = gram.trace() - values[-rank:].double().sum()
+        if 16 * rank * torch.finfo(finder).eps * values[-1] <= SLACK * tail:  # 2 k |E|, |E| <= 8 eps |W W^T|
+            return inside(torch.linalg.qr(vectors[:, -rank:].double())[0], weight, rank)
+    values, vectors = torch.linalg.eigh(gram)
+    values, u = values.flip(0), vectors.flip(1)
+    lead = min(int((values > LEAD * values[0]).sum()), rank)
+    u = u[:, :rank] if lead == rank else u
+    rows = u.T @ weight
+    s = rows[:lead].norm(dim=1)
+    vh = rows[:lead] / s[:, None]
+    if lead < rank:
+        rest = rows[lead:] - (rows[lead:] @ vh.T) @ vh
+        left, small, right = torch.linalg.svd(rest, full_matrices=False)
+        right = right - (right @ vh.T) @ vh  # what rounding left, over the small singular values
+        u = torch.cat([u[:, :lead], u[:, lead:] @ left], 1)
+        s, vh = torch.cat([s, small]), torch.cat([vh, right])
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def inside(basis: Tensor, weight: Tensor, rank: int) -> Factors:
+    """The k first singular triplets of basis basis^T W, for an orthonormal basis (m, l), l >= k."""
+    u, s, vh = by_gram(basis.T @ weight, rank)
+    return basis @ u, s, vh
+
+
+def iterated(weight: Tensor, rank: int, finder: torch.dtype) -> Factors | None:
+    """The k first singular triplets of a wide (m, n) by subspace iteration; None: the error may be too large."""
+    w = weight.to(finder)
+    rng = torch.Generator(w.device).manual_seed(0)  # no one's draws move
+    y = w @ torch.randn(w.shape[1], 2 * rank + 32, generator=rng, dtype=finder, device=w.device)
+    total, held = float(weight.square().sum()), [0.0]
+    floor = 1e3 * torch.finfo(finder).eps * total
+    for _ in range(SWEEPS):
+        basis = torch.linalg.qr(y)[0]
+        rows = basis.T @ w
+        held.append(float(torch.linalg.eigvalsh(rows @ rows.T)[-rank:].double().sum()))
+        rest = total - held[-1]
+        if SLACK * rest < floor:
+            return None
+        if len(held) > 3:
+            before, gain = held[-2] - held[-3], held[-1] - held[-2]
+            if gain < before and gain * gain / (before - gain) <= SLACK * rest:  # all that is to come, as a series
+                return inside(torch.linalg.qr(basis.double())[0], weight, rank)
+        y = w @ rows.T
+    return None
 
 
 def energy_rank(s: Tensor, fraction: float) -> int:
@@ -94,10 +189,30 @@ def orthonormal_union(base: Tensor, extra: Tensor, tolerance: float = 1e-6) -> T
     """
     for _ in range(2):  # the second pass takes away what rounding left
         extra = extra - base @ (base.T @ extra)
-    u, s, _ = svd(extra)
-    new = u[:, s > tolerance]
-    new = torch.linalg.qr(new - base @ (base.T @ new))[0]
-    return torch.cat([base, new], 1)
+    values, vectors = torch.linalg.eigh(extra.T @ extra)
+    new = extra @ vectors[:, values > tolerance**2]
+    new = new / new.norm(dim=0)  # orthogonal but for rounding, which this made larger
+    return torch.cat([base, torch.linalg.qr(new - base @ (base.T @ new))[0]], 1)
+
+
+def spectrum_exceeds(matrix: Tensor, top: int, share: float) -> bool:
+    """Whether the eigenvalues after the `top` largest surely hold more than this share of the trace.
+
+    No eigenvalue is computed. An LDL^T factorisation of M - mu I tells how many are above mu (Sylvester's law of
+    inertia), at a tenth of the cost; three mu are tried. False: they may not.
+
+    Args:
+        matrix: M (d, d), positive semi-definite.
+    """
+    limit, rest = share * matrix.trace(), len(matrix) - top
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for above in (max(rest // part, 1) for part in (2, 4, 8)):  # so many of the rest above mu are enough
+        factors, pivots, _ = torch.linalg.ldl_factor_ex(matrix - limit / above * eye)  # a pivot may be 0
+        singles = pivots > 0  # the others are blocks of two, with one eigenvalue above 0 and one below
+        positive = int((factors.diagonal()[singles] > 0).sum()) + int((~singles).sum()) // 2
+        if limit > 0 and positive - top > above:
+            return True
+    return False
 
 
 def shrink(second: Tensor, fourth: float, count: int, floor: float = 0.0) -> Tensor:

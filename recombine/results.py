@@ -30,6 +30,7 @@ LOCK = ".running"
 WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')  # a string of JSON, or what Python writes for no finite number
 VALID = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}
 ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", "num_nodes", "strategy")} | {
+    "calibration.memory",
     "data.num_workers",
     "trainer.checkpoint_minutes",
 }  # on what a run runs, not what it computes

@@ -7,6 +7,7 @@ Only non-padding tokens count, where the model is called with an `attention_mask
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,12 @@ def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[s
             finite.
     """
     assert wanted <= KINDS.keys(), wanted
-    start = Inputs()
+    start = Inputs(layers=len(sites))
     stats = {site.name: Stats(inputs=start) for site in sites}
     backward = bool(wanted & BACKWARD)
     anchor = torch.zeros((), requires_grad=True)  # where the graph begins: all weights are frozen
-    # what this batch's inputs, by identity, turned earlier sums into; the inputs are held, so that no id is used twice
-    seen: dict[tuple[int, int], tuple[Tensor, Inputs]] = {}
+    # what this batch's inputs, by identity, turned earlier sums into; an input that is gone may leave its id to another
+    seen: dict[tuple[int, int], tuple[ReferenceType, Inputs]] = {}
     with capture_attention_mask(model) as mask, eval_frozen(model), torch.set_grad_enabled(backward):
         hooks = [
             site.module.register_forward_hook(statistics_hook(stats[site.name], wanted, mask, seen, anchor))
@@ -146,11 +147,16 @@ def normalise(stats: dict[str, Stats], backward: bool) -> None:
             raise UsageError(f"calibration: no gradient reached {name}: {why}")
     for inputs in {id(layer.inputs): layer.inputs for layer in stats.values()}.values():
         count = max(inputs.tokens, 1)
-        inputs.xx, inputs.x4, inputs.absolute = inputs.xx / count, inputs.x4 / count, inputs.absolute / count
+        inputs.xx, inputs.x4, inputs.absolute = over(inputs.xx, count), inputs.x4 / count, over(inputs.absolute, count)
     for name, layer in stats.items():
         count = max(layer.tokens, 1)
-        layer.gg, layer.g4, layer.gx = layer.gg / count, layer.g4 / count, layer.gx / count
-        layer.fisher = layer.fisher / max(layer.batches, 1)
+        layer.gg, layer.g4, layer.gx = over(layer.gg, count), layer.g4 / count, over(layer.gx, count)
+        layer.fisher = over(layer.fisher, max(layer.batches, 1))
         for value in (layer.inputs.xx, layer.inputs.absolute, layer.gg, layer.gx, layer.fisher):
-            if isinstance(value, Tensor) and not value.isfinite().all():
+            if isinstance(value, Tensor) and not all(end.isfinite() for end in value.aminmax()):
                 raise UsageError(f"calibration: the statistics of {name} are not finite; use float32 or other batches")
+
+
+def over(total: Tensor | float, count: int) -> Tensor | float:
+    """total / count, in the memory of `total`."""
+    return total.div_(count) if isinstance(total, Tensor) else total / count

@@ -1,8 +1,9 @@
 """The running sums of one layer's inputs and gradients, and the hook that adds a batch to them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,11 @@ KINDS = {  # what a method can ask for -> the fields of Inputs and Stats that it
 BACKWARD = {"outputs", "cross", "fisher"}  # need the loss's gradient
 
 
-@dataclass
+VERSIONS = count()
+PIECE = 2**20  # entries that are converted at once
+
+
+@dataclass(eq=False)
 class Inputs:
     """Statistics of a layer's input x (n,), as means over tokens; sums while they are collected."""
 
@@ -25,7 +30,8 @@ class Inputs:
     xx: Tensor | float = 0.0  # (n, n): E[x x^T]
     x4: float = 0.0  # E[|x|^4]
     absolute: Tensor | float = 0.0  # (n,): E[|x_j|]
-    version: int = field(default_factory=count().__next__)  # no two are the same
+    layers: int = 1  # how many hold it
+    version: int = field(default_factory=VERSIONS.__next__)  # of these sums; no two are the same
 
 
 @dataclass
@@ -79,23 +85,26 @@ def statistics_hook(stats: Stats, wanted: set[str], mask: list, seen: dict, anch
     def hook(layer: nn.Module, args: tuple, y: Tensor):
         stats.calls += 1
         source, keep = args[0], valid(mask, args[0])
-        x = tokens(source, keep)
         if wanted & {"inputs", "magnitudes"}:
             key = stats.inputs.version, id(source)  # the sums are shared for as long as the layers read the same
-            if key not in seen:
-                seen[key] = (source, add_inputs(stats.inputs, x, wanted))
+            if key not in seen or seen[key][0]() is not source:
+                seen[key] = (ref(source), add_inputs(stats.inputs, tokens(source, keep), wanted))
+            else:
+                stats.inputs.layers -= 1
+                seen[key][1].layers += 1
             stats.inputs = seen[key][1]
         if not wanted & BACKWARD:
             return None
+        source = source if wanted & {"cross", "fisher"} else None  # nothing else holds it until the backward pass
 
         def gradient(g: Tensor) -> None:
             g = tokens(g, keep)
             stats.tokens += len(g)
             if "outputs" in wanted:
-                stats.gg = stats.gg + (g.T @ g).double()
+                stats.gg = added(stats.gg, g.T @ g)
                 stats.g4 += g.double().square().sum(1).square().sum().item()
-            if wanted & {"cross", "fisher"}:
-                stats.batch = stats.batch + (g.T @ x).double()
+            if source is not None:
+                stats.batch = added(stats.batch, g.T @ tokens(source, keep))
 
         return Watched.apply(y if y.requires_grad else y.detach(), anchor, gradient)
 
@@ -105,22 +114,39 @@ def statistics_hook(stats: Stats, wanted: set[str], mask: list, seen: dict, anch
 def end_batch(stats: Stats, wanted: set[str]) -> None:
     """Adds the finished batch's dL/dW to the sums; a layer may be called more than once in a batch."""
     stats.batches += 1
+    if not isinstance(stats.batch, Tensor):
+        return
     if "cross" in wanted:
-        stats.gx = stats.gx + stats.batch
-    if "fisher" in wanted and isinstance(stats.batch, Tensor):
-        stats.fisher = stats.fisher + stats.batch.square()
+        stats.gx = added(stats.gx, stats.batch)
+    if "fisher" in wanted:
+        stats.fisher = added(stats.fisher, stats.batch.square())
     stats.batch = 0.0
 
 
 def add_inputs(inputs: Inputs, x: Tensor, wanted: set[str]) -> Inputs:
-    """New sums with the inputs x (tokens, n) added; the old ones stay as they are."""
-    new = Inputs(inputs.tokens + len(x), inputs.xx, inputs.x4, inputs.absolute)
+    """The sums with the inputs x (tokens, n) added: the same ones, or new ones where other layers hold these."""
+    if inputs.layers > 1:
+        inputs.layers -= 1
+        copies = {k: v.clone() for k in ("xx", "absolute") if isinstance(v := getattr(inputs, k), Tensor)}
+        inputs = replace(inputs, layers=1, **copies)
+    inputs.version = next(VERSIONS)
+    inputs.tokens += len(x)
     if "inputs" in wanted:
-        new.xx = new.xx + (x.T @ x).double()
-        new.x4 += x.double().square().sum(1).square().sum().item()
+        inputs.xx = added(inputs.xx, x.T @ x)
+        inputs.x4 += x.double().square().sum(1).square().sum().item()
     if "magnitudes" in wanted:
-        new.absolute = new.absolute + x.abs().double().sum(0)
-    return new
+        inputs.absolute = added(inputs.absolute, x.abs().double().sum(0))
+    return inputs
+
+
+def added(total: Tensor | float, term: Tensor) -> Tensor:
+    """total + term in float64, in the memory of `total`; a term of float64 may become the total."""
+    if not isinstance(total, Tensor):
+        return term.double()
+    rows = max(1, PIECE // (term.numel() // len(term)))
+    for into, piece in zip(total.split(rows), term.split(rows), strict=True):
+        into += piece  # no whole copy of the term in float64
+    return total
 
 
 def tokens(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -4,14 +4,16 @@ A weight is trainable if and only if it has `requires_grad`. `recombine.core.rew
 records what it did.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from recombine.core.calibration import Losses, Stats
+from recombine.core.kept import Kept
+from recombine.core.memory import Memory
+from recombine.core.sites import Site
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.models import roles
@@ -19,22 +21,15 @@ from recombine.runtime import progress
 from recombine.runtime.kinds import Rate
 
 
-class Site(NamedTuple):
-    """A target layer: its module name (blocks.0.mlp.fc1), its role (up) and the module itself."""
-
-    name: str
-    role: str
-    module: nn.Module
-
-
 @dataclass(kw_only=True)
 class Method:
-    """Rewrites the target layers of a pretrained model in place.
+    """Rewrites the target layers of a pretrained model in place. Most methods write `recombine` and `sizes` only.
 
-    Most methods write `recombine` and `sizes` only. The hooks are called in this order:
+    The hooks are called in this order:
 
         apply                   check                       the fields, against the target layers
                                 statistics_needed           then the statistics are collected into `self.stats`
+                                groups, digest              they are worked off group by group, and dropped
                                 before_budget               learns what the sizes depend on
                                 budget_values, sizes        for a budget: `budget_fields` names the field it sets
                                 after_budget                learns what depends on the sizes
@@ -63,6 +58,7 @@ class Method:
     conflicting_fields: ClassVar[tuple[str, ...]] = ()  # optional fields that each set the size alone
     compresses: ClassVar[bool] = False  # can hold the target layers in fewer weights than they have
     target_types: ClassVar[tuple[type, ...]] = (nn.Linear,)  # the layers that it can rewrite
+    sizes_need_statistics: ClassVar[bool] = True  # False: a budget is solved first, so `digest` knows the sizes
     needs_trained_head: ClassVar[bool] = False  # looks at the task's loss, so a classifier must be fitted before it
 
     def __init_subclass__(cls, abstract: bool = False):
@@ -74,6 +70,8 @@ class Method:
         self.label = type(self).__name__.lower()  # how messages call it; the runner knows what the user typed
         self.key = "method"  # the node of the configuration that its fields stand in, for messages
         self.stats: dict[str, Stats] = {}  # what `statistics_needed` asked for, by site name, of one model
+        self.memory = Memory()  # what the statistics and `kept` may take
+        self.kept = Kept()  # what `digest` gave, by the name of a group's first layer, of one model
         self.blocks: list[int] | None = None  # the blocks that `rewrite` leaves, if not all
 
     def copy(self, **changes: Any) -> Self:
@@ -100,8 +98,22 @@ class Method:
         """Kinds of statistics to collect into `self.stats`, out of `calibration.KINDS`: {"inputs"}, for example."""
         return set()
 
+    def groups(self, sites: list[Site]) -> list[list[Site]]:
+        """The layers that are digested together, group by group."""
+        return [[site] for site in sites]
+
+    def digest(self, group: list[Site]) -> dict[str, Tensor] | None:
+        """All that is needed of a group beside its weights, of which the statistics are dropped; None: they stay."""
+        return None
+
+    def digested(self, group: list[Site]) -> Mapping[str, Tensor]:
+        """What `digest` gives for a group, computed once. Matrices may lie in a file: each use reads them."""
+        if (name := group[0].name) not in self.kept:
+            self.kept[name] = self.digest(group)
+        return self.kept[name]
+
     def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
-        """Learns from model and data what `sizes` depends on. `self.stats` is filled by then."""
+        """Learns from model and data what `sizes` depends on. `self.stats` is filled, or digested, by then."""
 
     def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         """Learns from model and data what depends on the solved budget. From then on `sizes` is exact."""
@@ -123,8 +135,6 @@ class Method:
     def budget_values(self, field: str, sites: list[Site]) -> Sequence:
         """The values that a budget may give to this field, from the smallest model to the largest."""
         raise NotImplementedError(type(self).__name__)
-
-    # The rewriting
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses: Losses | None = None) -> None:
         """Replaces the target layers of a frozen model, in place, and marks what trains.
@@ -210,17 +220,6 @@ def method_classes() -> dict[str, type[Method]]:
         new = [subclass for cls in new for subclass in cls.__subclasses__()]
         known |= {cls.__name__: cls for cls in new if not cls.abstract}
     return known
-
-
-def consecutive(sites: list[Site], size: Callable[[str], int]) -> list[list[Site]]:
-    """Groups of size(role) consecutive layers that have the same role and shape.
-
-    The last group of a role may be smaller.
-    """
-    alike = defaultdict(list)
-    for site in sites:
-        alike[site.role, site.module.weight.shape].append(site)
-    return [run[i : i + size(role)] for (role, _), run in alike.items() for i in range(0, len(run), size(role))]
 
 
 def need_losses(method: Method, losses: Losses | None) -> None:

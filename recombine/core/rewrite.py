@@ -8,11 +8,14 @@ from weakref import ref
 from torch import nn
 
 from recombine.core.budget import Budget, solve
-from recombine.core.calibration import Losses, collect
+from recombine.core.calibration import Losses
 from recombine.core.checks import check_call, check_fields, check_layers, checked, fields_as_typed
-from recombine.core.method import Method, Site, need_losses
+from recombine.core.digesting import calibrate
+from recombine.core.memory import Memory, device_of
+from recombine.core.method import Method
 from recombine.core.places import kept_around
 from recombine.core.rollback import unchanged_on_failure
+from recombine.core.sites import Site, parent
 from recombine.core.tied import declare_tied
 from recombine.core.untouched import Mark, remember
 from recombine.models import rebuild, roles
@@ -59,7 +62,13 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
 
-def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, losses: Losses | None = None):
+def apply(
+    model: nn.Module,
+    method: Method,
+    budget: Budget | str | None = None,
+    losses: Losses | None = None,
+    memory: Memory | str | None = None,
+):
     """Rewrites `model` with `method`, in place, and returns it.
 
     Afterwards only what the method trains and the classification head, where there is one, are trainable. A model that
@@ -69,24 +78,34 @@ def apply(model: nn.Module, method: Method, budget: Budget | str | None = None, 
     Args:
         model: what torch.compile gave stands for the model inside it.
         budget: a `Budget` or its word: "retained_50", "trainable_150k", "energy_95" or "memory_1200mb".
-        losses: for methods that calibrate. Each call yields one task loss per calibration batch, with its graph.
+        losses: for methods that calibrate. Each call yields one task loss per calibration batch, with its graph, and
+            the same ones as every other call.
+        memory: what statistics and factors may take at once, such as "8gb"; None: half of what is free. With less,
+            `losses` is called more often, and factors wait on disk; the result is the same. `Memory` says where.
 
     Raises:
-        UsageError: a field is out of range, the model lacks a role, or the budget cannot be met.
+        UsageError: a field is out of range, the model lacks a role, the budget cannot be met, or the memory does not
+            hold one layer's statistics.
 
     Whatever is raised, Ctrl-C included, the model is as it was.
     """
     check_call(model, method)
     inner, losses = unwrapped(model), checked(losses)
     with unchanged_on_failure(inner):
-        _apply(inner, method, Budget.of(budget), losses)
+        method = method.copy()  # the caller's keeps its fields, and no factors of this model
+        done = False
+        try:
+            _apply(inner, method, Budget.of(budget), losses, Memory.of(memory))
+            done = True
+        finally:
+            method.kept.close(done)
     return model
 
 
-def _apply(model: nn.Module, method: Method, budget: Budget, losses: Losses | None) -> None:
+def _apply(model: nn.Module, method: Method, budget: Budget, losses: Losses | None, memory: Memory) -> None:
     """`apply` on what has been checked."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    method, sites = prepare(model, method, budget, losses)
+    sites = prepare(model, method, budget, losses, memory)
     record = started_record(model, sites, frozen)
     for note in method.notes(sites):
         log.warning("note: %s", note)
@@ -122,38 +141,30 @@ def _apply(model: nn.Module, method: Method, budget: Budget, losses: Losses | No
     declare_tied(model)
 
 
-def prepare(model: nn.Module, method: Method, budget: Budget, losses: Losses | None) -> tuple[Method, list[Site]]:
-    """The first half of `apply`: a copy of the method that is ready to rewrite, and its target layers.
+def prepare(model: nn.Module, method: Method, budget: Budget, losses: Losses | None, memory: Memory) -> list[Site]:
+    """The first half of `apply`: makes the method ready to rewrite; returns its target layers.
 
-    The copy is calibrated and holds the solved budget. A fused qkv is split where the method names q, k or v; the model
-    is not changed otherwise.
+    The method is calibrated and holds the solved budget. A fused qkv is split where it names q, k or v; the model is
+    not changed otherwise.
 
     Raises:
         UsageError: as in `apply`.
     """
-    method = method.copy()  # the caller's keeps its fields, and no factors of this model
     sites = find_sites(model, method)
     with kept_around(model):
         roles.split_fused(model, method.targets)
     sites = [Site(name, role, model.get_submodule(name)) for name, role, _ in sites]
-    if kinds := method.statistics_needed():
-        calibrate(model, method, sites, losses, kinds)
+    method.memory, method.kept = memory, memory.store(device_of(model))
     with fields_as_typed(method):
+        if early := budget.kind != "none" and not method.sizes_need_statistics:
+            solve(method, model, sites, budget)
+        if kinds := method.statistics_needed():
+            calibrate(model, method, sites, losses, kinds)
         method.before_budget(model, sites, losses)
-        if budget.kind != "none":
+        if budget.kind != "none" and not early:
             solve(method, model, sites, budget)
         method.after_budget(model, sites, losses)
-    return method, sites
-
-
-def calibrate(model: nn.Module, method: Method, sites: list[Site], losses: Losses | None, kinds: set[str]) -> None:
-    """Collects statistics of these kinds (of `calibration.KINDS`) into the method's `stats`.
-
-    Raises:
-        UsageError: there are no losses, no batch reached a layer, or a statistic is not finite.
-    """
-    need_losses(method, losses)
-    method.stats = collect(model, sites, losses, kinds)
+    return sites
 
 
 def find_sites(model: nn.Module, method: Method) -> list[Site]:
@@ -215,8 +226,3 @@ def train_only(model: nn.Module, names: set[str]) -> None:
         p.requires_grad_(name in names)
     if hasattr(model, "recombined"):
         model.recombined.untouched -= names
-
-
-def parent(name: str) -> str:
-    """The name of the module that holds this one."""
-    return name.rpartition(".")[0]

@@ -1,11 +1,12 @@
 """Writes a recombined model as the plain one that it computes: an ordinary folder, at the dense size."""
 
-import copy
 from pathlib import Path
 
 from torch import nn
 
 from recombine.core.checkpoint import merge
+from recombine.core.rollback import unchanged
+from recombine.core.twin import sharing
 from recombine.errors import UsageError
 from recombine.export.hf import plain_twin, require_same
 from recombine.models import rebuild
@@ -19,7 +20,8 @@ def write(model: nn.Module, folder: Path) -> Path:
         UsageError: neither timm nor transformers builds the merged model.
     """
     methods = " and ".join(step.method for step in model.recombined.steps)
-    merged = merge(copy.deepcopy(model)).eval()
+    with unchanged(model):  # merging sets what is frozen
+        merged = merge(sharing(model, model.recombined.targets)).eval()
     architecture = rebuild.architecture(merged)
     if architecture is None or type(merged).__module__.startswith("recombine."):
         raise UsageError(f'no other library has a {type(merged).__name__}; recombine.export(..., "hf") takes its code')

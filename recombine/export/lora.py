@@ -1,6 +1,5 @@
 """The difference of a recombined model to its pretrained weights as a LoRA adapter (arXiv 2106.09685), for peft."""
 
-import copy
 import json
 import logging
 import re
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 
 from recombine import models
 from recombine.core.checkpoint import merge
+from recombine.core.rollback import unchanged
+from recombine.core.twin import sharing
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runtime.atomic import atomic_write
@@ -39,7 +40,9 @@ def to_lora(
         raise UsageError(f"rank={rank}, energy={energy}: give a rank of 1 or more, or an energy, not both")
     if energy is not None and not (isinstance(energy, float | int) and 0 < energy <= 1):
         raise UsageError(f"energy={energy}: must be a share above 0 and up to 1, such as 0.99")
-    merged, base = merge(copy.deepcopy(model)), pretrained(model) if base is None else base
+    with unchanged(model):  # merging sets what is frozen
+        merged = merge(sharing(model, model.recombined.targets))
+    base = pretrained(model) if base is None else base
     factors, errors = {}, {}
     for name, weight, before in different(merged, base):
         delta = weight.double() - before.double()

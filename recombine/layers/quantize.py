@@ -11,10 +11,11 @@ from torch import nn
 
 @torch.no_grad()
 def quantize(layers: Iterable[nn.Module], bits: int) -> None:
-    """Rounds the matrices of these layers, in place, to integers times one float32 scale for each row.
+    """Rounds the matrices of these layers to integers times one float32 scale for each row.
 
-    A basis that layers share is rounded once. Vectors (biases) stay. The layers still compute in float. The bytes that
-    the integers and scales would take are noted on each parameter as `stored_bytes`, which `account.count` reads.
+    The parameters stay the same objects. A basis that layers share is rounded once. Vectors (biases) stay. The layers
+    still compute in float. The bytes that the integers and scales would take are noted on each parameter as
+    `stored_bytes`, which `account.count` reads.
 
     Args:
         bits: of an integer, its sign included.
@@ -22,5 +23,5 @@ def quantize(layers: Iterable[nn.Module], bits: int) -> None:
     for weight in {id(p): p for layer in layers for p in layer.parameters() if p.ndim > 1}.values():
         rows = weight.reshape(len(weight), -1)
         scale = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / (2 ** (bits - 1) - 1)
-        weight.copy_((torch.round(rows / scale) * scale).view_as(weight))
+        weight.data = (torch.round(rows / scale) * scale).view_as(weight)  # who else has the old values keeps them
         weight.stored_bytes = -(-weight.numel() * bits // 8) + 4 * len(rows)

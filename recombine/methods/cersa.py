@@ -78,7 +78,7 @@ class Cersa(Spectral):
 
     def ranks(self, site: Site) -> tuple[int, int]:
         """The ranks (k_alpha, k_beta) of a layer."""
-        s = None if self.rank is not None else self.factors(site)[1]
+        s = None if self.rank is not None else self.spectrum(site)
         kept = energy_rank(s, self.alpha) if self.rank is None else min(self.rank, directions(site))
         if self.trained_share is not None:
             return kept, max(1, int(self.trained_share * kept))

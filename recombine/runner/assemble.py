@@ -7,12 +7,12 @@ from hydra.core.hydra_config import HydraConfig
 
 from recombine import results
 from recombine.core.account import count, layer_report
-from recombine.core.checkpoint.tensor_file import file_digest
 from recombine.core.method import method_classes
 from recombine.core.rewrite import Step
 from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart
 from recombine.runner.config import RunSpec
 from recombine.runner.labels import label_of
+from recombine.runtime.tensor_file import file_digest
 from recombine.stages.context import RunContext
 from recombine.training import distributed
 

@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, Field
 
 from recombine.errors import did_you_mean
+from recombine.runtime.memory import PATTERN
 
 LARGEST = 2**31 - 1  # of whole numbers without a bound of their own
 
@@ -35,6 +36,7 @@ PartialShare = Annotated[float, Field(ge=0, lt=1)]
 Word = Annotated[str, BeforeValidator(lambda x: str(x) if type(x) in (int, float) else x)]  # a task may be called 80
 Name = Annotated[Word, Field(min_length=1)]
 Place = Annotated[Name | Path, "the path of a folder or file"]
+Bytes = Annotated[str, Field(pattern=PATTERN), "a size such as 8gb or 500mb, or auto"]
 Colours = Annotated[tuple[float, float, float], "three numbers, one of each colour"]
 Deviations = Annotated[tuple[Positive, Positive, Positive], "three numbers above 0, one of each colour"]
 

@@ -11,6 +11,7 @@ from recombine.core.account import count
 from recombine.core.budget import Budget
 from recombine.core.method import Method
 from recombine.core.rewrite import find_sites, finish, train_only
+from recombine.core.twin import sharing, unshare
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.result_schema import StagePart
@@ -52,13 +53,15 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
             f"stage={run.settings.stage.name}: {run.labels['method']} does not compress; use svd or crisp, "
             "or put a compressor before it: method@compressor=svd"
         )
-    teacher = copy.deepcopy(run.model)
+    one = run.settings.trainer.strategy == "auto"  # others may shard, and no parameter can be in two shards
+    teacher = sharing(run.model) if one else copy.deepcopy(run.model)
     run.checkpointed_step("rewritten", lambda: run.rewrite(method))
     part = {"weight_error": weight_errors(teacher, run.model)}
     if settings.epochs:
         if type(method).retained_weights is Method.retained_weights:  # others fold some away afterwards
             require_compression(count(run.model).retained, method.label, run.settings.stage.name)
         train_only(run.model, method.distillation_parameters(run.model))
+        unshare(teacher, run.model)
         objective = Distillation(teacher, settings.kl, settings.mse, settings.features, settings.l1)
         _, best = fit(run, objective, settings, settings.epochs, "distilled", method)
         part["distil"] = {

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from recombine.core import adapters, checkpoint, rewrite
 from recombine.core.budget import Budget
+from recombine.core.memory import Memory
 from recombine.core.method import Method
 from recombine.data.base import DataModule
 from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
 from recombine.evaluation.linear_probe import Probe
 from recombine.models import roles
-from recombine.runtime import progress
+from recombine.runtime import memory, progress
 from recombine.stages.settings import RunSettings
 from recombine.training import distributed, finite, objectives, resume
 
@@ -121,7 +122,7 @@ class RunContext:
         if pair and not hasattr(self.model, "recombined"):
             roles.split_fused(self.model, self.method.targets)  # before the compressor sees a fused qkv
         with self.timed("retrofit"):
-            rewrite.apply(self.model, method, self.budget if mine else Budget(), self.losses)
+            rewrite.apply(self.model, method, self.budget if mine else Budget(), self.losses, self.memory(method))
         label = self.labels.get("method" if method is self.method else "compressor", type(method).__name__)
         finite.refuse_weights(self.model, f"{label} left a model that is not finite; change its fields")
 
@@ -134,6 +135,12 @@ class RunContext:
             self.rewrite(self.compressor)
             rewrite.finish(self.model, self.compressor, alone=False)
         self.rewrite(self.method)
+
+    def memory(self, method: Method) -> Memory:
+        """What the calibration of a method may take, and where its factors wait."""
+        folder = self.state / f"{method.key}-{distributed.rank()}"
+        limit = memory.parse(self.settings.calibration.memory, "calibration.memory")
+        return Memory(limit, folder, "calibration.memory")
 
     def objective(self, label_smoothing: float = 0.0) -> objectives.Objective:
         """What the data's task is trained and scored by."""

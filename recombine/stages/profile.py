@@ -169,7 +169,8 @@ def predict(run: RunContext) -> StagePart:
         raise UsageError("stage.rewrite=false: a pair's second needs what the first leaves; set stage.rewrite=true")
     if isinstance(run.method, Full):
         raise UsageError("stage.rewrite=false: counts the target layers, and full trains more; set stage.rewrite=true")
-    method, sites = prepare(run.model, run.method, run.budget, run.losses)
+    method = run.method.copy()
+    sites = prepare(run.model, method, run.budget, run.losses, run.memory(method))
     cls = type(method)
     part = results.method_part(cls.__name__, asdict(method), run.labels["method"], cls.compresses)
     return {"method": part, "account": account.predict(method, run.model, sites).as_dict()}

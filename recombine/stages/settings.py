@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from recombine.core.method import Method
-from recombine.runtime.kinds import BatchSize, Bits, Count, Place, PositiveShare, Seed
+from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Place, PositiveShare, Seed
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
 
@@ -76,10 +76,14 @@ class ProfileSettings(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
-    """How much of the training set calibration sees: so many samples, in batches of that size."""
+    """How much of the training set calibration sees: so many samples, in batches of that size.
+
+    memory: what the statistics and the factors may take at once.
+    """
 
     samples: Count = 256
     batch_size: BatchSize = 32
+    memory: Bytes = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

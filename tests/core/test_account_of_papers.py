@@ -37,7 +37,7 @@ def test_cersa_at_full_rank_takes_the_memory_its_formula_gives(vit_l):
     model, method = copy.deepcopy(vit_l), Cersa(alpha=1.0)
     model.reset_classifier(0)
     sites = find_sites(model, method)
-    method._factors = {site.name: (None, torch.ones(1024), None) for site in sites}  # the ranks need no SVD
+    method.kept.groups = {site.name: {"s": torch.ones(1024)} for site in sites}  # the ranks need no SVD
     stored, trained = method.sizes(sites)
     rest = sum(p.numel() for p in model.parameters()) - 72 * 1024**2
     assert (4 * (rest + stored) + 12 * trained) / 2**20 == pytest.approx(2597.7, rel=1e-3)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import recombine
 from recombine import models
-from recombine.core.checkpoint import tensor_file
+from recombine.runtime import tensor_file
 
 SIZES = {"image_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 3}
 HOSTILE = [

@@ -135,7 +135,7 @@ def test_one_method_object_serves_two_models():
         model = build("tiny_vit", seed)
         before = model(batch(model))
         assert torch.allclose(recombine.apply(model, method)(batch(model)), before, atol=2e-5)
-    assert not method._factors  # and keeps none of their factors
+    assert not method.kept.groups  # and keeps none of their factors
 
 
 def test_twice_and_not_at_all():

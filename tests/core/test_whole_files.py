@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import recombine
-from recombine.core.checkpoint import tensor_file
+from recombine.runtime import tensor_file
 from zoo import batch, build, outputs
 
 

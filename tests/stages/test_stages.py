@@ -6,9 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import recombine
 from helpers.command import CHUNK, config, execute
 from recombine.data.vision.offline import Offline
+from recombine.layers import DeltaLinear
+from recombine.layers.quantize import quantize
 from recombine.runner import ranks
+from recombine.stages.retrofit import relative_error, shared_copy, weight_errors
+from zoo import batch, build, losses, outputs
 
 
 @pytest.mark.parametrize("name", ["crisp", "cersa", "svd", "lora", "dora", "full", "linear_probe"])
@@ -68,6 +73,29 @@ def test_retrofit_compares_with_the_original(tmp_path):
     result = execute(tmp_path, "stage=retrofit", CHUNK)
     assert max(result["weight_error"].values()) <= 1e-6 and result["logit_error"] <= 1e-3
     assert len(result["weight_error"]) == 16
+    assert 0 < result["seconds"]["compare"] < result["seconds"]["total"]
+
+
+@pytest.mark.parametrize("name", ["tiny_vit", "tiny_llama"])
+def test_a_shared_copy_takes_no_memory_and_keeps_what_is_replaced(name):
+    """Through a rewriting with dense layers left in place, and through quantization of those."""
+    model = build(name).eval()
+    x = batch(model)
+    before, copied = outputs(model, x), shared_copy(model)
+    shared = {p.data_ptr() for p in model.parameters()}
+    assert all(p.data_ptr() in shared for p in copied.parameters())
+    recombine.apply(model, recombine.Jactus(ratio=1.0, top_k=2), losses=losses(model))
+    layers = [model.get_submodule(target) for target in model.recombined.targets]
+    assert any(isinstance(layer, DeltaLinear) for layer in layers)
+    quantize(layers, 2)
+    assert torch.equal(outputs(copied, x), before) and not torch.allclose(outputs(model, x), before, atol=1e-3)
+    assert min(weight_errors(copied, model).values()) > 0.01
+
+
+def test_errors_of_tall_weights_are_summed_by_rows():
+    w, v = torch.randn(2, 2500, 3)
+    expected = ((v.double() - w.double()).norm() / w.double().norm()).item()
+    assert relative_error(v, w) == pytest.approx(expected, rel=1e-14)
 
 
 def test_suite_prints_group_means(tmp_path, monkeypatch, capsys):

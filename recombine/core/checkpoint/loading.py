@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recombine import models
-from recombine.core.checkpoint import metadata, tensor_file
+from recombine.core.checkpoint import metadata
 from recombine.core.checkpoint.filling import assign, fill, named_tensors, set_parameter
 from recombine.core.method import Method, method_classes
 from recombine.core.places import kept_around
@@ -20,6 +20,7 @@ from recombine.core.untouched import remember
 from recombine.errors import UsageError
 from recombine.models import rebuild, roles
 from recombine.models.wrappers import unwrapped
+from recombine.runtime import tensor_file
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = True) -> nn.Module:

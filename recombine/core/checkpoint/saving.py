@@ -6,13 +6,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from recombine.core.checkpoint import loading, tensor_file
+from recombine.core.checkpoint import loading
 from recombine.core.checkpoint.metadata import FORMAT
 from recombine.core.rewrite import Record
 from recombine.core.untouched import forget_changed, probe
 from recombine.errors import UsageError
 from recombine.models import rebuild, roles
 from recombine.models.wrappers import unwrapped
+from recombine.runtime import tensor_file
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from recombine.core.calibration import Losses, collect, eval_frozen, passes
+from recombine.core.calibration import Losses, eval_frozen, passes
+from recombine.core.digesting import calibrate
 from recombine.core.method import Method, Site, need, need_losses
 from recombine.layers import DeltaLinear
 from recombine.methods.ranks import check_rank, rank_notes, widths
@@ -42,6 +43,7 @@ class Rosa(Method):
     density: float = 0.003
     warmup: int = 0
 
+    sizes_need_statistics: ClassVar[bool] = False
     budget_fields: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
 
     def check(self, sites: list[Site]) -> None:
@@ -61,6 +63,11 @@ class Rosa(Method):
     @property
     def needs_trained_head(self) -> bool:
         return self.warmup > 0
+
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        """index (entries,): where the layer's mean squared gradients are largest, ascending."""
+        (site,) = group
+        return {"index": self.stats[site.name].fisher.flatten().topk(self.entries(site)).indices.sort().values}
 
     def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         if self.warmup:
@@ -87,7 +94,7 @@ class Rosa(Method):
                     optimizer.step()
             for part in trained:
                 part.requires_grad_(False)
-            self.stats = collect(model, sites, losses, {"fisher"})
+            calibrate(model, self, sites, losses, {"fisher"})
         finally:
             for hook in hooks:
                 hook.remove()
@@ -116,8 +123,7 @@ class Rosa(Method):
         if self.rank:
             delta = dict(zip(("left", "right"), self.low_rank(weight), strict=True)) | {"scale": self.alpha / self.rank}
         if count := self.entries(site):
-            largest = self.stats[site.name].fisher.flatten().topk(count).indices
-            delta |= {"entries": weight.new_zeros(count), "index": largest.sort().values}
+            delta |= {"entries": weight.new_zeros(count), "index": self.digested([site])["index"]}
         layer = DeltaLinear(weight, **delta, bias=site.module.bias)
         for part in (layer.left, layer.right, layer.entries):
             if part is not None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from math import gcd
 from typing import ClassVar
 
-from recombine.core.method import Method, Site, consecutive, need
+from recombine.core.method import Method, need
+from recombine.core.sites import Site, consecutive
 from recombine.linalg import energy_rank
 from recombine.methods.crisp.closed_form import spectrum, stack
 
@@ -31,6 +32,7 @@ class SharedBases(Method, abstract=True):
     energy: float | None = None
 
     compresses: ClassVar[bool] = True
+    sizes_need_statistics: ClassVar[bool] = False
     conflicting_fields: ClassVar[tuple[str, ...]] = ("basis_rank", "energy")
     budget_fields: ClassVar[dict[str, str]] = {
         "retained": "basis_rank",

@@ -130,6 +130,7 @@ class Crisp(SharedBases):
 
     def __post_init__(self):
         super().__post_init__()
+        self._rng = torch.Generator()  # of random fits
         for name, kind in PARTS.items():
             if isinstance(value := getattr(self, name), dict):  # from a YAML or a checkpoint
                 setattr(self, name, kind(**value))
@@ -154,25 +155,30 @@ class Crisp(SharedBases):
     def statistics_needed(self) -> set[str]:
         return {"inputs"} if self.fit == "aware" else set()
 
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        """basis (m n / s, r) and mixers (r, g s) of a group, as they are stored."""
+        chunk, weight = self.group_chunk(group), group[0].module.weight
+        basis, mixers = FITS[self.fit](group, stack(group, chunk), self.group_rank(group), self, self._rng)
+        return {"basis": basis.to(weight), "mixers": mixers.to(weight)}
+
     def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         if self.refine.steps:
             need_losses(self, losses)
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses: Losses | None = None) -> None:
-        rng = torch.Generator().manual_seed(torch.initial_seed() % 2**63)  # the run's seed, whatever was drawn since
+        self._rng.manual_seed(torch.initial_seed() % 2**63)  # the run's seed, whatever was drawn since
         original = []
         for group in progress.of(self.groups(sites), "factors", "groups"):
-            chunk = self.group_chunk(group)
-            basis, mixers = FITS[self.fit](group, stack(group, chunk), self.group_rank(group), self, rng)
-            weight = group[0].module.weight
-            basis = nn.Parameter(basis.to(weight), requires_grad=False)  # one parameter: it counts once
-            for site, mixer in zip(group, mixers.split(chunk, 1), strict=True):
-                linear, mixer = site.module, mixer.to(weight)
+            found = self.digested(group)
+            basis = nn.Parameter(found["basis"], requires_grad=False)  # one parameter: it counts once
+            for site, mixer in zip(group, found["mixers"].split(self.group_chunk(group), 1), strict=True):
+                linear, mixer = site.module, mixer.clone()
                 layer = SharedBasisLinear(basis, mixer, linear.in_features, self.gate, linear.bias, self.placement)
                 layer.mixer.requires_grad_(True)
                 model.set_submodule(site.name, layer)
                 if self.refine.steps:
                     original.append((layer, linear.weight.detach()))
+            self.kept.drop(group[0].name)
         if self.refine.steps:
             refine(original, losses, self.refine)
 

@@ -84,15 +84,15 @@ class Jactus(Subspaces):
 
     def top(self, site: Site) -> int:
         """The size of the core beside a layer that stays dense."""
-        return min(self.top_k, len(self.whole(site).right))
+        return min(self.top_k, int(self.digested([site])["width"]))
 
     def ranks(self, sites: list[Site]) -> list[int | None]:
         """The rank of every layer; None: it stays dense."""
         shapes = [site.module.weight.shape for site in sites]
-        wholes = [self.whole(site) for site in progress.of(sites, "factors", "layers")]
+        found = [self.digested([site]) for site in progress.of(sites, "factors", "layers")]
         options = [
-            self.prices.options(*shape, whole.gains, len(whole.right), self.relative)
-            for shape, whole in zip(shapes, wholes, strict=True)
+            self.prices.options(*shape, one["gains"], int(one["width"]), self.relative)
+            for shape, one in zip(shapes, found, strict=True)
         ]
         costs, losses = zip(*options, strict=True)
         chosen = SPEND[self.allocation](costs, losses, self.ratio * sum(m * n for m, n in shapes))
@@ -118,7 +118,7 @@ class Jactus(Subspaces):
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site, k in zip(sites, self.ranks(sites), strict=True):
             model.set_submodule(site.name, self.layer(site, k))
-            del self._whole[site.name]
+            self.kept.drop(site.name)
 
     def layer(self, site: Site, k: int | None) -> nn.Module:
         """The new layer at rank k; None: the dense layer, with what `dense` lets it train."""

@@ -1,7 +1,12 @@
 """JACTUS's calibration: the subspaces of W, C_x and C_g that make up a layer's union (see method.py)."""
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor
+
+from recombine.core.layer_statistics import Inputs
 from recombine.core.method import Method, Site, need
 from recombine.methods.jactus.union import Covariance, Whole, covariance, union_factors
 
@@ -28,8 +33,7 @@ class Subspaces(Method, abstract=True):
 
     def __post_init__(self):
         super().__post_init__()
-        self._whole: dict[str, Whole] = {}  # by site, for one model
-        self._eigen: dict[int, Covariance] = {}  # of C_x, by the statistics that layers share
+        self._eigen: WeakKeyDictionary[Inputs, Covariance] = WeakKeyDictionary()  # of C_x, while layers share it
 
     def check(self, sites: list[Site]) -> None:
         for name in ("alpha", "beta", "gamma"):
@@ -47,17 +51,23 @@ class Subspaces(Method, abstract=True):
         """The largest rank of the layer that may be needed."""
         raise NotImplementedError(type(self).__name__)
 
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        """The tensors of `Whole`, and the largest rank inside the union as `width` ()."""
+        (site,) = group
+        weight, stats = site.module.weight, self.stats[site.name]
+        outputs = None
+        if stats.inputs not in self._eigen:
+            self._eigen[stats.inputs] = covariance(stats.inputs.xx, stats.inputs.x4, stats.inputs.tokens, self.floor)
+        if self.sensitivity == "gradient":
+            outputs = covariance(stats.gg, stats.g4, stats.tokens, self.floor)
+        shares = (self.alpha, self.beta, self.gamma)
+        turn = (stats.gx, self.eta) if self.gain == "weight+grad" else None
+        widest, inputs = self.widest(site), self._eigen[stats.inputs]
+        factors = union_factors(weight.detach().double(), inputs, outputs, shares, turn, widest)
+        factors = factors.truncate(widest, weight.dtype)
+        return {name: t.clone() for name, t in factors._asdict().items()} | {"width": torch.tensor(len(factors.right))}
+
     def whole(self, site: Site) -> Whole:
         """The layer's factors at the largest rank that may be needed, computed once."""
-        if site.name not in self._whole:
-            weight, stats = site.module.weight, self.stats[site.name]
-            key, outputs = id(stats.inputs), None
-            if key not in self._eigen:
-                self._eigen[key] = covariance(stats.inputs.xx, stats.inputs.x4, stats.inputs.tokens, self.floor)
-            if self.sensitivity == "gradient":
-                outputs = covariance(stats.gg, stats.g4, stats.tokens, self.floor)
-            shares = (self.alpha, self.beta, self.gamma)
-            turn = (stats.gx, self.eta) if self.gain == "weight+grad" else None
-            factors = union_factors(weight.detach().double(), self._eigen[key], outputs, shares, turn)
-            self._whole[site.name] = factors.truncate(self.widest(site), weight.dtype)
-        return self._whole[site.name]
+        found = self.digested([site])
+        return Whole(*(found[name] for name in Whole._fields))

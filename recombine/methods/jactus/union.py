@@ -6,27 +6,83 @@ Q_R^T C_x Q_R = R_R^T R_R,
 
     T = R_L^-T Q_L^T C_g W C_x Q_R R_R^-1 = P L R^T,   W_k = (Q_L R_L^-1 P_k) L_k (Q_R R_R^-1 R_k)^T.
 
-The gain of rank j is L_j^2. A QR factorisation of the outer factors leaves orthonormal ones and a dense core.
+The gain of rank j is L_j^2. P and L^2 come from the smaller of T T^T and T^T T, and L_k R_k^T = P_k^T T. A QR
+factorisation of the outer factors leaves orthonormal ones and a dense core.
+
+Where the two subspaces of a union have as many dimensions together as the space, it is taken as the whole space: Q = I
+and T = R_L W R_R^T. No eigenvector is needed then. That is what the union is, unless a direction lies outside of both
+subspaces by chance; then the optimum is over one direction more, so its error is no larger.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from recombine.layers import DeltaLinear, FactoredLinear
-from recombine.linalg import energy_rank, orthonormal_union, shrink, svd
+from recombine.linalg import energy_rank, orthonormal_union, shrink, spectrum_exceeds, svd
 
 
-class Covariance(NamedTuple):
-    """A covariance: C (d, d), shrunk and scaled to a mean eigenvalue of 1, and the spectrum of what was measured.
+@dataclass(eq=False)
+class Covariance:
+    """A covariance: C (d, d), shrunk and scaled to a mean eigenvalue of 1, and what was measured (d, d).
 
-    values (d,) are the measured eigenvalues, descending, and vectors (d, d) the eigenvectors, in columns.
+    What is derived is computed once, where it is needed.
     """
 
     matrix: Tensor
-    values: Tensor
-    vectors: Tensor
+    measured: Tensor
+
+    @cached_property
+    def root(self) -> Tensor:
+        """R (d, d), upper triangular, with C = R^T R."""
+        return torch.linalg.cholesky(self.matrix, upper=True)
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """The measured eigenvalues (d,), descending, and the eigenvectors (d, d), in columns."""
+        values, vectors = torch.linalg.eigh(self.measured)  # shrinking moves no eigenvector
+        return values.flip(0).clamp(min=0), vectors.flip(1)
+
+    def rank(self, share: float) -> int:
+        """The smallest number of directions that hold this share of what was measured."""
+        return energy_rank(self.eigen[0].sqrt(), share)
+
+    def needs(self, count: int, share: float) -> bool:
+        """Whether `rank` is at least `count`."""
+        if share >= 1 or spectrum_exceeds(self.measured, count - 1, 1 - share):
+            return True
+        return self.rank(share) >= count
+
+
+class Side(NamedTuple):
+    """One side of a layer: its union and how it is weighed.
+
+    covariance: C; None: the identity. basis: Q (d, r); None: the whole space. root: R (r, r), upper triangular, with
+    Q^T C Q = R^T R; None: the identity.
+    """
+
+    covariance: Covariance | None
+    basis: Tensor | None
+    root: Tensor | None
+
+    def weigh(self, x: Tensor) -> Tensor:
+        """R^-T Q^T C x, for x (d, n)."""
+        if self.covariance is None or self.basis is not None:
+            return self.pull(x if self.covariance is None else self.covariance.matrix @ x)
+        return self.root @ x
+
+    def pull(self, x: Tensor) -> Tensor:
+        """R^-T Q^T x, for x (d, n)."""
+        x = x if self.basis is None else self.basis.T @ x
+        return x if self.root is None else torch.linalg.solve_triangular(self.root.T, x, upper=False)
+
+    def lift(self, y: Tensor) -> Tensor:
+        """Q R^-1 y, for y (r, k)."""
+        y = y if self.root is None else torch.linalg.solve_triangular(self.root, y, upper=True)
+        return y if self.basis is None else self.basis @ y
 
 
 class Whole(NamedTuple):
@@ -58,6 +114,7 @@ def union_factors(
     outputs: Covariance | None,
     shares: tuple[float, float, float],
     turn: tuple[Tensor, float] | None,
+    widest: int | None = None,
 ) -> Whole:
     """The best weight of every rank inside the union, in float64.
 
@@ -68,26 +125,54 @@ def union_factors(
         shares: alpha, beta, gamma.
         turn: E[g x^T] (m, n) and eta. The subspaces are then those of T - eta |T| / |G| G, with G the whitened
             gradient, where a step of descent would go; the weight is projected onto them. None: those of T.
+        widest: the largest rank whose factors are needed; None: all.
     """
-    alpha, beta, gamma = shares
-    u, s, vh = svd(weight)
-    kept = energy_rank(s, alpha)
-    ql, sensitive = u[:, :kept], torch.eye(len(u), dtype=u.dtype, device=u.device)
-    if outputs is not None:
-        ql = orthonormal_union(ql, outputs.vectors[:, : energy_rank(outputs.values.sqrt(), gamma)])
-        sensitive = outputs.matrix
-    qr = orthonormal_union(vh[:kept].T, inputs.vectors[:, : energy_rank(inputs.values.sqrt(), beta)])
-    rl = torch.linalg.cholesky(ql.T @ sensitive @ ql, upper=True)
-    rr = torch.linalg.cholesky(qr.T @ inputs.matrix @ qr, upper=True)
-    t = turned = whiten(rl, ql.T @ sensitive @ weight @ inputs.matrix @ qr, rr)
-    if turn is not None:
-        grad = whiten(rl, ql.T @ turn[0] @ qr, rr)
-        turned = t - turn[1] * t.norm() / grad.norm().clamp(min=1e-300) * grad
-    p, gains, rh = svd(turned)
-    inner = torch.diag(gains) if turn is None else p.T @ t @ rh.T
-    left = ql @ torch.linalg.solve_triangular(rl, p, upper=True)
-    right = qr @ torch.linalg.solve_triangular(rr, rh.T, upper=True)
-    return Whole(left, inner, right.T, gains.square())
+    left, right = sides(weight, inputs, outputs, shares)
+    t = right.weigh(left.weigh(weight).T).T
+    if turn is None:
+        return optimum(t, left, right, widest)
+    grad = right.pull(left.pull(turn[0]).T).T
+    p, s, rh = svd(t - turn[1] * t.norm() / grad.norm().clamp(min=1e-300) * grad)
+    p, rh = p[:, :widest], rh[:widest]
+    return Whole(left.lift(p), p.T @ t @ rh.T, right.lift(rh.T).T, s.square())
+
+
+def sides(
+    weight: Tensor, inputs: Covariance, outputs: Covariance | None, shares: tuple[float, float, float]
+) -> tuple[Side, Side]:
+    """The left and the right side of a layer; see `union_factors`. W's singular vectors are computed if needed."""
+    (m, n), (alpha, beta, gamma) = weight.shape, shares
+    kept, vectors = min(m, n), None
+    if alpha < 1:
+        gram = weight @ weight.T if m <= n else weight.T @ weight
+        kept = energy_rank(torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt(), alpha)
+    found = []
+    for i, (covariance, share, d) in enumerate(((outputs, gamma, m), (inputs, beta, n))):
+        if kept == d or covariance is not None and covariance.needs(d - kept, share):
+            found.append(Side(covariance, None, None if covariance is None else covariance.root))
+            continue
+        vectors = vectors or svd(weight, kept)
+        basis = vectors[0] if i == 0 else vectors[2].T
+        if covariance is None:
+            found.append(Side(None, basis, None))
+            continue
+        basis = orthonormal_union(basis, covariance.eigen[1][:, : covariance.rank(share)])
+        root = torch.linalg.cholesky(basis.T @ covariance.matrix @ basis, upper=True)
+        found.append(Side(covariance, basis, root))
+    return tuple(found)
+
+
+def optimum(t: Tensor, left: Side, right: Side, widest: int | None) -> Whole:
+    """The factors of `Whole` from T (r_L, r_R): P and L^2 by the smaller Gram matrix, and then P^T T."""
+    if len(t) > t.shape[1]:
+        flipped = optimum(t.T, right, left, widest)
+        return Whole(flipped.right.T, flipped.inner, flipped.left.T, flipped.gains)
+    values, vectors = torch.linalg.eigh(t @ t.T)
+    p = vectors.flip(1)[:, :widest]
+    rows = p.T @ t
+    gains = torch.cat([rows.square().sum(1), values.flip(0).clamp(min=0)[p.shape[1] :]])
+    eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
+    return Whole(left.lift(p), eye, right.lift(rows.T).T, gains)
 
 
 def covariance(second: Tensor, fourth: float, tokens: int, floor: float) -> Covariance:
@@ -95,14 +180,7 @@ def covariance(second: Tensor, fourth: float, tokens: int, floor: float) -> Cova
     shrunk = shrink(second, fourth, tokens, floor)
     scale = shrunk.diagonal().mean()
     shrunk = shrunk / scale if scale > 0 else torch.eye(len(shrunk), dtype=shrunk.dtype, device=shrunk.device)
-    values, vectors = torch.linalg.eigh(second)  # shrinking moves no eigenvector
-    return Covariance(shrunk, values.flip(0).clamp(min=0), vectors.flip(1))
-
-
-def whiten(rl: Tensor, inner: Tensor, rr: Tensor) -> Tensor:
-    """R_L^-T inner R_R^-1, for upper triangular R_L and R_R."""
-    half = torch.linalg.solve_triangular(rl.T, inner, upper=False)
-    return torch.linalg.solve_triangular(rr, half, upper=True, left=False)
+    return Covariance(shrunk, second)
 
 
 def factored(linear: nn.Linear, whole: Whole, k: int) -> FactoredLinear:

@@ -51,10 +51,15 @@ class Whitened(Spectral, abstract=True):
     def statistics_needed(self) -> set[str]:
         return {"inputs"}
 
-    def decompose(self, site: Site) -> tuple[Tensor, Tensor]:
-        """U (m, k), with k the largest rank that saves weights, and s (N,)."""
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        """u (m, k), with k the largest rank that saves weights, and s (N,), of W E[x x^T]^1/2 in float64."""
+        (site,) = group
         u, s = weighted_svd(site.module.weight, self.stats[site.name].inputs.xx)
-        return u[:, : max_rank(site)].clone(), s
+        return {"u": u[:, : max_rank(site)].clone(), "s": s}
+
+    def left(self, site: Site) -> Tensor:
+        """u of `digest`."""
+        return self.digested([site])["u"]
 
 
 def dims(site: Site) -> tuple[int, int]:
@@ -91,13 +96,13 @@ class Balf(Whitened):
     def options(self, site: Site) -> tuple[Tensor, Tensor]:
         """Costs and losses, two tensors (options,), of the ranks 1, 2, ... and then of the dense layer."""
         (m, n), k = dims(site), max_rank(site)
-        tail = self.factors(site)[1].cpu().square().flip(0).cumsum(0).flip(0)  # (N,): at k what rank k loses
+        tail = self.spectrum(site).cpu().square().flip(0).cumsum(0).flip(0)  # (N,): at k what rank k loses
         share = tail[1 : k + 1] / tail[0].clamp(min=torch.finfo(tail.dtype).tiny)
         costs = torch.cat([(m + n) * torch.arange(1, k + 1, dtype=tail.dtype), tail.new_tensor([m * n])])
         return costs, torch.cat([share, tail.new_zeros(1)])
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site, k in zip(sites, self.ranks(sites), strict=True):
-            u, _ = self._factors.pop(site.name)
             if k is not None:
-                model.set_submodule(site.name, truncated(site, u[:, :k]))
+                model.set_submodule(site.name, truncated(site, self.left(site)[:, :k]))
+            self.kept.drop(site.name)

@@ -126,7 +126,7 @@ class DobiSvd(Whitened):
 
         def hook(site: Site, i: int):
             m, n = dims(site)
-            basis = self.factors(site)[0].to(site.module.weight)
+            basis = self.left(site).to(site.module.weight)
             index = torch.arange(1, basis.shape[1] + 1, device=basis.device, dtype=basis.dtype)
 
             def truncate(linear: nn.Linear, args: tuple, y: Tensor) -> Tensor:
@@ -155,4 +155,5 @@ class DobiSvd(Whitened):
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site, k in zip(sites, self._ranks, strict=True):
-            model.set_submodule(site.name, truncated(site, self._factors.pop(site.name)[0][:, :k]))
+            model.set_submodule(site.name, truncated(site, self.left(site)[:, :k]))
+            self.kept.drop(site.name)

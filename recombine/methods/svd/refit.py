@@ -42,7 +42,8 @@ def refit(model: nn.Module, sites: list[Site], layers: dict[str, FactoredLinear]
         stats = collect(model, group, losses, {"inputs"})
         for site in group:
             layer = layers[site.name]
-            layer.left.copy_(least_squares(site.module.weight, layer.left, layer.right, stats[site.name].inputs.xx))
+            moment = stats.pop(site.name).inputs.xx
+            layer.left.copy_(least_squares(site.module.weight, layer.left, layer.right, moment))
             model.set_submodule(site.name, layer)
 
 

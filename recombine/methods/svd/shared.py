@@ -15,12 +15,14 @@ DFJR groups q with k, and gate with up, of one block. It uses no data.
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from recombine.core.calibration import Losses
-from recombine.core.method import Site, consecutive, need, need_losses
+from recombine.core.method import need, need_losses
+from recombine.core.sites import Site, consecutive
 from recombine.layers import FactoredLinear
 from recombine.linalg import project, weighted_svd
 from recombine.methods.svd.refit import refit
@@ -32,21 +34,29 @@ from recombine.runtime import progress
 class SharedSvd(Truncated, abstract=True):
     """The base of both methods. The layers of a group read inputs of one width."""
 
+    sizes_need_statistics: ClassVar[bool] = False
+
     def moment(self, group: list[Site]) -> Tensor | None:
         """E[x x^T] (n, n) of the group's inputs, up to a factor; None: the identity."""
         return None
 
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        """left (sum m_i, k) and right (k, n) of the group's stack, as they are stored."""
+        weights = [site.module.weight for site in group]
+        stack = torch.cat([weight.detach().double() for weight in weights])  # (sum m_i, n)
+        u = weighted_svd(stack, self.moment(group))[0][:, : self.group_rank(group)]
+        left, right = project(u, stack)
+        return {"left": left.to(weights[0]), "right": right.to(weights[0])}
+
     def factored(self, sites: list[Site]) -> dict[str, FactoredLinear]:
         """The factored layers, by site name."""
         layers = {}
-        for group in progress.of(self.groups(sites), "factors", "groups"):
-            weights = [site.module.weight for site in group]
-            stack = torch.cat([weight.detach().double() for weight in weights])  # (sum m_i, n)
-            u = weighted_svd(stack, self.moment(group))[0][:, : self.group_rank(group)]
-            left, right = project(u, stack)
-            basis = nn.Parameter(right.to(weights[0]), requires_grad=False)  # one parameter: it counts once
-            for site, part in zip(group, left.split([len(weight) for weight in weights]), strict=True):
-                layers[site.name] = FactoredLinear(part.to(weights[0]), basis, bias=site.module.bias)
+        for group in progress.of(self.groups(sites), "rewriting", "groups"):
+            found = self.digested(group)
+            basis = nn.Parameter(found["right"], requires_grad=False)  # one parameter: it counts once
+            for site, part in zip(group, found["left"].split([len(site.module.weight) for site in group]), strict=True):
+                layers[site.name] = FactoredLinear(part.clone(), basis, bias=site.module.bias)
+            self.kept.drop(group[0].name)
         return layers
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:

@@ -22,24 +22,23 @@ class Spectral(Method, abstract=True):
 
     compresses: ClassVar[bool] = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        self._factors: dict[str, tuple[Tensor, ...]] = {}  # by site, for one model, until the layer is rewritten
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        """The SVD of a layer's weight in float64: u (m, N), s (N,), vh (N, n) with N = min(m, n)."""
+        return dict(zip(("u", "s", "vh"), svd(group[0].module.weight), strict=True))
 
     def factors(self, site: Site) -> tuple[Tensor, ...]:
-        """What `decompose` gives for a layer, in float64, computed once."""
-        if site.name not in self._factors:
-            self._factors[site.name] = self.decompose(site)
-        return self._factors[site.name]
+        """U (m, N), s (N,) and Vh (N, n) of a layer, in float64, computed once."""
+        found = self.digested([site])
+        return found["u"], found["s"], found["vh"]
 
-    def decompose(self, site: Site) -> tuple[Tensor, ...]:
-        """The SVD of a layer's weight: U (m, N), s (N,), Vh (N, n) with N = min(m, n)."""
-        return svd(site.module.weight)
+    def spectrum(self, site: Site) -> Tensor:
+        """The singular values s (N,) of a layer; nothing else is read."""
+        return self.digested([site])["s"]
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site in progress.of(sites, "rewriting", "layers"):
             model.set_submodule(site.name, self.recombine(site))
-            self._factors.pop(site.name, None)
+            self.kept.drop(site.name)
 
 
 @dataclass(kw_only=True)
@@ -121,7 +120,7 @@ class Svd(Truncated):
 
     def group_rank(self, group: list[Site]) -> int:
         if self.rank is None and self.energy is not None:
-            return energy_rank(self.factors(group[0])[1], self.energy)
+            return energy_rank(self.spectrum(group[0]), self.energy)
         return super().group_rank(group)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:

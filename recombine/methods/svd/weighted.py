@@ -22,6 +22,7 @@ Paper: LoRA on U, then on V. Here: LoRA on the whole layer (method@compressor=sv
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -43,30 +44,38 @@ class WeightedSvd(Truncated, abstract=True):
 
     refit: bool = False
 
+    sizes_need_statistics: ClassVar[bool] = False
+
     def moment(self, site: Site) -> Tensor:
         """The layer's M (n, n), or its diagonal (n,)."""
         raise NotImplementedError(type(self).__name__)
 
-    def decompose(self, site: Site) -> tuple[Tensor, Tensor]:
-        """U (m, N) and s (N,) of W M^1/2."""
-        return weighted_svd(site.module.weight, self.moment(site))
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        """left (m, k) and right (k, n) of a layer, as they are stored."""
+        weight = group[0].module.weight
+        u = weighted_svd(weight, self.moment(group[0]))[0][:, : self.group_rank(group)]
+        return dict(zip(("left", "right"), stored(u, weight), strict=True))
 
     def recombine(self, site: Site) -> FactoredLinear:
-        return truncated(site, self.factors(site)[0][:, : self.group_rank([site])])
+        found = self.digested([site])
+        return FactoredLinear(found["left"], found["right"], bias=site.module.bias)
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         if not self.refit:
             return super().rewrite(model, sites)
         layers = {site.name: self.recombine(site) for site in progress.of(sites, "factors", "layers")}
-        self._factors.clear()
         refit(model, sites, layers, losses)
 
 
 def truncated(site: Site, u: Tensor) -> FactoredLinear:
     """The layer with the weight u u^T W, for an orthonormal u (m, k)."""
-    weight = site.module.weight
+    return FactoredLinear(*stored(u, site.module.weight), bias=site.module.bias)
+
+
+def stored(u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """left (m, k) and right (k, n) of u u^T W, in the type of W (m, n)."""
     left, right = project(u, weight)
-    return FactoredLinear(left.to(weight), right.to(weight), bias=site.module.bias)
+    return left.to(weight), right.to(weight)
 
 
 @dataclass(kw_only=True)

@@ -83,6 +83,47 @@ def test_smaller_unions_are_optimal_inside_themselves(m, n, kind, seed, share):
     assert errors[0] >= errors[1] - 1e-9 * max(1.0, errors[1])
 
 
+def subspace(matrix: np.ndarray, share: float, squared: bool) -> np.ndarray:
+    """The left singular vectors of a matrix that hold the share of its (squared) singular values."""
+    u, s, _ = np.linalg.svd(matrix, full_matrices=False)
+    held = np.cumsum(s**2 if squared else s)
+    return u[:, : min(int((held < share * held[-1]).sum()) + 1, len(s))]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(3, 24), st.integers(3, 24), st.integers(0, 99), st.sampled_from([0.3, 0.7, 0.95, 0.99]), st.data())
+def test_unions_give_the_optimum_of_the_docstring(m, n, seed, share, data):
+    """T and W_k as union.py writes them, with orthonormal bases of both unions and an SVD, by numpy and scipy."""
+    site, stats = site_of(m, n, "random", seed, tokens=60)
+    method = Jactus(alpha=share, beta=share, gamma=share, dense="none")
+    method.stats = {"layer": stats}
+    cx, cg = covariances(stats, method.floor)
+    w = site.module.weight.detach().numpy()
+    ql = scipy.linalg.orth(np.hstack([subspace(w, share, True), subspace(stats.gg.numpy(), share, False)]))
+    qr = scipy.linalg.orth(np.hstack([subspace(w.T, share, True), subspace(stats.inputs.xx.numpy(), share, False)]))
+    rl, rr = np.linalg.cholesky(ql.T @ cg @ ql).T, np.linalg.cholesky(qr.T @ cx @ qr).T
+    p, s, rh = np.linalg.svd(np.linalg.inv(rl).T @ ql.T @ cg @ w @ cx @ qr @ np.linalg.inv(rr), full_matrices=False)
+    k = data.draw(st.integers(1, len(s)))
+    expected = ql @ np.linalg.inv(rl) @ p[:, :k] * s[:k] @ rh[:k] @ np.linalg.inv(rr).T @ qr.T
+    whole = method.whole(site)
+    np.testing.assert_allclose(whole.gains[: len(s)].sqrt().numpy(), s, atol=1e-8 * s[0])
+    assert len(whole.right) == len(s)
+    if k == len(s) or s[k - 1] - s[k] > 1e-3 * s[0]:  # else the optimum is not unique
+        found = method.layer(site, k).dense_weight().detach().numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-8 * np.linalg.norm(w))
+
+
+def test_no_eigenvector_is_computed_where_the_unions_are_whole(monkeypatch):
+    """With the defaults and covariances of many directions: one eigendecomposition, of the smaller Gram matrix."""
+    site, stats = site_of(48, 40, "random", 0, tokens=4000)
+    seen, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: seen.append(len(a)) or eigh(a))
+    method = Jactus(dense="none")
+    method.stats = {"layer": stats}
+    method.whole(site)
+    assert seen == [40]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 9), st.integers(2, 9), st.sampled_from(KINDS), st.integers(0, 99), st.data())
 def test_without_gradients_full_unions_are_the_whitened_svd(m, n, kind, seed, data):

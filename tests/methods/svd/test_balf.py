@@ -38,7 +38,7 @@ def test_balf_unfilled_takes_every_choice_at_one_price():
     for ratio in (0.1, 0.25, 0.4, 0.5, 0.6, 0.8):
         method, filled = (replace(learned, ratio=ratio, fill=fill) for fill in (False, True))
         for one in (method, filled):
-            one.stats, one._factors = learned.stats, learned._factors
+            one.kept = learned.kept
         low, high = 0.0, float("inf")
         for site, k in zip(sites, method.ranks(sites), strict=True):
             costs, lost = (t.numpy() for t in method.options(site))

@@ -113,7 +113,7 @@ def test_memory_equals_cersa_table_14(method, printed, formula):
     memory = (4 * (rest + stored) + 12 * (trained + 102_500)) / 2**20
     assert memory == pytest.approx(printed, rel=3e-4)
     assert memory * 2**20 == 4 * (303_301_632 + 102_500 + 48 * (1024**2 + 1024)) + 12 * 102_500 + formula
-    assert not method._factors and directions(sites[0]) == 1024
+    assert not method.kept.groups and directions(sites[0]) == 1024
 
 
 @pytest.mark.parametrize("method", [Svfit(rank=7), Svft(), Rosa(rank=3, density=0.05)], ids=["svfit", "svft", "rosa"])
