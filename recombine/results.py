@@ -35,16 +35,18 @@ ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", 
     "trainer.checkpoint_minutes",
 }  # on what a run runs, not what it computes
 SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "stage", "test", "val")  # in every result
-LATER = {  # keys that came after the first results, with what they were by then
-    "base": None,
-    "export": None,
-    "optim.name": "adamw",
-    "stage.distil.l1": 0.0,
-} | {
-    f"{slot}.{key}": value
-    for slot in ("method", "compressor")
-    for key, value in {"loss": "plain", "mimicry.factor": 1.0, "mimicry.noise": 0.0, "mimicry.clip": None}.items()
-}
+LATER = (
+    dict.fromkeys(("base", "export"))
+    | {  # keys that came after the first results, with what they were by then
+        "optim.name": "adamw",
+        "stage.distil.l1": 0.0,
+    }
+    | {
+        f"{slot}.{key}": value
+        for slot in ("method", "compressor")
+        for key, value in {"loss": "plain", "mimicry.factor": 1.0, "mimicry.noise": 0.0, "mimicry.clip": None}.items()
+    }
+)
 
 
 @contextmanager
