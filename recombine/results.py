@@ -31,22 +31,17 @@ WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')  # a string of JSON, or w
 VALID = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}
 ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", "num_nodes", "strategy")} | {
     "calibration.memory",
-    "data.num_workers",
-    "trainer.checkpoint_minutes",
+    *("data.num_workers", "trainer.checkpoint_minutes", "trainer.compile", "trainer.gradient_checkpointing"),
 }  # on what a run runs, not what it computes
 SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "stage", "test", "val")  # in every result
-LATER = (
-    dict.fromkeys(("base", "export"))
-    | {  # keys that came after the first results, with what they were by then
-        "optim.name": "adamw",
-        "stage.distil.l1": 0.0,
-    }
-    | {
-        f"{slot}.{key}": value
-        for slot in ("method", "compressor")
-        for key, value in {"loss": "plain", "mimicry.factor": 1.0, "mimicry.noise": 0.0, "mimicry.clip": None}.items()
-    }
-)
+LATER = {  # keys that came after the first results, with what they were by then
+    **{"base": None, "export": None, "optim.name": "adamw", "stage.distil.l1": 0.0},
+    **{"trainer.accumulate": 1, "trainer.matmul": "highest"},
+} | {
+    f"{slot}.{key}": value
+    for slot in ("method", "compressor")
+    for key, value in {"loss": "plain", "mimicry.factor": 1.0, "mimicry.noise": 0.0, "mimicry.clip": None}.items()
+}
 
 
 @contextmanager

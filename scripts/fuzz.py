@@ -33,6 +33,7 @@ from scripts.fuzz_cases import Case, case  # noqa: E402
 
 CPU_SECONDS = 20  # that a small run may take
 IMPORTS = 20  # more for each rank of several: they are processes of their own, which import everything again
+GRAPH = 60  # more for a graph: it is traced, and for ONNX traced again
 WALL_SECONDS = 300  # after which it is taken to wait for something
 
 
@@ -60,6 +61,7 @@ def child(found: Case, folder: Path, log: Path) -> None:
     code = 99
     try:
         seconds = CPU_SECONDS + (IMPORTS if any("trainer.devices=" in word for word in found.arguments) else 0)
+        seconds += GRAPH if {"export=torch", "export=onnx", "export=openvino"} & {*found.arguments} else 0
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
         os.setsid()
         os.chdir(folder)

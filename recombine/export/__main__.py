@@ -1,7 +1,8 @@
 """python -m recombine.export RUN_FOLDER_OR_FILE [--to hf] [--out FOLDER]: a compressed model for other libraries.
 
 The folder of a run says in its result.json which checkpoint is meant; the command and the scores go into the model
-card. --to hf: its own code, for transformers; dense: merged; lora: the difference to the pretrained weights, for peft.
+card. --to hf: its own code, for transformers; dense: merged; lora: the difference to the pretrained weights, for peft;
+torch, onnx, openvino: one graph for every batch size.
 """
 
 import argparse

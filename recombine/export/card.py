@@ -10,32 +10,42 @@ from torch import nn
 from recombine.core.account import MIB, Account, count
 from recombine.export.hf import class_name, task_class
 
+GRAPHS = {  # what lies in a folder that holds one graph, and what it needs
+    "torch": ["`model.pt2`: one graph of torch.export. inputs.json names its inputs.", "Needed: torch."],
+    "onnx": ["`model.onnx`: one graph. inputs.json names its inputs.", "Needed: onnxruntime."],
+    "openvino": ["`openvino_model.xml` and `.bin`: one graph. inputs.json names its inputs.", "Needed: openvino."],
+}
+LOAD = {
+    "torch": ["import torch", "", 'model = torch.export.load("this/folder/model.pt2").module()'],
+    "onnx": ["import onnxruntime", "", 'model = onnxruntime.InferenceSession("this/folder/model.onnx")'],
+    "openvino": ["import openvino", "", 'model = openvino.compile_model("this/folder/openvino_model.xml", "CPU")'],
+}
+
 
 def card(model: nn.Module, to: str, tokenizer: bool, run: Mapping[str, Any] | None) -> str:
     """The text of the card.
 
     Args:
-        to: the format, hf or dense.
+        to: the format.
         tokenizer: the folder holds one.
         run: the result.json of the run that made the model; None: it was made by hand.
     """
     record = model.recombined
     source = (getattr(model, "recombine_source", None) or {}).get("name") or record_name(model)
-    timm, hf = hasattr(model, "pretrained_cfg"), to == "hf"
+    timm, dense = hasattr(model, "pretrained_cfg"), to == "dense"
     licence = (getattr(model, "pretrained_cfg", None) or {}).get("license")
     lines = [
         "---",
-        f"library_name: {'timm' if timm and not hf else 'transformers'}",
+        f"library_name: {library(to, timm)}",
         *([f"license: {licence}"] if licence else []),
         "tags: [recombine]",
         "---",
         f"# {source}, recombined by {' and '.join(step.method for step in record.steps)}",
         "",
-        "The code in this folder builds the compressed model. recombine is not needed." if hf else "Merged: dense.",
-        f"Needed: torch, safetensors{', transformers' if hf or not timm else ''}{', timm' if timm else ''}.",
+        *(GRAPHS[to] if to in GRAPHS else plain(timm, dense)),
         "",
-        *loading(model, timm, hf, tokenizer),
-        *(counts(record, count(model), next(model.parameters()).dtype) if hf else []),
+        *loading(model, timm, to, tokenizer),
+        *([] if dense else counts(record, count(model), next(model.parameters()).dtype)),
         "## Method",
         "",
         *(
@@ -53,10 +63,26 @@ def card(model: nn.Module, to: str, tokenizer: bool, run: Mapping[str, Any] | No
     return "\n".join(lines) + "\n"
 
 
-def loading(model: nn.Module, timm: bool, hf: bool, tokenizer: bool) -> list[str]:
+def library(to: str, timm: bool) -> str:
+    """The library that loads the folder, as model hubs call it."""
+    if to in GRAPHS:
+        return "pytorch" if to == "torch" else to
+    return "timm" if timm and to == "dense" else "transformers"
+
+
+def plain(timm: bool, dense: bool) -> list[str]:
+    """What the folder of a model is, and needs."""
+    what = "The code in this folder builds the compressed model. recombine is not needed."
+    more = f"{'' if timm and dense else ', transformers'}{', timm' if timm else ''}"
+    return ["Merged: dense." if dense else what, f"Needed: torch, safetensors{more}."]
+
+
+def loading(model: nn.Module, timm: bool, to: str, tokenizer: bool) -> list[str]:
     """How the folder is loaded."""
-    trust = ", trust_remote_code=True" if hf else ""
-    if timm and not hf:
+    trust = ", trust_remote_code=True" if to == "hf" else ""
+    if to in GRAPHS:
+        load = LOAD[to]
+    elif timm and to == "dense":
         load = ["import timm", "", 'model = timm.create_model("local-dir:this/folder", pretrained=True)']
     else:
         auto = task_class(class_name(model, timm))

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from recombine.errors import UsageError, did_you_mean
 from recombine.export.card import card
 from recombine.models.wrappers import unwrapped
 
-FORMATS = {"hf": "its own code, for transformers", "dense": "merged, a plain model", "lora": "a LoRA adapter of peft"}
+FORMATS = {  # what is written, and the packages of an extra that it needs
+    "hf": ("its own code, for transformers", ()),
+    "dense": ("merged, a plain model", ()),
+    "lora": ("a LoRA adapter of peft", ()),
+    "torch": ("a program of torch.export", ()),
+    "onnx": ("a graph, compared with ONNX Runtime", ("onnxscript", "onnxruntime")),
+    "openvino": ("a graph, compared with OpenVINO", ("openvino", "onnxscript")),
+}
+GRAPHS = ("torch", "onnx", "openvino")  # traced for every batch size, by a module named to_...
 
 
 def export(
@@ -34,13 +43,15 @@ def export(
         folder: where; it must not be there yet, or be empty.
         to: "hf": a compressed model with its own code, for `AutoModel....from_pretrained(..., trust_remote_code=True)`;
             "dense": merged, an ordinary model of transformers or timm; "lora": the difference to the pretrained
-            weights, as an adapter of peft.
+            weights, as an adapter of peft; "torch", "onnx", "openvino": one graph for every batch size, compared with
+            the model when it is written.
         tokenizer: saved beside a text model; None: the one that belongs to it, where that is known.
         run: the result.json of the run that made the model, for the model card.
         base, rank, energy: of "lora", see `to_lora`.
 
     Raises:
-        UsageError: the model is not recombined or cannot be written so, the format is unknown, or the folder is full.
+        UsageError: the model is not recombined or cannot be written so, the format is unknown or lacks its extra, or
+            the folder is full.
     """
     model, folder = unwrapped(model), check(folder, to)
     if not isinstance(model, nn.Module) or not hasattr(model, "recombined"):
@@ -55,7 +66,7 @@ def export(
         if to == "lora":
             import_module("recombine.export.lora").write(model, temporary, base, rank, energy)
         else:
-            import_module(f"recombine.export.{to}").write(model, temporary)
+            write(model, temporary, to)
             beside(model, temporary, to, tokenizer, run)
         os.replace(temporary, folder)
     except OSError as error:
@@ -67,8 +78,21 @@ def export(
     return folder
 
 
+def write(model: nn.Module, folder: Path, to: str) -> None:
+    """Writes the weights, and what a format has beside them, by the module of that format.
+
+    Raises:
+        UsageError: the model cannot be written so.
+    """
+    if to in GRAPHS:
+        traced = import_module("recombine.export.graph").trace(model)
+        import_module(f"recombine.export.to_{to}").write(model, traced, folder)
+    else:
+        import_module(f"recombine.export.{to}").write(model, folder)
+
+
 def check(folder: str | Path, to: str) -> Path:
-    """The folder as a path, once it is free and the format is known.
+    """The folder as a path, once it is free, and the format is known and installed.
 
     Raises:
         UsageError: it is not.
@@ -77,12 +101,24 @@ def check(folder: str | Path, to: str) -> Path:
         raise UsageError(
             f"to={to!r}: no such format; {did_you_mean(str(to), [*FORMATS])}choose from {', '.join(FORMATS)}"
         )
+    require(to)
     if not isinstance(folder, str | Path):
         raise UsageError(f"folder={folder!r}: must be the path of a folder")
     folder = Path(folder).expanduser().absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder}: is there already; name a folder that is new or empty")
     return folder
+
+
+def require(to: str) -> None:
+    """Asks for the packages that a format needs.
+
+    Raises:
+        UsageError: one is not installed.
+    """
+    for package in FORMATS[to][1]:
+        if find_spec(package) is None:
+            raise UsageError(f"export to {to}: {package} is not installed; pip install 'recombine[{to}]'")
 
 
 def beside(model: nn.Module, folder: Path, to: str, tokenizer: Any, run: Mapping[str, Any] | None) -> None:

@@ -4,11 +4,13 @@ import shlex
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from torch import nn
 
 from recombine import results
 from recombine.core.account import count, layer_report
 from recombine.core.method import method_classes
 from recombine.core.rewrite import Step
+from recombine.models.weights import origin
 from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart
 from recombine.runner.config import RunSpec
 from recombine.runner.labels import label_of
@@ -68,6 +70,7 @@ def asked_for(run: RunContext) -> RunPart:
         "command": " ".join(["python run.py", *map(shlex.quote, overrides)]),
         "stage": run.settings.stage.name,
         "model": run.model.recombine_source,
+        "weights": pretrained_weights(run.model) if distributed.rank() == 0 else {},
         "compressor": describe_step(run, record.steps[0], "compressor") if pair else None,
         "budget": str(run.budget),
         "data": run.data.info | {"title": run.data.title},
@@ -75,6 +78,12 @@ def asked_for(run: RunContext) -> RunPart:
         "seed": run.settings.seed,
         "metric": run.objective().metric,
     }
+
+
+def pretrained_weights(model: nn.Module) -> dict:
+    """Where the model's pretrained weights came from: hub, commit and sha256; nothing where it has none."""
+    path = getattr(model, "recombine_weights", None)
+    return {} if path is None else origin(path)
 
 
 def describe_step(run: RunContext, step: Step, part: str) -> MethodPart:

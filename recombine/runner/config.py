@@ -15,6 +15,7 @@ from recombine import models, results
 from recombine.core.budget import Budget
 from recombine.core.method import Method
 from recombine.errors import UsageError
+from recombine.export.folder import require
 from recombine.methods.from_config import from_config, from_name
 from recombine.runner.base import base_file
 from recombine.runner.labels import chosen_labels
@@ -33,7 +34,7 @@ from recombine.stages.settings import (
 from recombine.training.loggers import LoggerSettings
 from recombine.training.settings import OptimizerSettings, TrainerSettings
 
-Format = Literal["hf", "dense", "lora"]  # of recombine/export
+Format = Literal["hf", "dense", "lora", "torch", "onnx", "openvino"]  # of recombine/export
 GROUPS = ("model", "data", "method", "stage", "optim", "trainer", "logger", "calibration", "harness", "analyse")
 
 
@@ -98,7 +99,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
     """
     validate_root(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True)
-    stage, export = stage_settings(plain["stage"]), plain.get("export")
+    stage, export = stage_settings(plain["stage"]), formats(plain.get("export"))
     method, compressor = resolve_methods(cfg)
     labels = chosen_labels(cfg)
     method.label = labels["method"]
@@ -136,9 +137,21 @@ def resolve(cfg: DictConfig) -> RunSpec:
         calibration_data=calibration_data(chosen, cfg.seed),
         transfer_tasks=tuple(transfer_tasks),
         logger=typed(LoggerSettings, plain["logger"], "logger"),
-        export=(export,) if isinstance(export, str) else tuple(export or ()),
+        export=export,
         base=base_file(plain.get("base"), stage.name, labels.get("compressor"), plain["model"]),
     )
+
+
+def formats(chosen: str | list[str] | None) -> tuple[str, ...]:
+    """The formats of `export=`.
+
+    Raises:
+        UsageError: one needs an extra that is not installed.
+    """
+    found = (chosen,) if isinstance(chosen, str) else tuple(chosen or ())
+    for name in found:
+        require(name)
+    return found
 
 
 def stage_schema(name: str) -> type[StageSettings]:

@@ -119,10 +119,7 @@ def report(result: dict, run: RunContext) -> None:
 def set_up(spec: RunSpec, out: Path) -> RunContext:
     """The model and the data of a run. What cannot work is refused before anything is downloaded or made."""
     module = data.build(**spec.data)
-    if spec.settings.harness.tasks is not None and module.objective != "lm":
-        why = f"data={module.name} is for no language model, which is what the harness scores"
-        raise UsageError(f"harness.tasks={[*spec.settings.harness.tasks]}: {why}; set harness.tasks=null")
-    harness.require_known(spec.settings.harness.tasks or (), module.root)
+    require_harness(spec, module)
     native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
     model = models.build(**native | models.for_task(spec.model, task_of(module)))
     source, stage = model.recombine_source, spec.settings.stage
@@ -170,6 +167,18 @@ def start(spec: RunSpec, model: nn.Module) -> tuple[Method, bool]:
         if spec.settings.stage.name != "evaluate":
             find_sites(model, method)
     return spec.method, False
+
+
+def require_harness(spec: RunSpec, module: DataModule) -> None:
+    """Refuses tasks that there are not; those that the run will score have their data before anything is trained."""
+    tasks, stage = spec.settings.harness.tasks, spec.settings.stage
+    if tasks is not None and module.objective != "lm":
+        why = f"data={module.name} is for no language model, which is what the harness scores"
+        raise UsageError(f"harness.tasks={[*tasks]}: {why}; set harness.tasks=null")
+    harness.require_known(tasks or (), module.root)
+    scores = stage.name in ("adapt", "compress", "joint", "evaluate") or getattr(stage, "test", False)
+    if scores and module.objective == "lm" and distributed.rank() == 0:
+        harness.fetch(spec.settings.harness.names(module.harness), module.root)
 
 
 def task_of(module: DataModule) -> str:

@@ -102,11 +102,16 @@ class AnalysisSettings:
 class HarnessSettings:
     """The keys of lm-evaluation-harness, which scores language models.
 
-    tasks: for example ("gsm8k_metamath",); None: those that go with the data. limit: documents a task; None: all.
+    tasks: for example ("gsm8k_metamath",); (): none; None: those that go with the data. limit: documents a task; None:
+    all.
     """
 
     tasks: tuple[str, ...] | None = None
     limit: Count | None = None
+
+    def names(self, of_data: tuple[str, ...]) -> tuple[str, ...]:
+        """The tasks, where those are of_data that go with the data."""
+        return of_data if self.tasks is None else self.tasks
 
 
 @dataclass(frozen=True, kw_only=True)

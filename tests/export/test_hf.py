@@ -1,11 +1,7 @@
-"""Folders that other libraries load: equal bit for bit, small, and loaded where there is no recombine."""
+"""Folders that transformers loads: equal bit for bit, and small. (Where there is no recombine: test_fresh.py.)"""
 
 import copy
-import hashlib
 import json
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import peft
@@ -22,8 +18,6 @@ from transformers import (
 )
 
 import recombine
-from helpers import config
-from recombine import models
 from recombine.export import hf_layers
 from scripts.model_matrix import output
 from scripts.tiny_models import MODELS
@@ -35,7 +29,6 @@ AUTO = {
     "tiny_deberta": AutoModelForSequenceClassification,
     "tiny_llama": AutoModelForCausalLM,
 }
-LONE = Path(__file__).with_name("without_recombine.py")
 METHODS = {  # one for every kind of layer, and for every way that it takes in inference
     "factored": (recombine.Svd(), "retained_50"),
     "core": (recombine.Cersa(), None),
@@ -53,10 +46,10 @@ METHODS = {  # one for every kind of layer, and for every way that it takes in i
 }
 
 
-def made(arch: str, method: str = "factored", plain: nn.Module | None = None) -> nn.Module:
+def made(arch: str, method: str = "factored") -> nn.Module:
     """A recombined model in eval mode, moved away from where it started."""
     how, budget = METHODS[method]
-    plain = build(arch) if plain is None else plain
+    plain = build(arch)
     model = recombine.apply(plain, copy.deepcopy(how), budget, losses(plain))
     torch.manual_seed(3)
     with torch.no_grad():
@@ -144,34 +137,6 @@ def test_the_file_is_as_small_as_the_count(method, tmp_path):
     assert file.stat().st_size <= 1.01 * recombine.count(model).bytes_weights
     assert file.stat().st_mode & 0o777 == (tmp_path / "hf" / "config.json").stat().st_mode & 0o777
     assert torch.equal(logits(again(file.parent, "tiny_vit"), x), logits(model, x))  # timm's note alone says what it is
-
-
-def test_a_process_without_recombine(tmp_path):
-    """Image, text and causal folders, tokenizers included, in another process that cannot import recombine."""
-    torch.manual_seed(0)
-    minilm = models.build(**config("tiny_bert", num_classes=3, pooling="mean"))
-    llama = models.build(**config("tiny_llama"))
-    made_of = {
-        "image": made("tiny_swin", "shared_basis"),
-        "sequence": made("tiny_deberta", "factored", minilm),
-        "causal": made("tiny_llama", "shared_right", llama),
-    }
-    expected = {}
-    for name, model in made_of.items():
-        recombine.export(model, tmp_path / name)
-        x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32) if name == "image" else None
-        if x is None:
-            x = dict(models.tokenizer(model.recombine_source)("a few words", return_tensors="pt"))
-            x = {key: value for key, value in x.items() if key != "token_type_ids"}
-        with torch.no_grad():
-            found = model(x) if name == "image" else model(**x).logits
-        expected[name] = hashlib.sha256(found.numpy().tobytes()).hexdigest()
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", LONE, sysconfig.get_path("purelib"), *(str(tmp_path / name) for name in expected)],
-        cwd=tmp_path, capture_output=True, text=True, env={"HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 def test_save_pretrained_exports(tmp_path):

@@ -110,8 +110,8 @@ def test_a_lora_says_what_it_leaves_out(tmp_path, caplog):
 def test_a_run_ends_with_its_folders_and_the_command_writes_them_too(tmp_path, capsys, monkeypatch):
     save_file(models.build(**of_yaml("tiny_vit")).state_dict(), tmp_path / "pretrained.safetensors")
     keys = ["method=svd", "budget=retained_50", "stage=compress", f"model.checkpoint={tmp_path}/pretrained.safetensors"]
-    result = execute(tmp_path / "run", *keys, "export=[hf,dense]")
-    assert result["exports"] == {name: str(tmp_path / "run" / name) for name in ("hf", "dense")}
+    result = execute(tmp_path / "run", *keys, "export=[hf,dense,torch]")
+    assert result["exports"] == {name: str(tmp_path / "run" / name) for name in ("hf", "dense", "torch")}
     text = (tmp_path / "run/hf/README.md").read_text()
     assert result["command"] in text and f"| test | {result['metric']} |" in text and result["data"]["licence"] in text
     run, x = str(tmp_path / "run"), torch.randn(2, 3, 32, 32)
@@ -123,6 +123,9 @@ def test_a_run_ends_with_its_folders_and_the_command_writes_them_too(tmp_path, c
         with torch.no_grad():
             assert torch.equal(found(x).logits, model(x))
         assert (folder / "README.md").read_text() == text
+    program = torch.export.load(tmp_path / "run/torch/model.pt2").module()
+    with torch.no_grad():
+        assert torch.allclose(program(pixel_values=x), model(x), atol=1e-5)
     wrong = [([run, "--to", "onyx"], "no such format"), ([str(tmp_path / "no")], "no such file or folder")]
     wrong += [([str(tmp_path)], "holds no result.json"), ([f"{run}/result.json"], "truncated or corrupted")]
     for arguments, words in wrong:

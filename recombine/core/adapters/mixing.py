@@ -149,8 +149,7 @@ class MixedLayer(nn.Module):
         back = torch.cat(groups).argsort()
         if self.shares(x):
             first = self.versions[0]
-            y = first.leave(self.apart([v.within for v in self.versions], first.enter(x), groups, back))
-            return y if first.bias is None else y + first.bias.to(y.dtype)
+            return first.leave(self.apart([v.within for v in self.versions], first.enter(x), groups, back))
         return self.apart(self.versions, x, groups, back, **kwargs)
 
     def shares(self, x: Tensor) -> bool:
@@ -162,8 +161,8 @@ class MixedLayer(nn.Module):
         alike = all(
             len(t) == len(tensors[0]) and all(a is b for a, b in zip(t, tensors[0], strict=True)) for t in tensors
         )
-        structured, dense, _ = first.flops(x.numel() // first.in_features, torch.is_grad_enabled())
-        return alike and structured <= dense
+        tokens, train = x.numel() // first.in_features, torch.is_grad_enabled()
+        return alike and not first.is_cheaper_built(tokens, train, kept=True)
 
     def apart(self, calls: Sequence, x: Tensor, groups: Sequence[Tensor], back: Tensor, **kwargs) -> Tensor:
         """Each call on its rows of x, and the outputs in the order of x; narrow ones are filled up with -inf."""

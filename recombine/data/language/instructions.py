@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recombine.data.base import SPLITS
-from recombine.data.hub import local_or_hub
 from recombine.data.language import choices, prompts
 from recombine.data.language.base import LanguageData
 from recombine.data.readers import table
@@ -156,10 +155,10 @@ class Commonsense(Instructed):
     def pairs(self) -> dict[str, list[Pair]]:
         ways = "connect once, or give data.root=FOLDER with commonsense_170k.json, or take data=choices"
         patterns = ["*.parquet", "*.json", "*.jsonl"]
-        folder = local_or_hub(self.name, self.root, self.repository, self.revision, patterns, ways)
+        folder = self.folder(self.repository, self.revision, patterns, ways)
         files = sorted(folder.glob("commonsense_170k*")) or sorted(folder.rglob("train*.parquet"))
         rows = table(files, ("instruction", "input", "output"), f"commonsense_170k.json in {folder}")
-        self.note = f"{len(rows)} rows of {self.repository if self.root is None else folder}"
+        self.note = f"{len(rows)} rows of {f'{self.repository}@{folder.name[:8]}' if self.root is None else folder}"
         if filled := [row["input"] for row in rows if row["input"]]:
             raise UsageError(f"{files[0]}: a row has the input {filled[0][:40]!r}: commonsense_170k's are empty")
         pairs = [(prompts.alpaca(row["instruction"]), prompts.INDENT + row["output"]) for row in rows]
@@ -191,11 +190,12 @@ class Gsm8k(Instructed):
 
     def pairs(self) -> dict[str, list[Pair]]:
         ways = "connect once, or give data.root=FOLDER with MetaMathQA-395K.json, or take data=choices"
-        folder = local_or_hub(self.name, self.root, self.repository, self.revision, ["MetaMathQA-395K.json"], ways)
+        folder = self.folder(self.repository, self.revision, ["MetaMathQA-395K.json"], ways)
         rows = table(
             sorted(folder.glob("MetaMathQA*.json")), ("query", "response"), f"MetaMathQA-395K.json in {folder}"
         )
-        self.note = f"{len(rows)} rows of {self.repository}@{self.revision[:8]}, tested on GSM8K"
+        origin = f"{self.repository}@{folder.name[:8]}" if self.root is None else folder
+        self.note = f"{len(rows)} rows of {origin}, tested on GSM8K"
         splits = held_out([(prompts.metamath(row["query"]), row["response"]) for row in rows], self.seed)
         return splits | {"test": [(prompts.metamath(row["question"]), row["answer"]) for row in gsm8k()]}
 

@@ -117,14 +117,21 @@ class Suite(VisionData):
             return folder
         return self.snapshot(self.patterns())
 
-    def snapshot(self, patterns: list[str]) -> Path:
-        """The files of the hub's repository that the patterns name; `commit` is theirs from now on."""
+    def pinned(self) -> str:
+        """The commit of the hub's repository. A branch is asked for once, or is where it was when it last was."""
         try:
-            folder = hub.download(self.row.repository, self.revision, patterns)
+            self.commit = self.commit or hub.commit(self.row.repository, self.revision)
         except UsageError as error:
             raise UsageError(self.ways(f"the hub gives nothing ({error})")) from error
-        self.commit = folder.name
-        return folder
+        return self.commit
+
+    def snapshot(self, patterns: list[str]) -> Path:
+        """The files of the hub's repository that the patterns name."""
+        at = self.pinned()
+        try:
+            return hub.download(self.row.repository, at, patterns)
+        except UsageError as error:
+            raise UsageError(self.ways(f"the hub gives nothing ({error})")) from error
 
     def patterns(self) -> list[str]:
         """What the row's files are called."""
@@ -215,9 +222,8 @@ class Suite(VisionData):
         return {"train": train, "val": val, "test": parts["test"]}
 
     def identity(self) -> str:
-        """At a commit it needs neither network nor files."""
-        known = self.root is None and self.commit
-        mark = f"{self.row.repository}@{self.commit}" if known else self.listing()[2]
+        """On the hub it needs no files, and at a commit no network."""
+        mark = f"{self.row.repository}@{self.pinned()}" if self.root is None else self.listing()[2]
         return f"{self.name} {self.task} {self.row.image} {self.row.label} {mark} {self.cutting} {self.row.share}"
 
     def source(self) -> Source:
