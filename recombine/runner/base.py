@@ -10,13 +10,13 @@ from torch import nn
 from recombine import models
 from recombine.core import checkpoint
 from recombine.core.budget import Budget
-from recombine.core.checkpoint import metadata, tensor_file
+from recombine.core.checkpoint import metadata
 from recombine.core.method import Method, method_classes
 from recombine.core.rewrite import Step, find_sites
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runner.labels import label_of
-from recombine.runtime import conf
+from recombine.runtime import conf, tensor_file
 from recombine.runtime.kinds import shown
 
 BEST = "best.safetensors"  # of a run's folder

@@ -9,12 +9,12 @@ from pydantic import Field, StringConstraints, ValidationError
 from torch import nn
 
 from recombine.core.adapters.live import whole
-from recombine.core.checkpoint import tensor_file
 from recombine.core.checkpoint.metadata import Classes, Count, Identifier, ModuleName, Number, Step, Strict, Word, first
 from recombine.core.checkpoint.saving import described
 from recombine.core.untouched import Mark, probe, total
 from recombine.errors import UsageError
 from recombine.models import roles
+from recombine.runtime import tensor_file
 
 FORMAT = 1
 OnBase = tuple[Word, Annotated[int, Field(ge=0, lt=2**64)], Annotated[list[Number], Field(min_length=4, max_length=4)]]
