@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import recombine
-from helpers import config
+from helpers import before_openvino, config
 from recombine import models
 from recombine.export.folder import FORMATS
 
@@ -92,6 +92,7 @@ def recombined(plain: nn.Module, method: recombine.Method, budget: str | None = 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     """The folders of all cases; beside them what goes in, what comes out, and what must not be importable."""
+    before_openvino()
     root = tmp_path_factory.mktemp("exported")
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import recombine
+from helpers import before_openvino
 from recombine.export import folder as folders
 from recombine.export import graph, to_onnx, to_openvino, to_torch
 from scripts.model_matrix import loss, output
@@ -31,6 +32,7 @@ METHODS = {
 @pytest.fixture
 def extras() -> None:
     """Skips where they are not installed."""
+    before_openvino()
     for package, extra in (("onnxscript", "onnx"), ("onnxruntime", "onnx"), ("openvino", "openvino")):
         pytest.importorskip(package, reason=f"needs pip install 'recombine[{extra}]'")
 

@@ -1,5 +1,6 @@
 """What many tests use."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,10 @@ def config(name: str, **overrides) -> dict:
 
 
 TINY = ["model=tiny_vit", "trainer=cpu", "trainer.progress=false", "trainer.epochs=2", "data.limit=64", "probe=false"]
+
+
+def before_openvino() -> None:
+    """openvino imports absl, whose handler closes its stream when Hydra sets up logging: not pytest's then."""
+    import absl.logging
+
+    absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
