@@ -154,12 +154,12 @@ class Losses:
 def batch(module: DataModule, size: int):
     """A batch of that many samples without values, as `objectives` take it; texts have their largest length."""
     if not isinstance(module, TokenModule):
-        pictures = torch.empty(size, 3, module.image_size, module.image_size, device="meta")
-        return pictures, torch.empty(size, dtype=torch.long, device="meta")
-    ids = torch.empty(size, module.max_length, dtype=torch.long, device="meta")
+        pictures = torch.zeros(size, 3, module.image_size, module.image_size, device="meta")
+        return pictures, torch.zeros(size, dtype=torch.long, device="meta")
+    ids = torch.zeros(size, module.max_length, dtype=torch.long, device="meta")
     numbers = torch.float32 if module.objective == "regression" else torch.long
-    labels = ids.clone() if module.objective == "lm" else torch.empty(size, dtype=numbers, device="meta")
-    return {"input_ids": ids, "attention_mask": torch.empty_like(ids), "labels": labels}
+    labels = ids.clone() if module.objective == "lm" else torch.zeros(size, dtype=numbers, device="meta")
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def head_names(model: nn.Module) -> set[str]:

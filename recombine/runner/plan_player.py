@@ -89,7 +89,7 @@ class Player:
 
     def add(self, name: str, cost: Cost | None, **held: int) -> None:
         """Adds a phase, of which one rank holds these bytes."""
-        held["mapped file"] = self.mapped
+        held["mapped file"] = 0 if held.get("teacher") else self.mapped  # which it reads
         if self.sharded:
             held = {k: v // self.ranks if k in ("weights", "gradients", "optimizer") else v for k, v in held.items()}
         self.told.phases.append(Phase(name, {k: int(v) for k, v in held.items() if v}, cost))
