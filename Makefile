@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: help setup run test slurm check report clean
+.PHONY: help setup run test slurm gpu check report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: setup ## the default tests
 
 slurm: setup ## tests on a real Slurm of this machine: sudo scripts/local_slurm.sh install first
 	$(BIN)/python -m pytest -m slurm -rs
+
+gpu: setup ## on a machine with a GPU: the gpu tests and the papers' tables, into experiments/gpu; ARGS=--dry: on a CPU
+	$(BIN)/python scripts/gpu_report.py $(if $(filter command%,$(origin ARGS)),$(ARGS))
 
 check: setup ## what CI runs: lint, format, tests
 	$(BIN)/ruff check

@@ -42,6 +42,11 @@ class GridSweeper(Sweeper):
 
         given = {argument.split("=")[0] for argument in arguments}
         params = [f"{key}={value}" for key, value in self.params.items() if key not in given]
+        if self.config.get("plan") is not None:
+            from recombine.runner import plan_table
+
+            plan_table.several(self.hydra_context.config_loader, self.config, [*params, *arguments])
+            return []
         returns = self.launcher.launch(grid.jobs(self.config, [*params, *arguments]), 0)
         ledger.refuse_failed(returns)
         return returns
@@ -70,6 +75,8 @@ class SearchSweeper(Sweeper):
         from recombine.errors import EXPECTED, UsageError, one_line
         from recombine.runner.sweep_settings import best_trial, require_search
 
+        if self.config.get("plan") is not None:
+            raise UsageError("stage=plan: what a search tries is not known before; plan one run, or a grid")
         require_search(self.params, self.config, arguments)
         for name in ("optuna", "hydra_plugins.hydra_optuna_sweeper"):  # the ledger says what becomes of the trials
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -2,6 +2,15 @@
 
 from recombine import export
 from recombine.core.account import Account, count
+from recombine.core.adapters import (
+    adapters,
+    delete_adapter,
+    disable_adapters,
+    load_adapter,
+    mixed,
+    save_adapter,
+    set_adapter,
+)
 from recombine.core.budget import Budget
 from recombine.core.checkpoint import load, merge, save
 from recombine.core.method import Method, Site
@@ -26,15 +35,22 @@ __all__ = [
     "Site",
     "Step",
     "UsageError",
+    "adapters",
     "apply",
     "count",
+    "delete_adapter",
+    "disable_adapters",
     "export",
     "finish",
     "load",
+    "load_adapter",
     "merge",
+    "mixed",
     "peft_config",
     "register",
     "save",
+    "save_adapter",
+    "set_adapter",
     "train_only",
     *_methods,
 ]

@@ -13,6 +13,7 @@ used. On a GPU whose float64 is slow, the subspace of a rank k < N is found in f
 than that either, and the rest is done in float64.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -70,7 +71,7 @@ def by_gram(weight: Tensor, rank: int, finder: torch.dtype = torch.float64) -> F
             return inside(torch.linalg.qr(vectors[:, -rank:].double())[0], weight, rank)
     values, vectors = torch.linalg.eigh(gram)
     values, u = values.flip(0), vectors.flip(1)
-    lead = min(int((values > LEAD * values[0]).sum()), rank)
+    lead = rank if weight.is_meta else min(int((values > LEAD * values[0]).sum()), rank)
     u = u[:, :rank] if lead == rank else u
     rows = u.T @ weight
     s = rows[:lead].norm(dim=1)
@@ -115,10 +116,13 @@ def iterated(weight: Tensor, rank: int, finder: torch.dtype) -> Factors | None:
 def energy_rank(s: Tensor, fraction: float) -> int:
     """The smallest k with sum(s[:k]^2) >= fraction * sum(s^2) (CERSA Eq. 2).
 
-    It is at least 1, and len(s) at fraction 1. s (N,) is descending.
+    It is at least 1, and len(s) at fraction 1. s (N,) is descending. On the meta device, where s has no values: the
+    largest k that any s can have.
     """
     if fraction >= 1:
         return len(s)
+    if s.is_meta:
+        return math.ceil(fraction * len(s))
     energy = s.double().square().cumsum(0)
     return min(int((energy < fraction * energy[-1]).sum()) + 1, len(s))
 
@@ -130,6 +134,8 @@ def rising_inverse(function: Callable[[Tensor], Tensor], bottom: float, y: Tenso
     function(bottom), which is asserted.
     """
     y = y.double()
+    if y.is_meta:  # has no values to search by
+        return torch.empty_like(y)
     low, high = torch.full_like(y, bottom), y.clamp(min=0) + 1
     assert (y >= function(low) - 1e-12).all(), f"the function never reaches {y.min():.4f}"
     for _ in range(steps):
@@ -187,6 +193,8 @@ def orthonormal_union(base: Tensor, extra: Tensor, tolerance: float = 1e-6) -> T
         extra: (d, b).
         tolerance: a direction of extra is dropped if no more than this share of its length is outside of base's span.
     """
+    if base.is_meta:  # nothing is known of extra: at most all directions
+        return base.new_empty(len(base), min(len(base), base.shape[1] + extra.shape[1]))
     for _ in range(2):  # the second pass takes away what rounding left
         extra = extra - base @ (base.T @ extra)
     values, vectors = torch.linalg.eigh(extra.T @ extra)

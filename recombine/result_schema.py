@@ -7,21 +7,18 @@ from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 
 class Key(NamedTuple):
-    """What there is to know of a key beside its type.
-
-    by: who may write it: stages, the analysis, or the runner where none of these did; empty for a key inside a part.
-    """
+    """A key beside its type. by: who writes it: stages, the analysis, or else the runner; empty inside a part."""
 
     meaning: str
     by: tuple[str, ...] = ()
     unit: str = ""
 
 
-RUNNER, ANALYSIS = ("runner",), ("analysis",)
-TRAINING = ("adapt", "compress", "joint")
+RUNNER, ANALYSIS, TRAINING = ("runner",), ("analysis",), ("adapt", "compress", "joint")
 REWRITING = ("retrofit", "compress", "joint")
 TESTING = (*TRAINING, "evaluate", "retrofit", *RUNNER)
 Scores = dict[str, float | None]  # a score's name -> its value
+Weights = dict[str, str | dict[str, str]]
 Map = dict[str, dict[str, list[list[float]]]]
 Curves = dict[str, list[float | None]]  # a metric's name -> one value an epoch
 
@@ -186,8 +183,10 @@ class RunPart(TypedDict):
     command: Annotated[str, Key("the command line that runs it again", RUNNER)]
     stage: Annotated[str, Key("the word after stage=", RUNNER)]
     model: Annotated[ModelPart, Key("the pretrained model", RUNNER)]
+    weights: Annotated[NotRequired[Weights], Key("hub, commit and sha256 by file of the pretrained weights", RUNNER)]
     method: Annotated[MethodPart | None, Key("the method; null: nothing was rewritten", ("profile", *RUNNER))]
     compressor: Annotated[MethodPart | None, Key("the method that compressed before it", RUNNER)]
+    base: Annotated[NotRequired[dict[str, str]], Key("the compressed model it started from: path, sha256", RUNNER)]
     budget: Annotated[str, Key("the word after budget=", RUNNER)]
     data: Annotated[DataPart, Key("the data that trained and tested", RUNNER)]
     calibration: Annotated[DataPart | None, Key("other data that calibrated; null: the same", RUNNER)]

@@ -31,14 +31,13 @@ WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')  # a string of JSON, or w
 VALID = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}
 ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", "num_nodes", "strategy")} | {
     "calibration.memory",
-    "data.num_workers",
-    "trainer.checkpoint_minutes",
+    *("data.num_workers", "trainer.checkpoint_minutes", "trainer.compile", "trainer.gradient_checkpointing"),
 }  # on what a run runs, not what it computes
 SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "stage", "test", "val")  # in every result
 LATER = {  # keys that came after the first results, with what they were by then
-    "export": None,
-    "optim.name": "adamw",
-    "stage.distil.l1": 0.0,
+    **{"base": None, "export": None, "optim.name": "adamw", "stage.distil.l1": 0.0},
+    **{"trainer.accumulate": 1, "trainer.matmul": "highest", "calibration.memory": "auto"},
+    **{"trainer.compile": False, "trainer.gradient_checkpointing": False},
 } | {
     f"{slot}.{key}": value
     for slot in ("method", "compressor")

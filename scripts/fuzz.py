@@ -89,7 +89,7 @@ def verdict(found: Case, code: int | str, output: str, folder: Path) -> tuple[st
     if "Traceback" in output:
         return "trace", output.strip().splitlines()[-1]
     lines = [line for line in output.splitlines() if line.startswith("run.py: ")]
-    path = folder / "out" / "result.json"
+    path = folder / "out" / ("plan.json" if "stage=plan" in found.arguments else "result.json")
     if code == 2 and path.is_file() and any(line.startswith("export=") for line in found.arguments) and not found.bad:
         return "ran", ""  # and its model cannot be written in that format; the result is there
     if code == 2:
@@ -104,7 +104,7 @@ def verdict(found: Case, code: int | str, output: str, folder: Path) -> tuple[st
     if found.bad:
         return "accepted", f"nonsense: {' '.join(found.bad)}"
     if not path.is_file():
-        return "ended", "no result.json"
+        return "ended", f"no {path.name}"
     if strange := not_finite(json.loads(path.read_text())):
         return "accepted", f"not finite: {strange}"
     return "ran", ""

@@ -133,6 +133,8 @@ def change(key: str, hint: Any, rng: random.Random, sound: bool) -> tuple[str, b
         value = rng.choice(STRANGE)
     if key.rpartition(".")[2] in LONG and value.isdigit() and int(value) > 10 and fits(hint, value):
         value = "2"
+    if key == "trainer.compile" and value == "true":  # minutes of a C++ compiler
+        value = "eager"
     large = value == "null" or value.isdigit() and int(value) > 64
     if key in ("data.limit", "harness.limit") and large and fits(hint, value):  # all of the data: a long run too
         value = "8"

@@ -14,6 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from recombine.core.calibration import Losses
 from recombine.core.method import Method, Site, method_classes
+from recombine.core.rollback import HELD
 from recombine.errors import UsageError
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "none"}
@@ -35,6 +36,9 @@ def check_call(model: nn.Module, method: Method) -> None:
     if isinstance(model, DataParallel | DistributedDataParallel):
         why = "keeps a list of the parameters that it was made with: apply to the model first, then wrap it"
         raise UsageError(f"model is wrapped in {type(model).__name__}, which {why}")
+    if HELD in vars(model):
+        why = "which stand in its layers' places: give the base without them, a copy or a file loaded anew"
+        raise UsageError(f"model holds adapters ({', '.join(vars(model)[HELD].named)}), {why}")
     if torch.is_inference_mode_enabled():
         raise UsageError("apply runs in torch.inference_mode, where no weight can ever train: leave it, or use no_grad")
     for name, p in model.named_parameters():

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+HELD = "recombine_adapters"  # attribute of a model that holds adapters (core/adapters)
 CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")  # what a module keeps its parts in
 
 

@@ -88,6 +88,11 @@ class DataModule(lightning.LightningDataModule):
         """Data set and task in human words, e.g. "VTAB-1K CIFAR-100"."""
         return " ".join(filter(None, (self.label or self.name, self.task_labels.get(self.task, self.task))))
 
+    @property
+    def foreseen(self) -> dict[str, int]:
+        """Samples of each split, as far as they are known before anything is fetched or read."""
+        return {}
+
     def metrics(self) -> MetricCollection | None:
         """New metrics of logits and labels, among them `metric`. None: those of the objective."""
         return None

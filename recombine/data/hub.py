@@ -5,29 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from recombine.errors import UsageError
+from recombine.runtime import hub
+
+
+def commit(repository: str, revision: str) -> str:
+    """The commit that a branch of a data set is at, or was at when the hub was last asked.
+
+    Raises:
+        UsageError: the reason why it is not known.
+    """
+    return hub.commit(repository, revision, "dataset")
 
 
 def download(repository: str, revision: str, patterns: list[str]) -> Path:
     """The folder of a snapshot, named after its commit, with the files that the patterns name.
 
-    Without network: what the hub's own cache has of that revision.
-
     Raises:
-        UsageError: neither the hub nor its cache gives them.
+        UsageError: the reason why neither the hub's cache nor the hub gives them.
     """
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        commit, local = HfApi().dataset_info(repository, revision=revision, timeout=20).sha, False
-    except Exception as error:  # its network library's exceptions change with its version
-        commit, local, why = revision, True, error
-    try:
-        folder = snapshot_download(
-            repository, repo_type="dataset", revision=commit, allow_patterns=patterns, local_files_only=local
-        )
-    except Exception as error:
-        raise UsageError(" ".join(str(why if local else error).split())) from error
-    return Path(folder)
+    return hub.snapshot(repository, revision, hub.named(*patterns), "dataset")
 
 
 def local_or_hub(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -35,3 +36,21 @@ def held_out(rows: list[Any], seed: int, count: int = 120) -> dict[str, list[Any
     order = shuffled(len(rows), seed).tolist()
     parts = {"train": order[2 * count :], "val": order[:count], "test": order[count : 2 * count]}
     return {split: [rows[i] for i in indices] for split, indices in parts.items()}
+
+
+def cut_sizes(known: dict[str, int], pooled: bool, share: float, holdout: float, merged: bool) -> dict[str, int]:
+    """How many rows each split has once a set is cut: a stratified cut keeps its counts but for rounding.
+
+    Args:
+        known: rows of the set's own splits, train, test and perhaps val.
+        pooled: all splits together, of which a fifth is test.
+        share: of train that is used.
+        holdout: share of train for val, where the set has none.
+        merged: train and val train together.
+    """
+    total, own = sum(known.values()), None if pooled else known.get("val")
+    test = round(0.2 * total) if pooled else known["test"]
+    train = total - test if pooled else math.ceil(share * known["train"])
+    val = round(holdout * train) if own is None else own
+    train -= val * (own is None)
+    return {"train": train + val, "test": test} if merged else {"train": train, "val": val, "test": test}

@@ -123,6 +123,17 @@ def load(names: Sequence[str], root: str | Path | None = None) -> dict:
     return {"tasks": loaded}
 
 
+def fetch(names: Sequence[str], root: str | Path | None) -> None:
+    """Has the data of those tasks in the cache that are lm-eval's own: what cannot be had is said before a run begins.
+
+    Raises:
+        UsageError: as `load` does.
+    """
+    if remote := require_known(names, root):
+        with silence_lm_eval():
+            load(remote)
+
+
 def require_known(names: Sequence[str], root: str | Path | None) -> list[str]:
     """Refuses a task that there is not, before any of them is loaded. Returns those that are lm-eval's own.
 

@@ -42,8 +42,7 @@ class Compressed(nn.Module):
         """x (..., in) -> y (..., out)."""
         if self.built:
             return F.linear(x, self.dense(x), self.bias)
-        y = self.parts(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.parts(x)
 
     @property
     def weight(self) -> Tensor:
@@ -80,10 +79,14 @@ class Factored(Compressed):
         return self.left, self.right if self.of_right == "own" else self.found[0][self.of_right]
 
     def parts(self, x: Tensor) -> Tensor:
-        """The product without bias."""
-        for layer in reversed(self.factors()):
+        """The product and the bias."""
+        left, *right = self.factors()
+        for layer in right:
             x = layer(x)
-        return x
+        if type(left) is nn.Linear:
+            return F.linear(x, left.weight, self.bias)
+        y = left(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def build(self, x: Tensor) -> Tensor:
         """The dense weight."""
@@ -104,11 +107,11 @@ class SharedBasis(Compressed):
         return self.found[0][self.of_basis], self.mixer
 
     def parts(self, x: Tensor) -> Tensor:
-        """The product without bias: chunks of x by the mixer, then all by the basis."""
+        """Chunks of x by the mixer, then all by the basis, and the bias."""
         basis, mixer = (weight_of(part, x) for part in self.factors())
         mixer, basis = (self.gate(mixer), basis) if self.placement == "pre" else (mixer, self.gate(basis))
-        mixed = x.reshape(*x.shape[:-1], -1, self.chunk) @ mixer.T  # (..., in / s, r)
-        return mixed.flatten(-2) @ basis.reshape(self.out_features, -1).T
+        mixed = F.linear(x.reshape(*x.shape[:-1], -1, self.chunk), mixer)  # (..., in / s, r)
+        return F.linear(mixed.flatten(-2), basis.reshape(self.out_features, -1), self.bias)
 
     def build(self, x: Tensor) -> Tensor:
         """The dense weight."""

@@ -104,20 +104,20 @@ def planned_layer(name: str, layer: nn.Module, plan: Plan, common: set[int]) -> 
         return spec | {"beta": layer.beta is not None}, tensors | ({} if layer.beta is None else {"beta": layer.beta})
     if not isinstance(layer, RecombinedLinear):  # a Conv1D stands as an nn.Linear here, so that one is named
         return linear_spec(layer) if type(layer) is nn.Linear else None, layer.state_dict()
-    structured, dense, _ = layer.flops(1, train=False)
     spec = {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
         "bias": layer.bias is not None,
     }
     tensors = {} if layer.bias is None else {"bias": layer.bias}
-    built = dense < structured
+    built = layer.is_cheaper_built(1, train=False, kept=True)
     if isinstance(layer, SharedBasisLinear):
         more = {"rank": layer.basis_rank, "chunk": layer.chunk, "gate": layer.gate, "placement": layer.placement}
         spec |= {"kind": "shared_basis", "built": built, **more, "basis": plan.share(layer.basis)}
         return spec, tensors | {"mixer.weight": layer.mixer}
     shared = isinstance(layer, FactoredLinear) and id(layer.right) in common
-    if isinstance(layer, DeltaLinear | FactoredLinear) and built and not shared:
+    structured, dense, _ = layer.flops(1, train=False)
+    if isinstance(layer, DeltaLinear | FactoredLinear) and dense < structured and not shared:  # takes fewer bytes
         return spec | {"kind": "linear"}, tensors | {"weight": layer.dense_weight()}
     if isinstance(layer, DeltaLinear):  # no low-rank part, so it never builds more than its base
         spec |= {"kind": "factored", "built": False, "rank": layer.in_features, "right": None}

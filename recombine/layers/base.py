@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+OVERHEAD = 1.15  # seconds per multiplication without the built weight / with it (experiments/runtime/README.md)
 MANY = 2**20  # tokens, where their number is not known: what is built then costs next to nothing
 
 
@@ -41,7 +43,14 @@ class RecombinedLinear(nn.Module, ABC):
 
     @abstractmethod
     def factored_forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> y (..., out), without the bias and without building the weight."""
+        """x (..., in) -> y (..., out), with the bias, without building the weight."""
+
+    def common(self) -> tuple[Tensor, ...]:
+        """What adapters of one base share of the layer; empty: nothing by itself.
+
+        A layer that has it is `leave(within(enter(x)))`, where only `within` reads tensors beside these and the bias.
+        """
+        return ()
 
     @abstractmethod
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
@@ -62,16 +71,26 @@ class RecombinedLinear(nn.Module, ABC):
         """A layer of that shape with uninitialised tensors, which a checkpoint fills."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> y (..., out), by the way that takes fewer multiplications.
+        """x (..., in) -> y (..., out), by the cheaper way.
 
+        With gradients that is the one with fewer multiplications. Without, where weights are kept, those of the
+        structured way count `OVERHEAD` times: it is two thinner products.
         An exported graph has one way for every batch size: the one that is cheaper for many tokens.
         """
         tokens = MANY if torch.compiler.is_exporting() else x.numel() // self.in_features
-        structured, dense, build = self.flops(tokens, torch.is_grad_enabled())
-        if dense + (0 if self.is_frozen else build) < structured:
+        if self.is_cheaper_built(tokens, torch.is_grad_enabled(), self.is_frozen):
             return F.linear(x, self.cached(self.dense_weight), self.bias)
-        y = self.factored_forward(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.factored_forward(x)
+
+    def is_cheaper_built(self, tokens: int, train: bool, kept: bool) -> bool:
+        """Whether the product with a built weight costs less.
+
+        Args:
+            tokens, train: as in `flops`.
+            kept: the weight is there already.
+        """
+        structured, dense, build = self.flops(tokens, train)
+        return dense + (0 if kept else build) < structured * (1 if train else OVERHEAD)
 
     @property
     def is_frozen(self) -> bool:
@@ -85,10 +104,11 @@ class RecombinedLinear(nn.Module, ABC):
         if not self.is_frozen:
             self._kept = None
             return build()
-        tensors = (*self.parameters(recurse=False), *self.buffers(recurse=False))
+        tensors = (t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
         key = (build.__name__, *((t.data_ptr(), t._version, t.dtype) for t in tensors))
         if self._kept is None or self._kept[0] != key:
-            with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            device = next(self.parameters()).device.type
+            with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
                 self._kept = (key, build())
         return self._kept[1]
 

@@ -53,11 +53,11 @@ class DeltaLinear(RecombinedLinear):
         return weight + self.scale * (left @ self.right)
 
     def factored_forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.cached(self._pretrained))
+        y = F.linear(x, self.cached(self._pretrained), self.bias)
         if self.left is None:
             return y
-        z = x @ self.right.T  # (..., r)
-        return y + self.scale * ((z if self.core is None else z @ self.core.T) @ self.left.T)
+        z = F.linear(x, self.right)  # (..., r)
+        return y + self.scale * F.linear(z if self.core is None else F.linear(z, self.core), self.left)
 
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
         m, n = self.out_features, self.in_features

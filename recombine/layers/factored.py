@@ -1,6 +1,7 @@
 """W = left . core . right: the map of CERSA, JACTUS, SVFit, SVFT, truncated SVD and their relatives."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recombine.layers.base import RecombinedLinear, frozen
@@ -53,6 +54,11 @@ class FactoredLinear(RecombinedLinear):
         values = self.gate.sigmoid() * self.entries
         return block.index_put(tuple(self.index), values.to(block.dtype), accumulate=True), None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether K is the identity."""
+        return self.core is None and self.tail is None and self.entries is None
+
     def _folded(self) -> Tensor:
         """left . K, (m, k)."""
         block, diagonal = self._inner()
@@ -63,17 +69,32 @@ class FactoredLinear(RecombinedLinear):
         return torch.cat(parts, 1) if parts else self.left
 
     def factored_forward(self, x: Tensor) -> Tensor:
-        z = x @ self.right.T  # (..., k)
+        z = self.enter(x)
         if self.is_frozen:
-            return z @ self.cached(self._folded).T
+            return F.linear(z, self.left if self.is_plain else self.cached(self._folded), self.bias)
+        return self.leave(self.within(z))
+
+    def common(self) -> tuple[Tensor, ...]:
+        return self.left, self.right
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x (..., n) to right x (..., k)."""
+        return F.linear(x, self.right)
+
+    def within(self, z: Tensor) -> Tensor:
+        """z (..., k) to K z (..., k)."""
         block, diagonal = self._inner()
         if block is not None:
             c = len(block)
-            head = z[..., :c] @ block.T
+            head = F.linear(z[..., :c], block)
             z = head if diagonal is None else torch.cat([head, z[..., c:] * diagonal.to(z.dtype)], -1)
         elif diagonal is not None:
             z = z * diagonal.to(z.dtype)
-        return z @ self.left.T
+        return z
+
+    def leave(self, z: Tensor) -> Tensor:
+        """z (..., k) to left z + bias (..., m)."""
+        return F.linear(z, self.left, self.bias)
 
     def dense_weight(self) -> Tensor:
         return self._folded() @ self.right

@@ -48,11 +48,24 @@ class SharedBasisLinear(RecombinedLinear):
 
     def factored_forward(self, x: Tensor) -> Tensor:
         if self.placement == "post":  # no product to put in order
-            return F.linear(x, self.dense_weight())
-        mixer = self.gated_mixer()  # (r, s)
-        mixed = x.reshape(*x.shape[:-1], -1, self.chunk) @ mixer.T  # (..., n / s, r)
+            return F.linear(x, self.dense_weight(), self.bias)
+        return self.leave(self.within(x))
+
+    def common(self) -> tuple[Tensor, ...]:
+        return () if self.placement == "post" else (self.basis,)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x (..., n) as it is."""
+        return x
+
+    def within(self, x: Tensor) -> Tensor:
+        """x (..., n) to its chunks times the mixer, (..., n / s r)."""
+        return F.linear(x.reshape(*x.shape[:-1], -1, self.chunk), self.gated_mixer()).flatten(-2)
+
+    def leave(self, mixed: Tensor) -> Tensor:
+        """Mixed chunks (..., n / s r) times the basis, and the bias, (..., m)."""
         basis = self.cached(self._gated_basis) if self.placement == "temp" else self.basis
-        return mixed.flatten(-2) @ basis.view(self.out_features, -1).T  # (..., m)
+        return F.linear(mixed, basis.view(self.out_features, -1), self.bias)
 
     def gated_mixer(self) -> Tensor:
         """What the basis is multiplied by, (r, s)."""

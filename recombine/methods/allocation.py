@@ -23,6 +23,8 @@ def greedy(costs: list[Tensor], losses: list[Tensor], budget: float) -> list[int
     Raises:
         UsageError: the first options of all layers together cost more than the budget.
     """
+    if losses[0].is_meta:
+        return even(costs, budget)
     chosen, left = [0] * len(costs), budget - least(costs, budget)
     heap: list[tuple[float, int]] = []
 
@@ -58,6 +60,8 @@ def lagrangian(costs: list[Tensor], losses: list[Tensor], budget: float, fill: b
     Raises:
         UsageError: the first options of all layers together cost more than the budget.
     """
+    if losses[0].is_meta:
+        return even(costs, budget)
     least(costs, budget)
     costs, losses = [c.double().cpu() for c in costs], [loss.double().cpu() for loss in losses]
 
@@ -86,6 +90,17 @@ def lagrangian(costs: list[Tensor], losses: list[Tensor], budget: float, fill: b
     rest = [cost[i:] for cost, i in zip(costs, chosen, strict=True)]
     more = greedy(rest, [loss[i:] for loss, i in zip(losses, chosen, strict=True)], budget)
     return [i + j for i, j in zip(chosen, more, strict=True)]
+
+
+def even(costs: list[Tensor], budget: float) -> list[int]:
+    """Gives every layer the largest option within the same share of its costliest one: where losses have no values.
+
+    Raises:
+        UsageError: the first options of all layers together cost more than the budget.
+    """
+    least(costs, budget)
+    share = budget / sum(float(cost[-1]) for cost in costs)
+    return [max(0, int((cost <= share * cost[-1]).sum()) - 1) for cost in costs]
 
 
 def least(costs: list[Tensor], budget: float) -> float:

@@ -45,7 +45,8 @@ def list_models() -> list[str]:
 
 
 def build(name: str, *, arch: str | None = None, library: str = "timm", **config) -> nn.Module:
-    """The model that a YAML of conf/model describes; ``model.recombine_source`` holds the arguments that build it.
+    """The model that a YAML of conf/model describes; ``model.recombine_source`` holds the arguments that build it, and
+    ``model.recombine_weights`` the file or folder of its weights.
 
     Args:
         name: of the YAML, for example "dinov2_s14"; of timm, where there is no ``arch``; of the hub's repository or a
@@ -178,6 +179,7 @@ def timm_model(
     image_size = image_size or config["input_size"][-1]
     _check_patches(name, model, image_size)
     model.own_classes = 0 if path is None else load_named(model, path, num_classes, checkpoint is not None)
+    model.recombine_weights = path
     model.recombine_source = {
         "name": name,
         "arch": arch,

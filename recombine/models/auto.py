@@ -29,6 +29,7 @@ from recombine.errors import UsageError
 from recombine.models import causal_lm, encoders, roles
 from recombine.models.allowed import config_values
 from recombine.models.hf_folder import UNREADABLE, folder, read_tokenizer, refuse_damaged
+from recombine.models.recompute import recompute
 from recombine.models.weights import first_line, silence
 from recombine.runtime.kinds import Colours, Deviations, Name, Pixels, Place, Whole
 
@@ -86,8 +87,8 @@ def build(
     model, whole = load(name, weights, config, task, dtype) if weights else (empty(name, config, task, dtype), False)
     model.config.use_cache = False  # as in causal_lm.py
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.own_classes = own if whole else 0
+        recompute(model, True)
+    model.own_classes, model.recombine_weights = own if whole else 0, weights
     model.recombine_source = {"name": name, "library": "transformers", "arch": arch, "task": task} | where
     model.recombine_source |= {"model_type": config.model_type, "dtype": dtype, "num_classes": num_classes}
     model.recombine_source |= {"gradient_checkpointing": gradient_checkpointing, **sizes}

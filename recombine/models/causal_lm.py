@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from recombine.errors import UsageError
 from recombine.models.allowed import config_values
 from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged
+from recombine.models.recompute import recompute
 from recombine.models.weights import first_line, silence
 from recombine.runtime.kinds import Name, Place
 
@@ -60,9 +61,8 @@ def build(
         model = load(name, path, sizes, DTYPES[dtype])
     model.config.use_cache = False  # training needs no keys and values; generate() turns its cache on by itself
     if gradient_checkpointing:
-        checkpointing = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # v5.23
-        checkpointing({"use_reentrant": False})
-        model.disable_input_require_grads()  # only the other kind needs a gradient at a block's input
+        recompute(model, True)
+    model.recombine_weights = path
     model.recombine_source = {
         "name": name,
         "library": "transformers",

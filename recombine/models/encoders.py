@@ -112,7 +112,7 @@ def build(
         raise UsageError(f"model {name}: {cls.__name__} cannot be built ({reason}): correct that key") from error
     if path is not None:
         model, own = load(name, cls, path, wanted, config)
-    model.own_classes = 0 if path is None else own
+    model.own_classes, model.recombine_weights = 0 if path is None else own, path
     if not num_classes:
         reset_head(model, 0)
     model.recombine_source = {

@@ -1,25 +1,26 @@
 """Reads weights, from a file or timm's hub, and loads them strictly: every tensor, or one line that says which not."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from recombine.errors import UsageError
+from recombine.runtime import hub
+from recombine.runtime.tensor_file import file_digest
 
 log = logging.getLogger(__name__)
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-CONNECT_SECONDS = 3  # the hub's own client would retry for half a minute before it gives up
 WAYS_OUT = "connect once, or give model.checkpoint=FILE, or take model=dinov2_s14 or model.pretrained=false"
 FIX = "give the checkpoint of this architecture, or set model= to the checkpoint's"
 
@@ -44,35 +45,45 @@ def hub_file(name: str, arch_tag: str) -> Path:
         if isinstance(cached, str):
             return Path(cached)
     try:
-        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_SECONDS)
-        for file in files:
-            with suppress(EntryNotFoundError):
-                return Path(huggingface_hub.hf_hub_download(repo, file))
-    except Exception as error:  # the transport's own errors, which differ between the client's versions
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UsageError(f"model {name}: {repo} is not cached and the hub fails ({reason}): {WAYS_OUT}") from error
-    raise UsageError(f"model {name}: {repo} holds none of {', '.join(files)}: give model.checkpoint=FILE")
+        folder = hub.snapshot(repo, None, lambda names: [file for file in files if file in names][:1])
+    except UsageError as error:
+        raise UsageError(f"model {name}: {repo} is not cached and the hub fails ({error}): {WAYS_OUT}") from error
+    return next(folder / file for file in files if (folder / file).is_file())
 
 
-def hub_folder(name: str, repo: str, revision: str, choose: Callable[[Sequence[str]], list[str]], ways: str) -> Path:
-    """The chosen files of a repository at a pinned revision: from the hub's cache, else downloaded.
+def hub_folder(
+    name: str, repo: str, revision: str | None, choose: Callable[[Sequence[str]], list[str]], ways: str
+) -> Path:
+    """The chosen files of a repository at a revision: from the hub's cache, else downloaded.
 
     Args:
         choose: names of files there are -> those to take; none where a needed one is missing.
         ways: what a user without this repository can do.
     """
-    what = f"model {name}: {repo}@{revision[:8]}"
-    with suppress(OSError):  # not cached
-        cached = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        if choose([str(path.relative_to(cached)) for path in cached.rglob("*") if path.is_file()]):
-            return cached
     try:
-        get_session().head(huggingface_hub.constants.ENDPOINT, timeout=CONNECT_SECONDS)
-        if files := choose(huggingface_hub.HfApi().list_repo_files(repo, revision=revision)):
-            return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files))
-    except Exception as error:  # the transport's own errors, which differ between the client's versions
-        raise UsageError(f"{what} is not cached and the hub fails ({first_line(error)}): {ways}") from error
-    raise UsageError(f"{what} lacks weights or config.json: {ways}")
+        return hub.snapshot(repo, revision, choose)
+    except UsageError as error:
+        what = f"model {name}: {repo}@{(revision or 'main')[:8]}"
+        raise UsageError(f"{what} is not cached and the hub fails ({error}): {ways}") from error
+
+
+def origin(path: Path) -> dict:
+    """Where the weights in a file or a folder come from: the hub's repository and commit, and the sha256 of each file.
+
+    The hub's cache calls a large file by its sha256, which is taken from there. Other files are read.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("model*.safetensors")) or [path / "pytorch_model.bin"]
+    part = {"sha256": {file.name: _sha256(file) for file in files}}
+    where = path if path.is_dir() else path.parent
+    if where.parent.name == "snapshots" and (repository := where.parents[1].name).startswith("models--"):
+        part = {"hub": repository.removeprefix("models--").replace("--", "/"), "commit": where.name} | part
+    return part
+
+
+def _sha256(path: Path) -> str:
+    if re.fullmatch(r"[0-9a-f]{64}", known := path.resolve().name):
+        return known
+    return file_digest(path)
 
 
 def first_line(error: Exception) -> str:
@@ -103,9 +114,9 @@ def load(model: nn.Module, path: Path, num_classes: int) -> int:
     for name in sorted(head):
         if name in state and (name not in wanted or state[name].shape != wanted[name].shape):
             dropped = f"{name} {_shape(state.pop(name))}"
-            log.info("%s: its classifier %s is dropped (num_classes=%d)", path, dropped, num_classes)
+            say_once(f"{path}: its classifier {dropped} is dropped (num_classes={num_classes})")
         if name in wanted and name not in state:
-            log.info("%s gives no %s %s: it starts at random", path, name, _shape(wanted[name]))
+            say_once(f"{path} gives no {name} {_shape(wanted[name])}: it starts at random")
             state[name] = wanted[name]
     for name, tensor in wanted.items():
         if name not in state:
@@ -118,6 +129,12 @@ def load(model: nn.Module, path: Path, num_classes: int) -> int:
             raise UsageError(f"{path} is damaged: {name} {_shape(tensor)} is not finite; delete or replace the file")
     model.load_state_dict(state, strict=True)
     return own
+
+
+@cache
+def say_once(line: str) -> None:
+    """A line in the log, once a process: the tasks of a suite load the same weights."""
+    log.info(line)
 
 
 def load_named(model: nn.Module, path: Path, num_classes: int, given: bool) -> int:

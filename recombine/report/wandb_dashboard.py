@@ -152,7 +152,7 @@ def draw(panel: Panel, wr):
 def questions(config: DictConfig) -> list[str]:
     """The harness's tasks that a language model is scored on."""
     module = data.build(**OmegaConf.to_container(config.data, resolve=True), seed=config.seed)
-    return list(config.harness.tasks or module.harness)
+    return list(module.harness if config.harness.tasks is None else config.harness.tasks)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,8 +20,9 @@ def say_what_loads(cfg: Mapping, choices: Mapping[str, str | None], cores: str |
         return
     method = " after ".join(part for part in (choices.get("method"), choices.get("method@compressor")) if part)
     data, task = choices["data"], cfg["data"].get("task")
+    stage = f"{'plan of ' if cfg.get('plan') is not None else ''}stage {cfg['stage']['name']}"
     line = (
         f"{method} on {choices['model']}, data {data}{f' ({task})' if task else ''}, "
-        f"stage {cfg['stage']['name']}{f', {cores}' if cores else ''}: loading torch ..."
+        f"{stage}{f', {cores}' if cores else ''}: loading torch ..."
     )
     print(f"recombine: {wrapped(line, 11, sys.stderr)}", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import Override, OverrideType, Quote, Quot
 from hydra.errors import HydraException
 
 from recombine.errors import UsageError, did_you_mean
-from recombine.runtime import help
+from recombine.runtime import conf, help
 from recombine.runtime.conf import CONF
 
 STRUCTURED = re.compile(r"[\[{'\"]|.*\$\{|(\w+)\(", re.DOTALL)  # how lists, dicts, texts, interpolations, calls begin
@@ -40,8 +40,20 @@ def prepared(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         UsageError: one of them can be no part of a run.
     """
     flags, overrides = split(arguments)
-    overrides = [readable(override) for override in overrides]
+    overrides = planned([readable(override) for override in overrides])
     return flags, [checked(override, parse(override)) for override in overrides]
+
+
+def planned(overrides: Sequence[str]) -> list[str]:
+    """The overrides, with stage=plan beside the stage that is planned, which an experiment or its cells may choose.
+
+    >>> planned(["stage=joint", "stage=plan", "stage.device=h100_80gb"])
+    ['stage=joint', 'stage@plan=plan', 'plan.device=h100_80gb']
+    """
+    if "stage=plan" not in overrides:
+        return list(overrides)
+    own = tuple(f"stage.{key}=" for key in conf.load("stage", "plan"))
+    return ["stage@plan=plan" if o == "stage=plan" else f"plan{o[5:]}" if o.startswith(own) else o for o in overrides]
 
 
 def cell_by_cell(overrides: Sequence[str]) -> list[str]:

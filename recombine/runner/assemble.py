@@ -4,11 +4,13 @@ import shlex
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from torch import nn
 
 from recombine import results
 from recombine.core.account import count, layer_report
 from recombine.core.method import method_classes
 from recombine.core.rewrite import Step
+from recombine.models.weights import origin
 from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart
 from recombine.runner.config import RunSpec
 from recombine.runner.labels import label_of
@@ -34,6 +36,8 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
         "config": spec.config,
         "environment": results.environment(),
     }
+    if run.base is not None:
+        runner["base"] = {"path": str(run.base), "sha256": file_digest(run.base)}
     if record and record.notes:
         runner["notes"] = record.notes
     result = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)
@@ -66,6 +70,7 @@ def asked_for(run: RunContext) -> RunPart:
         "command": " ".join(["python run.py", *map(shlex.quote, overrides)]),
         "stage": run.settings.stage.name,
         "model": run.model.recombine_source,
+        "weights": pretrained_weights(run.model) if distributed.rank() == 0 else {},
         "compressor": describe_step(run, record.steps[0], "compressor") if pair else None,
         "budget": str(run.budget),
         "data": run.data.info | {"title": run.data.title},
@@ -73,6 +78,12 @@ def asked_for(run: RunContext) -> RunPart:
         "seed": run.settings.seed,
         "metric": run.objective().metric,
     }
+
+
+def pretrained_weights(model: nn.Module) -> dict:
+    """Where the model's pretrained weights came from: hub, commit and sha256; nothing where it has none."""
+    path = getattr(model, "recombine_weights", None)
+    return {} if path is None else origin(path)
 
 
 def describe_step(run: RunContext, step: Step, part: str) -> MethodPart:
@@ -84,5 +95,5 @@ def describe_step(run: RunContext, step: Step, part: str) -> MethodPart:
     own = {type(method).__name__: type(method) for method in (run.compressor, run.method) if method}
     cls = own.get(step.method) or method_classes()[step.method]
     loaded = run.settings.stage.name == "evaluate"
-    label = label_of(step.method, step.fields) if loaded else run.labels[part]
+    label = label_of(step.method, step.fields) if loaded or part not in run.labels else run.labels[part]
     return results.method_part(step.method, step.fields, label, cls.compresses)

@@ -17,9 +17,10 @@ from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.export.folder import require
 from recombine.methods.from_config import from_config, from_name
+from recombine.runner.base import base_file
 from recombine.runner.labels import chosen_labels
 from recombine.runtime import conf
-from recombine.runtime.kinds import Seed, Word, shown
+from recombine.runtime.kinds import Place, Seed, Word, shown
 from recombine.runtime.schema import annotations, checked, group, typed
 from recombine.stages import STAGES
 from recombine.stages.settings import (
@@ -49,6 +50,7 @@ class RootKeys:
     retry: bool = False
     report: Mapping[str, Any] | None = None
     export: Format | list[Format] | None = None
+    base: Place | None = None
 
 
 NODES = {  # node -> the schema of its keys, where it is always the same
@@ -71,7 +73,7 @@ class RunSpec:
     labels: what the user called them, by "compressor" and "method".
     data, model: arguments of `data.build` and `models.build`. calibration_data: of the data that calibrates; None: the
     run's own. transfer_tasks: other tasks of the same data that are probed before and after. export: formats of the
-    folders that the run ends with.
+    folders that the run ends with. base: file of the compressed checkpoint that it starts from; None: from the model.
     """
 
     config: dict[str, Any]
@@ -86,6 +88,7 @@ class RunSpec:
     transfer_tasks: tuple[str, ...]
     logger: LoggerSettings
     export: tuple[str, ...]
+    base: Path | None = None
 
 
 def resolve(cfg: DictConfig) -> RunSpec:
@@ -135,6 +138,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
         transfer_tasks=tuple(transfer_tasks),
         logger=typed(LoggerSettings, plain["logger"], "logger"),
         export=export,
+        base=base_file(plain.get("base"), stage.name, labels.get("compressor"), plain["model"]),
     )
 
 

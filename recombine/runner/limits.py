@@ -1,14 +1,11 @@
-"""What this machine cannot do is refused before it starts: processes beyond its cores, weights beyond its memory."""
+"""What this machine cannot do is refused before it starts: processes beyond its cores, pictures beyond its memory."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from recombine import models
 from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.training import distributed
@@ -65,31 +62,6 @@ def require_workers(workers: int) -> None:
         each = f", {ranks} ranks with as many each" if ranks > 1 else ""
         why = f"this machine has {cores()} cores{each}"
         raise UsageError(f"data.num_workers={workers}: {why}; say data.num_workers={most // ranks} or less")
-
-
-def require_memory(model: Mapping[str, Any]) -> None:
-    """Refuses a model whose weights do not fit into the memory.
-
-    It is built without memory to count them. An architecture that cannot be built so is not counted.
-
-    Args:
-        model: arguments of `models.build`.
-
-    Raises:
-        UsageError: says what the weights take and what there is.
-    """
-    try:
-        with torch.device("meta"):
-            built = models.build(**model | {"pretrained": False, "checkpoint": None})
-    except (NotImplementedError, RuntimeError, UsageError):  # what is wrong, the build that follows says
-        return
-    weights = sum(p.numel() for p in built.parameters())
-    size = sum(p.numel() * p.element_size() for p in built.parameters())
-    if size > memory():
-        sizes = f"{weights:.3g} weights take {size / GIB:.1f} GiB, this machine has {memory() / GIB:.1f} GiB"
-        raise UsageError(
-            f"model={model['name']}: {sizes}; take a smaller model, or model.dtype=bfloat16 where it has one"
-        )
 
 
 def require_batch(data: DataModule) -> None:

@@ -8,19 +8,23 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
 from recombine import data, models, results
 from recombine.core.calibration import BACKWARD
+from recombine.core.method import Method
 from recombine.core.rewrite import find_sites
 from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
 from recombine.evaluation import harness, linear_probe
 from recombine.models import roles
 from recombine.models.sizes import require_image_size
-from recombine.runner import effects, exports, limits
+from recombine.runner import effects, exports, limits, plan
 from recombine.runner.assemble import assemble_result
+from recombine.runner.base import fresh_head, put_on_base
 from recombine.runner.config import RunSpec, resolve
 from recombine.runner.idle import idle
+from recombine.runner.other_data import build_calibration_data, build_transfer_data
 from recombine.runner.summary import suite_table, summary_table
 from recombine.runtime import progress
 from recombine.stages import STAGES, analysis
@@ -75,7 +79,7 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
         return result
     limits.require_accelerator(spec.settings.trainer.accelerator)
     limits.require_workers(spec.data.get("num_workers", 0))
-    limits.require_memory(spec.model)
+    plan.at_start(spec)
     with results.lock_folder(out) if distributed.rank() == 0 else nullcontext():
         return execute(spec, out)
 
@@ -116,10 +120,7 @@ def report(result: dict, run: RunContext) -> None:
 def set_up(spec: RunSpec, out: Path) -> RunContext:
     """The model and the data of a run. What cannot work is refused before anything is downloaded or made."""
     module = data.build(**spec.data)
-    if spec.settings.harness.tasks is not None and module.objective != "lm":
-        why = f"data={module.name} is for no language model, which is what the harness scores"
-        raise UsageError(f"harness.tasks={[*spec.settings.harness.tasks]}: {why}; set harness.tasks=null")
-    harness.require_known(spec.settings.harness.tasks or (), module.root)
+    require_harness(spec, module)
     native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
     model = models.build(**native | models.for_task(spec.model, task_of(module)))
     source, stage = model.recombine_source, spec.settings.stage
@@ -128,9 +129,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     scored_as_it_is = stage.name == "evaluate" and stage.checkpoint is None or getattr(stage, "test", False)
     if scored_as_it_is:
         require_head(model, module)
-    for method in filter(None, (spec.compressor, spec.method)):
-        if stage.name != "evaluate":
-            find_sites(model, method)
+    method, continued = start(spec, model)
     if stage.name in ("compress", "joint") and stage.distil.epochs:
         require_small_fields(model, spec.compressor or spec.method, spec.budget, stage.name)
     calibration = build_calibration_data(spec, module, source)
@@ -139,53 +138,53 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         part.prepare_data()
         part.setup()
     limits.require_batch(module)
-    if module.num_classes and roles.classes(model) != module.num_classes:  # +model.num_classes keeps one
+    if module.num_classes and spec.base is not None:
+        fresh_head(model, module.num_classes)
+    elif module.num_classes and roles.classes(model) != module.num_classes:  # +model.num_classes keeps one
         models.reset_head(model, module.num_classes)
     if torch.cuda.is_available() and spec.settings.trainer.accelerator in ("auto", "gpu", "cuda"):
         model.cuda()
     state = resume.state_folder(out, spec.config)
     pieces = {
-        "labels": spec.labels,
         "compressor": spec.compressor,
         "calibration_data": calibration,
         "transfer_data": transfer,
+        "base": spec.base,
+        "continued": continued,
+        "labels": spec.labels,
     }
-    return RunContext(spec.settings, out, state, model, spec.method, spec.budget, module, **pieces)
+    return RunContext(spec.settings, out, state, model, method, spec.budget, module, **pieces)
+
+
+def start(spec: RunSpec, model: nn.Module) -> tuple[Method, bool]:
+    """Puts a run's model on its base, where it has one; checks that the methods find their layers.
+
+    Returns:
+        The method that adapts, and whether it is the one that made the base.
+    """
+    if spec.base is not None:
+        return put_on_base(spec.base, model, spec.method, spec.budget)
+    for method in filter(None, (spec.compressor, spec.method)):
+        if spec.settings.stage.name != "evaluate":
+            find_sites(model, method)
+    return spec.method, False
+
+
+def require_harness(spec: RunSpec, module: DataModule) -> None:
+    """Refuses tasks that there are not; those that the run will score have their data before anything is trained."""
+    tasks, stage = spec.settings.harness.tasks, spec.settings.stage
+    if tasks is not None and module.objective != "lm":
+        why = f"data={module.name} is for no language model, which is what the harness scores"
+        raise UsageError(f"harness.tasks={[*tasks]}: {why}; set harness.tasks=null")
+    harness.require_known(tasks or (), module.root)
+    scores = stage.name in ("adapt", "compress", "joint", "evaluate") or getattr(stage, "test", False)
+    if scores and module.objective == "lm" and distributed.rank() == 0:
+        harness.fetch(spec.settings.harness.names(module.harness), module.root)
 
 
 def task_of(module: DataModule) -> str:
     """What the data ask of a model that can be several: lm (the next token), or classes of a text or an image."""
     return "lm" if module.objective == "lm" else "text" if isinstance(module, TokenModule) else "image"
-
-
-def build_calibration_data(spec: RunSpec, module: DataModule, source: dict) -> DataModule | None:
-    """The data that calibrates in the place of the run's own; None: there is no other."""
-    if spec.calibration_data is None:
-        return None
-    other, name = data.build(**spec.calibration_data), spec.calibration_data["name"]
-    if {module.objective, other.objective} != {"lm"}:
-        raise UsageError(
-            f"calibration.data={name}: a loss on it says nothing of data={module.name}; only language models calibrate "
-            "on other text than their own, so set calibration.data.name=null"
-        )
-    other.attach_model(**models.for_data(source))
-    return other
-
-
-def build_transfer_data(spec: RunSpec, module: DataModule, source: dict) -> dict[str, DataModule]:
-    """The tasks that are probed before and after, other than the run's own."""
-    names = [task for task in spec.transfer_tasks if task != module.task]
-    transfer = {}
-    for task in names:
-        try:
-            transfer[task] = data.build(**spec.data | {"task": task})
-        except UsageError as error:
-            raise UsageError(f"analyse.elsewhere=[{task}]: {error}") from error
-    for task, other in transfer.items():
-        if not other.num_classes:
-            raise UsageError(f"analyse.elsewhere={task}: data={module.name} has no classes to probe; set it to []")
-        other.attach_model(**models.for_data(source))
-    return transfer
 
 
 def fit_head(run: RunContext) -> None:

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 import recombine.runtime.naming  # noqa: F401  resolvers
 from recombine import data, results
 from recombine.errors import EXPECTED, UsageError, one_line
-from recombine.runner import limits, pipeline
+from recombine.runner import limits, pipeline, plan_table
 from recombine.runtime.logs import quiet_libraries
 from recombine.runtime.schema import typed
 from recombine.training import distributed
@@ -44,6 +44,8 @@ def task(cfg: DictConfig) -> float:
 def main(cfg: DictConfig, out: Path) -> float:
     """Runs the stage on one task, or on a suite of them, and returns the (mean) validation score."""
     quiet_libraries()
+    if cfg.get("plan") is not None:
+        return plan_table.one(cfg, out)
     if cfg.data.task != "all" and HydraConfig.initialized():
         data.say_default_task(cfg.data.name, cfg.data.task, HydraConfig.get().overrides.task)
     settings = typed(TrainerSettings, OmegaConf.to_container(cfg.trainer, resolve=True), "trainer")

@@ -1,13 +1,18 @@
 """Keeps the libraries' own log lines out of a run's output: stdout, log.txt and the ranks' logs.
 
 Hydra prints every record from INFO up. At that level httpx names each address it asks, and those of the hub's downloads
-are signed: they must not land in a log.
+are signed: they must not land in a log. The hub's client names them in warnings too, which lose what follows a "?".
 """
 
 import logging
+import re
 import warnings
 
-LIBRARIES = ("alembic", "datasets", "filelock", "fsspec", "httpcore", "httpx", "huggingface_hub", "timm", "urllib3")
+LIBRARIES = (
+    "alembic", "datasets", "filelock", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "timm",
+    "urllib3",
+)  # fmt: skip
+ASKING = ("huggingface_hub.file_download", "huggingface_hub.utils._http")  # whose warnings name addresses
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 
 
@@ -19,7 +24,15 @@ def quiet_libraries() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ASKING:
+        logging.getLogger(name).addFilter(unsigned)
     silence_lightning()
+
+
+def unsigned(record: logging.LogRecord) -> bool:
+    """A filter that takes the queries of addresses, which sign them, out of a record, and lets it pass."""
+    record.msg, record.args = re.sub(r"(https?://[^\s?]+)\?[^\s'\"]*", r"\1", record.getMessage()), ()
+    return True
 
 
 def silence_lightning() -> None:

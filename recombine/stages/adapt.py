@@ -1,24 +1,23 @@
 """Train what the method trains. Validation chooses the weights; the test set is read once, with those."""
 
-import copy
 import math
 import sys
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import FSDPStrategy
 
-from recombine.core import checkpoint
+from recombine.core import adapters, checkpoint
 from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.result_schema import StagePart
 from recombine.stages.context import RunContext
-from recombine.training import distributed, finite
+from recombine.training import distributed, engine, finite
 from recombine.training.callbacks import Bars, Curves, Epochs, KeepBest
 from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Objective
 from recombine.training.resume import TrainingState, loop_position
 from recombine.training.settings import OptimizerSettings
+from recombine.training.sharding import Sharded, twin
 from recombine.training.trainer import build_trainer
 
 LABELS = {"distilled": "distillation", "best": "training"}  # what `fit` makes -> what a user sees at work
@@ -31,7 +30,11 @@ def adapt(run: RunContext) -> StagePart:
     if not run.method.on_distillation_step(run.model, 0.0):
         name = run.labels["method"]
         raise UsageError(f"stage=adapt: {name} takes its form in a distillation; set stage=joint or stage=compress")
-    return train_and_test(run)
+    part = train_and_test(run)
+    if run.base is not None and distributed.rank() == 0:
+        labels = getattr(run.data, "classes", None)
+        adapters.save_adapter(run.model, run.out / "adapter.safetensors", labels)
+    return part
 
 
 def train_and_test(run: RunContext) -> StagePart:
@@ -60,18 +63,17 @@ def fit(
     state = TrainingState(run.state, name, settings.checkpoint_minutes)
     callbacks = [best, history, Epochs(LABELS[name]), *early_stopping(run, monitor, objective.mode), state]
     logger = run.logger and run.logger.fit(name)
-    trainer = run_trainer(run, LABELS[name], epochs, callbacks, optim.clip, logger)
+    trainer = run_trainer(run, LABELS[name], epochs, callbacks, optim.clip, logger, settings.accumulate)
     resume_from = state.find()
     run.data.resume_at(*(loop_position(resume_from) if resume_from else (0, 0)))
-    unwrapped = copy.deepcopy(run.model) if isinstance(trainer.strategy, FSDPStrategy) else None  # it wraps in place
-    with run.timed(f"train_{name}"):
+    whole = twin(run.model) if isinstance(trainer.strategy, Sharded) else None  # shards are made in place
+    with run.timed(f"train_{name}"), engine.engaged(run.model, settings):
         trainer.fit(lit, run.data, ckpt_path=resume_from, weights_only=True)
-    if unwrapped is not None:
-        best.weights = trainer.strategy.broadcast(best.weights)
-        best.restore(unwrapped)
-        run.model = lit.model = unwrapped
+    if whole is not None:
+        best.restore(whole)
+        run.model = lit.model = whole
         if distributed.rank() == 0:
-            checkpoint.save(unwrapped, best.path, whole=False)
+            checkpoint.save(whole, best.path, whole=False)
     run.seconds[f"train_{name}"] += round(state.before, 3)
     run.earlier += state.before
     run.curves[name] = history.curves
@@ -93,12 +95,12 @@ def early_stopping(run: RunContext, monitor: str, mode: str) -> list[EarlyStoppi
 
 def test(run: RunContext, lit: LitRecombine) -> dict[str, float]:
     """Scores the model on the test set, and a language model on the harness's tasks that go with the data."""
-    with run.timed("test"):
+    with run.timed("test"), engine.products(run.settings.trainer.matmul):
         (scores,) = run_trainer(run, "test", 1, [], None).test(lit, run.data, verbose=False)
     if not math.isfinite(scores["test/loss"]):
         raise lit.failure(f"test/loss={scores['test/loss']}", run.batch(run.data.test, [0]))
     scores = lit.objective.report({name.removeprefix("test/"): value for name, value in scores.items()})
-    names = run.settings.harness.tasks or run.data.harness
+    names = run.settings.harness.names(run.data.harness)
     return scores | harness_scores(run, names) if names else scores
 
 
@@ -123,13 +125,16 @@ def harness_scores(run: RunContext, names: tuple[str, ...]) -> dict[str, float]:
     return scores
 
 
-def run_trainer(run: RunContext, what: str, epochs: int, callbacks: list, clip: float | None, logger=None) -> L.Trainer:
+def run_trainer(
+    run: RunContext, what: str, epochs: int, callbacks: list, clip: float | None, logger=None, accumulate: int = 1
+) -> L.Trainer:
     """A Trainer for this run's model and data. what: the name of the work on its bar."""
     shown = run.settings.trainer.progress and sys.stderr.isatty()
     return build_trainer(
         run.settings.trainer,
         max_epochs=epochs,
         gradient_clip_val=clip,
+        accumulate_grad_batches=accumulate,
         callbacks=[*callbacks, Bars(what)] if shown else callbacks,
         logger=logger or False,
         enable_checkpointing=any(isinstance(callback, TrainingState) for callback in callbacks),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recombine.core import checkpoint, rewrite
+from recombine.core import adapters, checkpoint, rewrite
 from recombine.core.budget import Budget
 from recombine.core.memory import Memory
 from recombine.core.method import Method
@@ -31,6 +31,8 @@ class RunContext:
     out: the run's folder. state: the folder of what an interrupted run goes on from.
     compressor: compresses first, then `method` adapts; None: there is only the method.
     calibration_data: what calibrates, if not the data itself. transfer_data: other tasks, which `analyse` probes.
+    base: the file of the compressed checkpoint that `model` came from; None: it is the pretrained one.
+    continued: the method is the one that made the base, so that it trains what is there.
     labels: what the user called the compressor and the method, by "compressor" and "method".
     seconds, curves: fill up as parts of the run finish. earlier: those of the seconds that earlier processes took.
     logger: `loggers.RunLogger` while the run is watched.
@@ -46,6 +48,8 @@ class RunContext:
     compressor: Method | None = None
     calibration_data: DataModule | None = None
     transfer_data: dict[str, DataModule] = field(default_factory=dict)
+    base: Path | None = None
+    continued: bool = False
     labels: dict[str, str] = field(default_factory=dict)
     probe: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -87,14 +91,24 @@ class RunContext:
             for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
                 if name not in self.model.recombined.untouched:  # laid out as when it is loaded: equal sums
                     tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-            checkpoint.save(self.model, path, whole=False)
+            self.save_difference(path)
             resume.write_manifest(path, seconds={k: v - before.get(k, 0.0) for k, v in self.seconds.items()})
         distributed.wait()
         if done is not None or distributed.rank() > 0:
-            self.model = checkpoint.load(path, base or self.model)
+            if self.base is None:
+                self.model = checkpoint.load(path, base or self.model)
+            else:
+                self.model = adapters.become(self.model, path)
             for part, seconds in (done or {}).get("seconds", {}).items():
                 self.seconds[part] = round(self.seconds.get(part, 0.0) + seconds, 3)
                 self.earlier += seconds
+
+    def save_difference(self, path: Path) -> None:
+        """Writes what the model has beside the one that the run started from."""
+        if self.base is None:
+            checkpoint.save(self.model, path, whole=False)
+        else:
+            adapters.save_adapter(self.model, path)
 
     def rewrite(self, method: Method) -> None:
         """Applies the method and adds up its seconds.
@@ -114,6 +128,9 @@ class RunContext:
 
     def rewrite_all(self) -> None:
         """The compressor, where there is one, then the method on what it left."""
+        if self.continued:
+            rewrite.train_only(self.model, self.model.recombined.trainable)
+            return
         if self.compressor is not None:
             self.rewrite(self.compressor)
             rewrite.finish(self.model, self.compressor, alone=False)

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from recombine.core.method import Method
-from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Place, PositiveShare, Seed
+from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Name, Place, PositiveShare, Seed
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
 
@@ -75,6 +75,17 @@ class ProfileSettings(StageSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanSettings(StageSettings):
+    """The keys of `stage=plan`, which plans the run's stage and runs nothing.
+
+    device: whose memory and speed count: here, or a name of runner/plan_devices.py.
+    """
+
+    name: str = "plan"
+    device: Name = "here"
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
     """How much of the training set calibration sees: so many samples, in batches of that size.
 
@@ -102,11 +113,16 @@ class AnalysisSettings:
 class HarnessSettings:
     """The keys of lm-evaluation-harness, which scores language models.
 
-    tasks: for example ("gsm8k_metamath",); None: those that go with the data. limit: documents a task; None: all.
+    tasks: for example ("gsm8k_metamath",); (): none; None: those that go with the data. limit: documents a task; None:
+    all.
     """
 
     tasks: tuple[str, ...] | None = None
     limit: Count | None = None
+
+    def names(self, of_data: tuple[str, ...]) -> tuple[str, ...]:
+        """The tasks, where those are of_data that go with the data."""
+        return of_data if self.tasks is None else self.tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +143,7 @@ STAGE_SETTINGS: dict[str, type[StageSettings]] = {  # of the stages that have ke
     "compress": CompressSettings,
     "evaluate": EvaluateSettings,
     "joint": CompressSettings,
+    "plan": PlanSettings,
     "profile": ProfileSettings,
     "retrofit": RetrofitSettings,
 }

@@ -6,13 +6,13 @@ import time
 
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from tqdm import tqdm
 
 from recombine.core import checkpoint
 from recombine.runtime import progress
 from recombine.training import distributed
+from recombine.training.sharding import Sharded, trained_weights
 
 
 class Curves(Callback):
@@ -28,7 +28,8 @@ class Curves(Callback):
 
     def on_train_batch_end(self, trainer, lit, outputs, batch, index) -> None:
         """Adds the loss of a step."""
-        self.loss, self.steps = self.loss + outputs["loss"].detach().float(), self.steps + 1  # no wait for the GPU
+        loss = outputs.get("mean", outputs["loss"])  # of one of the batches that make a step
+        self.loss, self.steps = self.loss + loss.detach().float(), self.steps + 1  # no wait for the GPU
 
     def on_train_epoch_end(self, trainer, lit) -> None:
         """Appends one number to every curve."""
@@ -131,11 +132,6 @@ class Bars(TQDMProgressBar):
         return {key: f"{value:.3g}" for key, value in shown.items()}
 
 
-def unwrapped(name: str) -> str:
-    """A parameter's name without what FSDP puts around blocks."""
-    return name.replace("_fsdp_wrapped_module.", "")
-
-
 class KeepBest(Callback):
     """Keeps the weights that validation likes best, in memory and as a checkpoint, and puts them back at the end.
 
@@ -175,12 +171,10 @@ class KeepBest(Callback):
     def keep(self, trainer, lit) -> None:
         """Copies the trained weights to the CPU, and has the first rank write the checkpoint."""
         self.inherited = False
-        trained = {unwrapped(n): p for n, p in lit.model.named_parameters() if p.requires_grad}
-        if isinstance(trainer.strategy, FSDPStrategy):  # puts shards together, for the first rank; `restore` writes
-            state = trainer.strategy.lightning_module_state_dict()
-            self.weights = {n: state[f"model.{n}"] for n in trained if f"model.{n}" in state}
+        if isinstance(trainer.strategy, Sharded):  # `adapt.fit` writes the file, of a model that is whole
+            self.weights = trained_weights(lit.model)
             return
-        self.weights = {n: p.detach().cpu().clone() for n, p in trained.items()}
+        self.weights = {n: p.detach().cpu().clone() for n, p in lit.model.named_parameters() if p.requires_grad}
         if trainer.is_global_zero:
             checkpoint.save(lit.model, self.path, whole=False)
         lit.last_good = str(self.path)
@@ -191,7 +185,7 @@ class KeepBest(Callback):
             lit.refuse_divergence({})
             self.epoch, self.best = trainer.current_epoch - 1, math.nan
             self.keep(trainer, lit)
-        if not isinstance(trainer.strategy, FSDPStrategy):
+        if not isinstance(trainer.strategy, Sharded):
             self.restore(lit.model)
             if self.inherited and trainer.is_global_zero:
                 checkpoint.save(lit.model, self.path, whole=False)

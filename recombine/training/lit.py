@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
 
 import lightning as L
 import torch
@@ -14,15 +13,11 @@ from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.training import distributed, finite, resume
-from recombine.training.callbacks import unwrapped
 from recombine.training.objectives import Objective, Shard, labels_of, parts_of
+from recombine.training.optimizers import OPTIMIZERS, fusible, prepare, scale_gradients, takes_muon
 from recombine.training.settings import OptimizerSettings
+from recombine.training.sharding import Sharded, local, shard, whole
 
-OPTIMIZERS = {  # optim.name -> how it is made
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": partial(torch.optim.SGD, momentum=0.9),
-}
 SCHEDULES = {  # share of the steps after the warm-up that is left -> factor of the rate
     "cosine": lambda left: 0.5 - 0.5 * math.cos(math.pi * left),
     "linear": lambda left: left,
@@ -62,21 +57,28 @@ class LitRecombine(L.LightningModule):
             raise UsageError(f"{key}.name={self.optim.name}: must be one of {', '.join(OPTIMIZERS)}")
         if self.optim.schedule not in SCHEDULES:
             raise UsageError(f"{key}.schedule={self.optim.schedule!r}: must be {', '.join(SCHEDULES)}")
+        prepare(self.optim.name)
         self.train_metrics = objective.metrics().clone("train/")
         self.val_metrics = objective.metrics().clone("val/")
         self.test_metrics = objective.metrics().clone("test/")
         self.train_metrics.persistent(True)  # an epoch may be taken up in its middle
         self.last_good: str | None = None  # the checkpoint a user can go back to
         self.is_final_form = True  # the model has the form that it will be kept in
+        self.first, self.total = 0, 0.0  # of the batches that make one step: the first's weight, and all in units of it
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's output."""
         return self.model(x)
 
+    def configure_model(self) -> None:
+        """Divides the model among the ranks, where it is to be trained in shards."""
+        if isinstance(self.trainer.strategy, Sharded) and self.trainer.state.fn == "fit":
+            shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Leaves the frozen weights out of a training state, and puts every rank's part of the metrics into it."""
-        keep = {f"model.{unwrapped(name)}" for name, p in self.model.named_parameters() if p.requires_grad}
-        keep |= {f"model.{unwrapped(name)}" for name, _ in self.model.named_buffers()}
+        keep = {f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad}
+        keep |= {f"model.{name}" for name, _ in self.model.named_buffers()}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k in keep}
         checkpoint["train_metrics"] = distributed.gather(self.train_metrics.state_dict())
@@ -104,10 +106,12 @@ class LitRecombine(L.LightningModule):
                     else:
                         metric.merge_state(other[name.removeprefix("train/")])
 
-    def on_train_batch_start(self, batch, _):
+    def on_train_batch_start(self, batch, index):
         """Seeds the step's random draws and lets the method move its schedule."""
-        torch.manual_seed(seed_of(self.seed, type(self.objective).__name__, self.global_step, self.global_rank))
-        if self.objective.schedules_method:
+        nth = index % self.trainer.accumulate_grad_batches  # of the batches that make one step
+        where = (self.global_step, self.global_rank, *filter(None, [nth]))
+        torch.manual_seed(seed_of(self.seed, type(self.objective).__name__, *where))
+        if self.objective.schedules_method and not nth:
             share = self.global_step / max(1, self.trainer.estimated_stepping_batches - 1)
             self.is_final_form = self.method.on_distillation_step(self.model, min(1.0, share))
 
@@ -115,12 +119,24 @@ class LitRecombine(L.LightningModule):
         """The loss of a batch, the method's penalty included."""
         shard = self.shard(self.trainer.train_dataloader, index)
         loss, logits = self.objective.loss(self.model, batch, shard)
-        loss = loss + self.method.penalty(self.model)
+        loss = loss + whole(self.method.penalty(self.model))
         if not torch.isfinite(loss):
             raise self.failure(f"loss={loss.item()}", batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self.score(self.train_metrics, logits, batch, shard)
-        return loss
+        return loss if self.trainer.accumulate_grad_batches == 1 else self.part(loss, self.weight(batch, shard))
+
+    def part(self, loss: Tensor, weight: int) -> dict[str, Tensor]:
+        """What one of the batches adds that make a step: its loss by its weight, in units of the first's."""
+        self.first = self.first or max(weight, 1)
+        self.total += weight / self.first
+        return {"loss": loss * (weight / self.first), "mean": loss.detach()}
+
+    def on_before_optimizer_step(self, optimizer):
+        """Makes the gradient of several batches that of one batch of all their samples or tokens."""
+        if self.total:
+            scale_gradients(optimizer, self.trainer.accumulate_grad_batches / self.total)
+        self.first, self.total = 0, 0.0
 
     def refuse_divergence(self, scores: dict[str, Tensor]) -> None:
         """Looks at the weights that train, and at the validation's loss where there is one. Every rank has to call it.
@@ -129,9 +145,9 @@ class LitRecombine(L.LightningModule):
             UsageError: one of them is not finite, or a weight as good as that.
         """
         loss = scores.get("val/loss")
-        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        trained = ((name, local(p)) for name, p in self.model.named_parameters() if p.requires_grad)
         bad = finite.tensors_not_finite(trained, finite.LIMIT)
-        if distributed.all_reduce_max(len(bad), self.device):  # of FSDP each rank sees its own part
+        if distributed.all_reduce_max(len(bad), self.device):  # of shards each rank sees its own
             raise self.failure(finite.described(bad or ["another rank's"], f"beyond {finite.LIMIT:g} or not finite"))
         if loss is not None and not torch.isfinite(loss):
             raise self.failure(f"val/loss={loss.item()}")
@@ -148,7 +164,7 @@ class LitRecombine(L.LightningModule):
     def advice(self) -> str:
         """What may end a divergence: smaller rates than those that trained, the largest first."""
         rates = {
-            f"{self.key}.lr_head" if h else self.lr_key: self.optim.lr_head if h else self.lr for h, _ in self.groups()
+            f"{self.key}.lr_head" if h else self.lr_key: self.optim.lr_head if h else self.lr for h, *_ in self.groups()
         }
         if self.optim.weight_decay * max(rates.values()) >= 1:  # a step takes more than all of a weight
             rates = {f"{self.key}.weight_decay": self.optim.weight_decay}
@@ -195,27 +211,28 @@ class LitRecombine(L.LightningModule):
                 bar = name.endswith(f"/{self.objective.metric}")
                 self.log(name, metric, prog_bar=bar, on_step=False, on_epoch=True, batch_size=len(labels))
 
-    def groups(self) -> dict[tuple[bool, bool], list[nn.Parameter]]:
-        """The parameters that train, by (of the head?, a matrix?)."""
+    def groups(self) -> dict[tuple[bool, bool, bool], list[nn.Parameter]]:
+        """The parameters that train, by (of the head?, a matrix?, moved by Muon?)."""
         head = {id(p) for p in h.parameters()} if (h := roles.head(self.model)) is not None else set()
-        groups: dict[tuple[bool, bool], list] = {}
+        muon = takes_muon(self.model, h) if self.optim.name == "muon" else set()
+        groups: dict[tuple[bool, bool, bool], list] = {}
         for p in self.model.parameters():
             if p.requires_grad:
-                groups.setdefault((id(p) in head, p.ndim > 1), []).append(p)
+                groups.setdefault((id(p) in head, p.ndim > 1, id(p) in muon), []).append(p)
         return groups
 
     def configure_optimizers(self):
         """The optimizer and its schedule, for Lightning: the head has its own rate, and only matrices decay."""
-        optimizer = OPTIMIZERS[self.optim.name](
-            [
-                {
-                    "params": parameters,
-                    "lr": self.optim.lr_head if of_head else self.lr,
-                    "weight_decay": self.optim.weight_decay if matrix else 0.0,
-                }
-                for (of_head, matrix), parameters in self.groups().items()
-            ]
-        )
+        groups = [
+            {
+                "params": parameters,
+                "lr": self.optim.lr_head if of_head else self.lr,
+                "weight_decay": self.optim.weight_decay if matrix else 0.0,
+                **({"muon": muon} if self.optim.name == "muon" else {}),
+            }
+            for (of_head, matrix, muon), parameters in self.groups().items()
+        ]
+        optimizer = OPTIMIZERS[self.optim.name](groups, fused=fusible(self.device, self.trainer.precision))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_factor())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -123,8 +123,9 @@ class TrainingState(Checkpoint):
     def on_train_batch_end(self, trainer, lit, outputs, batch, index) -> None:
         """Writes a state where one is due within an epoch, or where a signal came."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        if progress.is_last_batch or trainer.world_size > 1 and (index + 1) % EVERY:
-            return  # the end of the epoch comes after validation
+        every = trainer.accumulate_grad_batches * (EVERY if trainer.world_size > 1 else 1)
+        if progress.is_last_batch or (index + 1) % every:
+            return  # the end of the epoch comes after validation, and gradients without a step are not kept
         self.act(trainer, time.monotonic() - self.saved > 60 * self.minutes)
 
     def on_train_epoch_end(self, trainer, lit) -> None:

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from recombine.runtime.kinds import Count, Epochs, Positive, Rate, Share, Weight, Whole
+from recombine.runtime.kinds import Count, Epochs, Name, Positive, Rate, Share, Weight, Whole
 
 Machines = Annotated[int, Field(ge=1, le=4096)]
 Minutes = Annotated[float, Field(ge=0, le=10_000)]
+INSTALL = "pip install -e '.[8bit]', or say optim=adamw"
 LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -17,7 +19,7 @@ LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerSettings:
     """One training's optimizer and schedule.
 
-    name: adamw, adam or sgd (with a momentum of 0.9).
+    name: adamw, adam, sgd (with a momentum of 0.9), adamw_8bit (by torchao), or muon (AdamW for what is no matrix).
     lr: peak learning rate of the method's weights; None: the method's own.
     lr_head: peak learning rate of the classification head.
     weight_decay: on matrices only.
@@ -28,7 +30,7 @@ class OptimizerSettings:
     head: where the classification head starts: random, or probe (the linear probe on the same data).
     """
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "adamw_8bit", "muon"] = "adamw"
     lr: Rate | None = None
     lr_head: Rate = 5e-3
     weight_decay: Rate = 0.0
@@ -37,6 +39,12 @@ class OptimizerSettings:
     clip: Positive | None = 1.0
     label_smoothing: LabelSmoothing = 0.0
     head: Literal["random", "probe"] = "random"
+
+    def contradiction(self, key: str) -> str | None:
+        """Why the values do not go together; None: they do. key: of the node."""
+        if self.name == "adamw_8bit" and find_spec("torchao") is None:
+            return f"{key}.name=adamw_8bit: torchao is not installed; {INSTALL}"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +65,7 @@ class DistillationSettings(OptimizerSettings):
         if self.epochs and not (self.kl or self.mse or self.features or self.l1):
             none = " ".join(f"{key}.{name}=0" for name in ("kl", "mse", "features", "l1"))
             return f"{none}: nothing is left to learn; set one, or {key}.epochs=0"
-        return None
+        return super().contradiction(key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +78,10 @@ class TrainerSettings:
     epochs: of the training on the task.
     patience: epochs without a better validation before it stops; None: never.
     checkpoint_minutes: longest time between two training states.
+    accumulate: batches whose gradients make one step, as one batch of that many times the size would.
+    compile: torch.compile of the blocks in training: True, or the name of one of torch's backends.
+    gradient_checkpointing: the backward pass computes each block again; only its input is kept.
+    matmul: how exact products of float32 matrices are, as torch.set_float32_matmul_precision has it.
     progress: show bars and lines while it works.
     """
 
@@ -81,4 +93,8 @@ class TrainerSettings:
     epochs: Epochs = 4
     patience: Count | None = None
     checkpoint_minutes: Minutes = 5
+    accumulate: Count = 1
+    compile: bool | Name = False
+    gradient_checkpointing: bool = False
+    matmul: Literal["highest", "high", "medium"] = "highest"
     progress: bool = True

@@ -10,20 +10,24 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recombine.errors import UsageError, did_you_mean
 from recombine.runtime.kinds import shown
 from recombine.runtime.user_code import load_class
-from recombine.training import distributed
+from recombine.training import distributed, engine
 from recombine.training.settings import TrainerSettings
 
 
 def require_possible(settings: TrainerSettings) -> None:
-    """Refuses what no strategy or list of devices is.
+    """Refuses what no strategy, list of devices or backend of torch.compile is.
 
     Raises:
         UsageError: names the key, and what to say instead.
     """
     devices, strategy = settings.devices, settings.strategy
+    if settings.compile:
+        engine.backend(settings)
     if isinstance(devices, list) and (settings.accelerator == "cpu" or len({*devices}) != len(devices) or not devices):
         why = "a list names different GPUs; say how many devices, for example trainer.devices=2"
         raise UsageError(f"trainer.devices={shown(devices)}: {why}")
+    if isinstance(strategy, str) and strategy.startswith("fsdp"):
+        raise UsageError(f"trainer.strategy={strategy}: is torch's first FSDP, by its second is trainer=fsdp; say that")
     if not isinstance(strategy, str):
         load_class(strategy.get("_target_"), Strategy, "trainer.strategy._target_")
     elif strategy not in (known := ["auto", *StrategyRegistry.available_strategies()]):

@@ -31,7 +31,7 @@ def test_composes(group, choice):
         method = from_config(cfg.method)
         assert isinstance(method, Method) and set(cfg.method) - {"_target_"} == {f.name for f in fields(method)}
     if group == "stage":
-        assert cfg.stage.name == choice and choice in STAGES
+        assert cfg.stage.name == choice and choice in {*STAGES, "plan"}  # which stands beside one of them
     if group == "model":
         assert cfg.model.name == choice and choice in models.list_models()
     if group == "experiment":  # wins over the defaults, and the command line over it

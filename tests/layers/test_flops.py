@@ -26,3 +26,19 @@ def test_flops_rule_counts_what_runs(tokens):
         with FlopCounterMode(display=False) as counted:
             torch.nn.functional.linear(x, layer.dense_weight())
         assert counted.get_total_flops() == 2 * (dense + build)
+
+
+@pytest.mark.parametrize("rank, built", [(9, True), (8, False)])  # of 10, where both ways multiply alike
+def test_near_the_dense_count_the_weight_is_built_without_gradients(rank, built):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer, x = FactoredLinear(torch.randn(20, rank), torch.randn(rank, 20), bias=torch.randn(20)), torch.randn(7, 20)
+    structured, dense, _ = layer.flops(7, False)
+    for training in (True, False):
+        layer.train(training)
+        with torch.set_grad_enabled(training):
+            layer(x)  # keeps what is built
+            with FlopCounterMode(display=False) as counted:
+                y = layer(x)
+        assert counted.get_total_flops() == 2 * (dense if built and not training else structured)
+        assert torch.allclose(y, x @ layer.weight.T + layer.bias, atol=1e-5)

@@ -2,9 +2,8 @@
 
 import recombine  # isort: skip  (its guard comes before transformers)
 
+import hashlib
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,12 +12,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from helpers import ROOT, config, refusal
-from helpers.texts import DEBERTA, write_hub
-from recombine import models
+from helpers import config, hub_content, refusal
+from helpers.texts import DEBERTA
+from recombine import data, models
 from recombine.core.rewrite import find_sites
 from recombine.data.text import glue
-from recombine.models import packaged, roles
+from recombine.models import packaged, roles, weights
 from recombine.models.hf_folder import model_files
 
 
@@ -152,77 +151,28 @@ def test_weights_are_taken_in_one_form():
     assert model_files(rest) == [] == model_files(["model.safetensors"])
 
 
-HUB = """
-import hashlib, http.server, json, os, sys, threading
-from pathlib import Path
-
-roots, revisions = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        path = self.path.partition("?")[0].removeprefix("/api/models").removeprefix("/api").lstrip("/")
-        repo = next((repo for repo in roots if path.startswith(repo)), None)
-        if repo is None:
-            body = b""
-        elif "/resolve/" in path:
-            body = (Path(roots[repo]) / path.split(f"/resolve/{revisions[repo]}/")[1]).read_bytes()
-        else:
-            files = [p for p in sorted(Path(roots[repo]).rglob("*")) if p.is_file()]
-            names = [str(p.relative_to(roots[repo])) for p in files]
-            tree = [{"type": "file", "path": n, "size": p.stat().st_size, "oid": "0"} for n, p in zip(names, files)]
-            info = {"id": repo, "sha": revisions[repo], "siblings": [{"rfilename": n} for n in names]}
-            body = json.dumps(tree if "/tree/" in path else info).encode()
-        self.send_response(200)
-        for key, value in {
-            "Content-Length": len(body), "ETag": hashlib.sha256(body).hexdigest(),
-            "X-Repo-Commit": revisions.get(repo),
-        }.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-
-import recombine
-from recombine import data, models
-
-for _ in range(2):  # the second time out of the cache
-    model = models.build(**json.loads(sys.argv[3]))
-    module = data.build("glue", task="mrpc", select="test")
-    module.attach_model(**models.for_data(model.recombine_source))
-    module.prepare_data()
-    module.setup()
-    server.shutdown()
-    server.server_close()
-print(module.info["note"], len(module.train), len(module.test))
-try:
-    data.build("glue", task="rte").source()
-except recombine.UsageError as error:
-    print(error)
-"""
-
-
-def test_a_hub_that_answers_and_one_that_does_not(deberta, tmp_path):
-    """The hub's own client against a server that speaks as the hub does: download, cache, and no network."""
-    write_hub(tmp_path / "glue", "mrpc")
+def test_a_hub_that_answers_and_one_that_does_not(hub, tmp_path, monkeypatch):
+    """Download, cache, and nobody there: the tokenizer comes from the same files, and the data."""
+    monkeypatch.setenv("RECOMBINE_CACHE", str(tmp_path / "cache"))
+    hub_content.add_deberta(hub)
+    hub_content.add_glue(hub, "mrpc", "rte")
     source = config("deberta_v3_base", **DEBERTA)
-    roots = {source["id"]: str(deberta), "datasets/nyu-mll/glue": str(tmp_path / "glue")}
-    revisions = {source["id"]: source["revision"], "datasets/nyu-mll/glue": glue.REVISION}
-    places = {"HF_HUB_CACHE": str(tmp_path / "hub"), "RECOMBINE_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", HUB, *map(json.dumps, (roots, revisions, source))],
-        env={"PATH": "", "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **places},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    first, refused = done.stdout.strip().splitlines()
-    assert f"nyu-mll/glue@{glue.REVISION[:8]}" in first and first.endswith("60 20")
-    assert "is not cached and the hub fails" in refused
+    for _ in range(2):  # the second time out of the cache
+        model = models.build(**source)
+        module = data.build("glue", task="mrpc", select="test")
+        module.attach_model(**models.for_data(model.recombine_source))
+        module.prepare_data()
+        module.setup()
+        hub.stop()
+    assert f"nyu-mll/glue@{glue.REVISION[:8]}" in module.info["note"] and module.info["commit"] == glue.REVISION
+    assert (len(module.train), len(module.test)) == (60, 20)
+    told = weights.origin(model.recombine_weights)
+    assert (told["hub"], told["commit"]) == (source["id"], source["revision"])
+    (file,) = told["sha256"]
+    content = (model.recombine_weights / file).read_bytes()
+    assert file == "pytorch_model.bin" and told["sha256"][file] == hashlib.sha256(content).hexdigest()
+    (tmp_path / file).write_bytes(content)
+    assert weights.origin(tmp_path / file) == {"sha256": told["sha256"]}  # a file of the user's
+    refused = refusal(data.build("glue", task="rte").source)
+    assert "is not cached and the hub fails (no connection to http" in refused
     assert all(way in refused for way in ("connect once", "data.root=FOLDER", "data=sentences"))

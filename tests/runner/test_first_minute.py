@@ -15,6 +15,7 @@ import termios
 import threading
 
 import httpx
+import httpx2
 import pytest
 
 from helpers import ROOT
@@ -104,17 +105,18 @@ def levels():
         logger.setLevel(level)
 
 
-def test_addresses_stay_out_of_the_logs(levels, caplog):
-    """A real request: httpx names the address, with the signature in it, until it is told not to."""
+@pytest.mark.parametrize("client", [httpx, httpx2])
+def test_addresses_stay_out_of_the_logs(client, levels, caplog):
+    """A real request: httpx, and httpx2 of the hub, name the signed address until they are told not to."""
     caplog.set_level(logging.INFO)  # of the root logger, as Hydra sets it
     with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/file?signature=secret"
-        assert httpx.get(address, trust_env=False).status_code == 200
+        assert client.get(address, trust_env=False).status_code == 200
         assert "signature=secret" in caplog.text
         caplog.clear()
         logs.quiet_libraries()
-        assert httpx.get(address, trust_env=False).status_code == 200
+        assert client.get(address, trust_env=False).status_code == 200
         server.shutdown()
     assert caplog.text == ""
 

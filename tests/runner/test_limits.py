@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from helpers import CONF, refusal
 from helpers.command import CHUNK, line
 from recombine.evaluation import harness
-from recombine.runner import effects, grid, limits
+from recombine.runner import effects, grid, limits, plan
 from recombine.runner.config import resolve
 from recombine.runner.idle import idle
 from recombine.runner.sweep_settings import best_trial, require_search
@@ -39,9 +39,8 @@ def test_processes_beyond_the_cores(monkeypatch):
 
 
 def test_weights_beyond_the_memory():
-    limits.require_memory(model := conf.load("model", "tiny_llama"))
-    said = refusal(limits.require_memory, model | {"hidden_size": 2**20})
-    assert "model=tiny_llama: 1.32e+13 weights take 49156.8 GiB, this machine has" in said and "dtype" in said
+    said = refusal(plan.at_start, resolve(composed("model=tiny_llama", "data=text", f"model.hidden_size={2**20}")))
+    assert "model=tiny_llama: 5.28e+04 GB of weights do not fit into" in said and "model.dtype=bfloat16" in said
 
 
 def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):

@@ -18,6 +18,6 @@ def loss(folder, *overrides) -> float:
 
 
 def test_optim_chooses_the_optimizer(tmp_path):
-    losses = [loss(tmp_path / name, f"optim={name}") for name in ("adamw", "adam", "sgd")]
-    assert len(set(losses)) == 3
+    losses = [loss(tmp_path / name, f"optim={name}") for name in ("adamw", "adam", "sgd", "muon")]
+    assert len(set(losses)) == 4
     assert loss(tmp_path / "default") == losses[0]

@@ -1,20 +1,20 @@
 """Two ranks on gloo: the same weights and scores as one, one run or a sweep, and one end for both."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
-from safetensors.torch import load_file
 
-from helpers import CONF, ROOT
+from helpers import ROOT
+from helpers.ranked import TINY, execute, same
 from helpers.waiting import LIMIT, Waits, children, until
 from recombine.errors import UsageError
 from recombine.methods.adapters.ssf import Ssf
@@ -22,36 +22,12 @@ from recombine.methods.crisp.method import Crisp
 from recombine.runner import ranks
 from recombine.training import distributed
 
-TINY = [
-    *("model=tiny_vit", "trainer=cpu", "trainer.progress=false", "data.limit=33", "data.batch_size=8"),
-    *("trainer.epochs=2", "trainer.checkpoint_minutes=0"),  # 33 = 4 * 8 + 1: the last batch is too small for two
-]
 JOINT = ["stage=joint", "budget=retained_50", "method=crisp", "method.chunk=16", "stage.distil.epochs=1"]
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 
-def execute(folder: Path, *overrides: str) -> dict:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        ranks.main(compose("config", [*TINY, *overrides]), folder)
-    return json.loads((folder / "result.json").read_text())
-
-
 def command(*overrides: str, flags: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, str(ROOT / "run.py"), *flags, *TINY, *overrides]
-
-
-def same(one: Path, two: Path) -> None:
-    """Equal but for the order of sums."""
-    a, b = (json.loads((folder / "result.json").read_text()) for folder in (one, two))
-    for split in ("val", "test"):
-        assert a[split].keys() == b[split].keys()
-        for key, value in a[split].items():
-            assert b[split][key] == pytest.approx(value, rel=1e-4), (split, key)
-    assert a["best_epoch"] == b["best_epoch"] and a["linear_probe"] == b["linear_probe"]
-    a, b = (load_file(folder / "best.safetensors") for folder in (one, two))
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +115,46 @@ def test_a_killed_rank_is_named():
 def test_several_machines_need_a_launcher(tmp_path):
     with pytest.raises(UsageError, match="trainer.num_nodes=2.*slurm_multinode"):
         execute(tmp_path, *TWO, "trainer.num_nodes=2")
+
+
+SHARDS = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
+SHARDS += ["trainer.progress=false", "trainer.epochs=2", "trainer.checkpoint_minutes=0"]
+
+
+def rank_of_two(rank: int, port: int, folder: Path, words: list[str]) -> None:
+    """A rank's life, in a process that was forked."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ |= {"LOCAL_RANK": str(rank), distributed.REPORT: str(folder / f"rank{rank}.json")}
+    execute(folder, *words)
+    distributed.destroy_group()
+
+
+def forked(folder: Path, *words: str) -> list[multiprocessing.Process]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=rank_of_two, args=(rank, port, folder, [*words])) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def test_two_ranks_in_shards_are_one(tmp_path):
+    """Lightning's own path, killed on the way and started again: weights and moments come back into shards."""
+    words = ["method=crisp", "method.chunk=16", "probe=false", "trainer.accumulate=2"]
+    execute(tmp_path / "one", *words)
+    (gate := tmp_path / "gate").touch()
+    words += [f"method._target_={__name__}.WaitingCrisp", f"+method.shut={gate}", "+method.steps=8", *SHARDS]
+    killed = forked(tmp_path / "two", *words)
+    until(lambda: Path(f"{gate}.reached").is_file() or not all(process.is_alive() for process in killed))
+    assert list((tmp_path / "two").rglob("best-*.ckpt"))  # in its second epoch
+    for process in killed:
+        process.kill()
+        process.join()
+    gate.unlink()
+    again = forked(tmp_path / "two", *words)
+    for process in again:
+        process.join()
+    assert [process.exitcode for process in again] == [0, 0]
+    same(tmp_path / "one", tmp_path / "two")

@@ -1,5 +1,6 @@
 """The fixtures of this folder."""
 
+from helpers.hub_client import hub
 from helpers.watched import no_wandb_account
 
-__all__ = ["no_wandb_account"]
+__all__ = ["hub", "no_wandb_account"]

@@ -13,6 +13,7 @@ from helpers.llamas import build, line, loaded
 from recombine import models
 from recombine.evaluation import harness
 from recombine.runner import ranks
+from recombine.training import sharding
 from recombine.training.lit import LitRecombine
 
 
@@ -73,9 +74,9 @@ def test_one_data_set_calibrates_and_another_trains(toy_packages, tmp_path, monk
     )
 
 
-def test_the_trainer_of_many_gpus_wraps_a_llamas_blocks():
-    """Composed and built; sharded training needs GPUs."""
+def test_the_trainer_of_many_gpus_divides_a_llama_by_its_blocks():
+    """Composed and built; tests/training/test_sharding.py trains with it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         strategy = instantiate(compose("config", ["trainer=fsdp"]).trainer.strategy)
-    policy = strategy.kwargs["auto_wrap_policy"]
-    assert policy(build().model.layers[0], False, 0) and not policy(torch.nn.Linear(2, 2), False, 0)
+    assert isinstance(strategy, sharding.Sharded)
+    assert sharding.units(model := build()) == [[block] for block in model.model.layers]

@@ -3,6 +3,7 @@
 from torch import nn
 
 from recombine.core.places import kept_around
+from recombine.core.rollback import HELD
 from recombine.core.tied import declare_tied
 from recombine.errors import UsageError
 from recombine.models.fused_qkv import close
@@ -12,8 +13,9 @@ from recombine.models.wrappers import unwrapped
 def merge(model: nn.Module) -> nn.Module:
     """Turns every recombined layer back into an ordinary linear one, in place; returns the model.
 
-    The outputs stay the same. Afterwards every parameter is trainable that was not frozen before the first method.
-    Hooks of a layer stay. A layer of a subclass of nn.Linear is of that class again, unless the subclass holds state.
+    The outputs stay the same. Of adapters the one that is on stays in them, and others are dropped. Afterwards every
+    parameter is trainable that was not frozen before the first method. Hooks of a layer stay. A layer of a subclass of
+    nn.Linear is of that class again, unless the subclass holds state.
 
     Raises:
         UsageError: the model is not recombined.
@@ -27,6 +29,7 @@ def merge(model: nn.Module) -> nn.Module:
         freeze(model, record.frozen)
         close(model)
     del model.recombined
+    vars(model).pop(HELD, None)  # adapters that are not on have no place in what is left
     declare_tied(model)
     freeze(model, record.frozen)  # a fused qkv has its name again
     return wrapped

@@ -134,6 +134,8 @@ def validated(path: Path, meta: object) -> dict[str, Any]:
     Raises:
         UsageError: names the first key that does not, and why.
     """
+    if isinstance(meta, dict) and "adapter" in meta:
+        raise UsageError(f"{path}: holds an adapter; load its base, then recombine.load_adapter(model, {str(path)!r})")
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UsageError(f"{path}: not a checkpoint of recombine; model.checkpoint=FILE loads a plain model's weights")
     try:

@@ -8,11 +8,13 @@ Rows of train whose prompt, or whose window, is in test too are counted, and sai
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from recombine.data.base import SPLITS, TokenModule, log_once, require_known
+from recombine.data.hub import local_or_hub
 from recombine.errors import UsageError
 from recombine.runtime.kinds import BatchSize, Count, Seed, Tokens, Word, Workers
 
@@ -49,6 +51,7 @@ class LanguageData(TokenModule):
     tasks: tuple[str, ...]
     group, objective, metric, num_classes = "language", "lm", "ppl", None
     licence, note = "", ""
+    _built_for = None  # the tokenizer that the splits are made with
 
     def __init__(
         self,
@@ -64,14 +67,27 @@ class LanguageData(TokenModule):
         require_known("data.task", f"{self.name} task", task, self.tasks)
         self.task, self.batch_size, self.max_length = task, batch_size, max_length
         self.seed, self.num_workers, self.limit = seed, num_workers, limit
+        self.origin: dict[str, str] = {}  # for `info`: hub and commit, or root
 
     def build(self) -> dict[str, Samples]:
         """split -> samples, with what `limit` leaves of each. It may set `licence` and `note`."""
         raise NotImplementedError
 
+    def folder(self, repository: str, revision: str, patterns: list[str], ways: str) -> Path:
+        """The user's folder ``root``, or the hub's snapshot, either of which `info` names.
+
+        Raises:
+            UsageError: there is neither; ``ways`` says what to do.
+        """
+        folder = local_or_hub(self.name, self.root, repository, revision, patterns, ways)
+        self.origin = {"hub": repository, "commit": folder.name} if self.root is None else {"root": str(folder)}
+        return folder
+
     def setup(self, stage: str | None = None) -> None:
-        """Builds the splits, and says what train and test share."""
+        """Builds the splits, once for a tokenizer, and says what train and test share."""
         self.require_tokenizer()
+        if self._built_for is self.tokenizer:
+            return
         for split, samples in self.build().items():
             if not len(samples):
                 raise UsageError(
@@ -84,6 +100,7 @@ class LanguageData(TokenModule):
             (train, test), count = self.shared[0], len(self.shared)
             where = f"the first is row {train} of train and {test} of test"
             log_once(f"{self.name} {self.task}: {count} rows of train are in test too, {where}")
+        self._built_for = self.tokenizer
 
     @property
     def info(self) -> dict[str, Any]:
@@ -104,4 +121,5 @@ class LanguageData(TokenModule):
             "max_length": self.max_length,
             "seed": self.seed,
             "limit": self.limit,
+            **self.origin,
         }

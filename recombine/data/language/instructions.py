@@ -13,14 +13,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from recombine.data.base import SPLITS
-from recombine.data.hub import local_or_hub
 from recombine.data.language import choices, prompts
 from recombine.data.language.base import LanguageData
 from recombine.data.readers import table
@@ -85,9 +84,15 @@ class Instructed(LanguageData):
         loss_on_prompt: the prompt is learnt too.
     """
 
+    rows: ClassVar[dict[str, int]] = {}  # of each split, where that is known before they are read
+
     def __init__(self, *, loss_on_prompt: bool = False, **kwargs):
         super().__init__(**kwargs)
         self.loss_on_prompt = loss_on_prompt
+
+    @property
+    def foreseen(self) -> dict[str, int]:
+        return {split: min(size, self.limit or size) for split, size in self.rows.items()}
 
     def pairs(self) -> dict[str, list[Pair]]:
         """split -> (prompt, response) of every row; `limit` is not looked at."""
@@ -146,6 +151,7 @@ class Commonsense(Instructed):
     task_labels = {"commonsense_170k": ""}
     tasks = ("commonsense_170k",)
     repository, revision = "zwhe99/commonsense_170k", "main"
+    rows = {"train": 170_420 - 240, "val": 120, "test": 120}  # LLM-Adapters'
     licence = "each of the eight sets its own"
     sets = tuple(prompts.ANSWERS)
 
@@ -156,10 +162,10 @@ class Commonsense(Instructed):
     def pairs(self) -> dict[str, list[Pair]]:
         ways = "connect once, or give data.root=FOLDER with commonsense_170k.json, or take data=choices"
         patterns = ["*.parquet", "*.json", "*.jsonl"]
-        folder = local_or_hub(self.name, self.root, self.repository, self.revision, patterns, ways)
+        folder = self.folder(self.repository, self.revision, patterns, ways)
         files = sorted(folder.glob("commonsense_170k*")) or sorted(folder.rglob("train*.parquet"))
         rows = table(files, ("instruction", "input", "output"), f"commonsense_170k.json in {folder}")
-        self.note = f"{len(rows)} rows of {self.repository if self.root is None else folder}"
+        self.note = f"{len(rows)} rows of {f'{self.repository}@{folder.name[:8]}' if self.root is None else folder}"
         if filled := [row["input"] for row in rows if row["input"]]:
             raise UsageError(f"{files[0]}: a row has the input {filled[0][:40]!r}: commonsense_170k's are empty")
         pairs = [(prompts.alpaca(row["instruction"]), prompts.INDENT + row["output"]) for row in rows]
@@ -183,6 +189,7 @@ class Gsm8k(Instructed):
     task_labels = {"metamath": ""}
     tasks = ("metamath",)
     repository, revision = "meta-math/MetaMathQA", "aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18"
+    rows = {"train": 395_000 - 240, "val": 120, "test": 1319}
     licence = "MIT (MetaMathQA, GSM8K)"
 
     def __init__(self, *, root: Place | None = None, **kwargs):
@@ -191,11 +198,12 @@ class Gsm8k(Instructed):
 
     def pairs(self) -> dict[str, list[Pair]]:
         ways = "connect once, or give data.root=FOLDER with MetaMathQA-395K.json, or take data=choices"
-        folder = local_or_hub(self.name, self.root, self.repository, self.revision, ["MetaMathQA-395K.json"], ways)
+        folder = self.folder(self.repository, self.revision, ["MetaMathQA-395K.json"], ways)
         rows = table(
             sorted(folder.glob("MetaMathQA*.json")), ("query", "response"), f"MetaMathQA-395K.json in {folder}"
         )
-        self.note = f"{len(rows)} rows of {self.repository}@{self.revision[:8]}, tested on GSM8K"
+        origin = f"{self.repository}@{folder.name[:8]}" if self.root is None else folder
+        self.note = f"{len(rows)} rows of {origin}, tested on GSM8K"
         splits = held_out([(prompts.metamath(row["query"]), row["response"]) for row in rows], self.seed)
         return splits | {"test": [(prompts.metamath(row["question"]), row["answer"]) for row in gsm8k()]}
 

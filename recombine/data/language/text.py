@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from recombine.data.base import SPLITS
-from recombine.data.hub import local_or_hub
 from recombine.data.language import choices
 from recombine.data.language.base import LanguageData
 from recombine.data.readers import lines, table
@@ -97,6 +96,10 @@ class Text(LanguageData):
     def title(self) -> str:
         return self.task_labels[self.task]
 
+    @property
+    def foreseen(self) -> dict[str, int]:
+        return {} if self.limit is None else dict.fromkeys(SPLITS, self.limit)
+
     def build(self) -> dict[str, Windows]:
         texts = {"wiki": self._wiki, "wikitext2": self._wikitext2, "c4": self._c4}[self.task]()
         return {split: Windows(pack(self.tokenizer, texts[split], self.max_length, self.limit)) for split in SPLITS}
@@ -109,7 +112,7 @@ class Text(LanguageData):
     def _wikitext2(self) -> dict[str, Iterable[str]]:
         self.licence, self.note = "CC-BY-SA-3.0", f"{self.repository}@{self.revision[:8]} wikitext-2-raw-v1"
         ways = "connect once, or give data.root=FOLDER with wikitext-2-raw-v1/, or take data.task=wiki"
-        folder = local_or_hub(self.name, self.root, self.repository, self.revision, ["wikitext-2-raw-v1/*"], ways)
+        folder = self.folder(self.repository, self.revision, ["wikitext-2-raw-v1/*"], ways)
         texts = {}
         for split, stem in (("train", "train"), ("val", "validation"), ("test", "test")):
             files = sorted(folder.glob(f"wikitext-2-raw-v1/{stem}*")) or sorted(folder.glob(f"{stem}*"))
@@ -121,7 +124,7 @@ class Text(LanguageData):
         self.licence, self.note = "ODC-BY", f"{self.c4}@{self.c4_revision[:8]} en, the first shards"
         wanted = [f"en/{file}" for file in C4_FILES.values()]
         ways = f"connect once, or give data.root=FOLDER with {' and '.join(wanted)}, or take data.task=wiki"
-        folder = local_or_hub(self.name, self.root, self.c4, self.c4_revision, wanted, ways)
+        folder = self.folder(self.c4, self.c4_revision, wanted, ways)
         paths = {split: next(iter(sorted(folder.rglob(file))), folder / file) for split, file in C4_FILES.items()}
         halves = {split: islice(lines(paths["test"]), first, None, 2) for split, first in (("test", 0), ("val", 1))}
         return {"train": lines(paths["train"])} | halves

@@ -17,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +27,7 @@ import pyarrow as pa
 from recombine.data import hub
 from recombine.data.base import require_known
 from recombine.data.readers import arrow_table
-from recombine.data.text.base import TextData, TextSource
+from recombine.data.text.base import HELD_OUT, TextData, TextSource
 from recombine.errors import UsageError
 from recombine.runtime.kinds import Name, Place, Word
 
@@ -97,24 +99,34 @@ class Glue(TextData):
         self.root, self.revision = None if root is None else Path(root).expanduser(), revision or REVISION
 
     @property
+    def foreseen(self) -> dict[str, int]:
+        train, *tests = [min(size, self.limit or size) for size in self.row.sizes.values()]
+        held = max(1, round(HELD_OUT * train)) if self.select == "val" else 0
+        val = {"val": held or sum(tests)} if self.select != "last" else {}
+        return {"train": train - held, "test": sum(tests)} | val
+
+    @property
     def folder(self) -> Path:
         """Where the splits of the task lie."""
         inside = self.row.folder or self.task
         if self.root is not None:
             return self.root / inside if (self.root / inside).is_dir() else self.root
-        folder, why = None, "no connection, or no such files"
+        ways = f"connect once, or give data.root=FOLDER with {inside}/train-*.parquet, or take data=sentences"
+        return (
+            hub.local_or_hub(f"glue {self.task}", None, REPOSITORY, self.commit, [f"{inside}/*.parquet"], ways) / inside
+        )
+
+    @cached_property
+    def commit(self) -> str:
+        """Of the hub's repository."""
         try:
-            folder = hub.download(REPOSITORY, self.revision, [f"{inside}/*.parquet"]) / inside
+            return hub.commit(REPOSITORY, self.revision)
         except UsageError as error:
-            why = str(error)
-        if folder is None or not folder.is_dir():
-            ways = f"connect once, or give data.root=FOLDER with {inside}/train-*.parquet, or take data=sentences"
-            raise UsageError(f"glue {self.task}: {REPOSITORY} is not cached and the hub fails ({why}): {ways}")
-        return folder
+            raise UsageError(f"data.revision={self.revision}: {error}") from error
 
     def identity(self) -> str:
         if self.root is None:
-            return f"glue {self.task} {self.revision}"
+            return f"glue {self.task} {self.commit}"
         digest = hashlib.sha256()
         for split in self.row.sizes:
             for path in files(self.folder, split):
@@ -132,8 +144,13 @@ class Glue(TextData):
         )
         named = dict(zip(("train", "test", "test_more"), parts.values(), strict=False))
         counted = ", ".join(f"{split} {count}" for split, count in sizes.items())
-        note = f"{self.root or f'{REPOSITORY}@{self.revision[:8]}'}: {counted}; test is {' + '.join(list(parts)[1:])}"
+        note = f"{self.root or f'{REPOSITORY}@{self.commit[:8]}'}: {counted}; test is {' + '.join(list(parts)[1:])}"
         return TextSource(LICENCE, named, note, differences)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        hub_or_folder = {"hub": REPOSITORY, "commit": self.commit} if self.root is None else {"root": str(self.root)}
+        return super().info | hub_or_folder
 
     def _read(self, split: str) -> tuple[list[tuple[str, ...]], np.ndarray]:
         """Rows and labels of a split; what is wrong with its files in one line."""

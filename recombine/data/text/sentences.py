@@ -70,6 +70,10 @@ class Sentences(TextData):
         self.classes = {"rating": None, "gloss_match": ["other", "same"]}.get(task, ["negative", "positive"])
         self.scores = ("pearson", "spearman") if task == "rating" else ("acc", "balanced_acc")
 
+    @property
+    def foreseen(self) -> dict[str, int]:
+        return {split: min(size, self.limit or size) for split, size in SIZES.items()}
+
     def identity(self) -> str:
         return f"sentences {self.task} {PINS[self.task]}"
 

@@ -60,6 +60,10 @@ class Offline(VisionData):
         super().__init__(task=task, **kwargs)
         self.group, self.num_classes, self._builder = TASKS[task]
 
+    @property
+    def foreseen(self) -> dict[str, int]:
+        return {split: min(size, self.limit or size) for split, size in packaged.SIZES.items()}
+
     def identity(self) -> str:
         return f"offline {self.task} {pins().get(self.task)}"
 

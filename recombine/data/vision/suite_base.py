@@ -21,7 +21,7 @@ import numpy as np
 
 from recombine.data import hub
 from recombine.data.base import SPLITS, require_known
-from recombine.data.sampling import shuffled, stratified
+from recombine.data.sampling import cut_sizes, shuffled, stratified
 from recombine.data.vision import parquet
 from recombine.data.vision.base import VisionData
 from recombine.data.vision.folder import OFFICIAL, is_tree, splits, stamp
@@ -117,14 +117,21 @@ class Suite(VisionData):
             return folder
         return self.snapshot(self.patterns())
 
-    def snapshot(self, patterns: list[str]) -> Path:
-        """The files of the hub's repository that the patterns name; `commit` is theirs from now on."""
+    def pinned(self) -> str:
+        """The commit of the hub's repository. A branch is asked for once, or is where it was when it last was."""
         try:
-            folder = hub.download(self.row.repository, self.revision, patterns)
+            self.commit = self.commit or hub.commit(self.row.repository, self.revision)
         except UsageError as error:
             raise UsageError(self.ways(f"the hub gives nothing ({error})")) from error
-        self.commit = folder.name
-        return folder
+        return self.commit
+
+    def snapshot(self, patterns: list[str]) -> Path:
+        """The files of the hub's repository that the patterns name."""
+        at = self.pinned()
+        try:
+            return hub.download(self.row.repository, at, patterns)
+        except UsageError as error:
+            raise UsageError(self.ways(f"the hub gives nothing ({error})")) from error
 
     def patterns(self) -> list[str]:
         """What the row's files are called."""
@@ -149,6 +156,8 @@ class Suite(VisionData):
             classes, parts = parquet.read(folder, wanted, self.row.image, self.row.label)
             return classes, parts, [path for paths in wanted.values() for path in paths]
         raise UsageError(self.ways(f"{folder} has neither parquet or arrow files nor class folders in train"))
+
+    # What a run uses of them
 
     # What a run uses of them
 
@@ -214,10 +223,15 @@ class Suite(VisionData):
             train, val = _divide(train, HOLDOUT)
         return {"train": train, "val": val, "test": parts["test"]}
 
+    @property
+    def foreseen(self) -> dict[str, int]:
+        known = {ours: self.row.sizes[theirs] for ours, theirs in self.row.splits.items() if theirs in self.row.sizes}
+        cut = cut_sizes(known, self.split == "80/20", self.row.share, HOLDOUT, self.merge_train_val)
+        return {split: min(size, self.limit or size) for split, size in cut.items()}
+
     def identity(self) -> str:
-        """At a commit it needs neither network nor files."""
-        known = self.root is None and self.commit
-        mark = f"{self.row.repository}@{self.commit}" if known else self.listing()[2]
+        """On the hub it needs no files, and at a commit no network."""
+        mark = f"{self.row.repository}@{self.pinned()}" if self.root is None else self.listing()[2]
         return f"{self.name} {self.task} {self.row.image} {self.row.label} {mark} {self.cutting} {self.row.share}"
 
     def source(self) -> Source:

@@ -15,9 +15,12 @@ with ``select=last``. Resized to a square, bicubic, no augmentation (NOAH: --no_
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,13 +28,16 @@ import numpy as np
 
 from recombine.data.base import exclusive_build
 from recombine.data.vision import folder
+from recombine.data.vision.cache import require_disk_space
 from recombine.data.vision.source import Part, decode
 from recombine.data.vision.suite_base import Row, Suite
 from recombine.errors import UsageError
+from recombine.runtime import progress
 from recombine.runtime.assets import cache_dir, writing
 from recombine.runtime.kinds import Word
 
 REPOSITORY, ARCHIVE = "XiN0919/VTAB-1k", "vtab-1k.zip"
+BLOCK = 4096  # bytes
 TESTS = {  # group -> task -> pictures of its test set in CRISP's Tab. 6
     "natural": {
         "cifar": 10_000, "caltech101": 6084, "dtd": 1880, "oxford_flowers102": 6149, "oxford_iiit_pet": 3669,
@@ -81,13 +87,12 @@ class Vtab(Suite):
         """The user's folder of the task, or the one that the hub's archive is unpacked to."""
         if self.root is not None:
             return super().folder()
-        archive = self.snapshot([ARCHIVE]) / ARCHIVE
-        root = cache_dir() / "vtab-1k" / self.commit
-        unpacked = root / self.task
+        unpacked = cache_dir() / "vtab-1k" / self.pinned() / self.task
         if not unpacked.is_dir():
-            with exclusive_build(f"vtab-1k-{self.commit}"):
-                if not unpacked.is_dir() and self.task not in unpack(archive, root):
-                    raise UsageError(self.ways(f"{archive} holds none"))
+            archive = self.snapshot([ARCHIVE]) / ARCHIVE
+            unpack(archive, unpacked.parent, [self.task])
+            if not unpacked.is_dir():
+                raise UsageError(self.ways(f"{archive} holds none"))
         return unpacked
 
     def patterns(self) -> list[str]:
@@ -118,24 +123,45 @@ class Vtab(Suite):
         )
 
 
-def unpack(archive: Path, root: Path) -> list[str]:
-    """Moves the task folders of a zip, however deep they lie in it, to root/<task>; returns the new ones.
+def unpack(archive: Path, root: Path, tasks: Collection[str] = tuple(Vtab.rows)) -> list[str]:
+    """Moves the folders of these tasks out of a zip, however deep they lie in it, to root/<task>; returns the new ones.
 
-    A task folder appears whole or not at all, and one that is there already stays as it is.
+    A task's folder appears whole or not at all, and one that is there already stays as it is.
+
+    Raises:
+        UsageError: the zip is damaged, or the disk too small.
     """
+    lock = hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
     moved = []
-    with writing(root), TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
+    with exclusive_build(f"vtab-1k-{lock}"), writing(root):
+        for left in root.glob(".unpacking-*"):  # of one that was killed: a living one has the lock
+            shutil.rmtree(left, ignore_errors=True)
         try:
             with zipfile.ZipFile(archive) as opened:
-                opened.extractall(scratch)
+                inside = {Path(name).parent.name: name.removesuffix("test.txt") for name in _lists(opened)}
+                for task in inside.keys() & {task for task in tasks if not (root / task).exists()}:
+                    with TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
+                        _extract(opened, inside[task], Path(scratch), task)
+                        os.replace(Path(scratch, inside[task]), root / task)
+                    moved.append(task)
         except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
             raise UsageError(f"cannot unpack {archive}: {str(error).splitlines()[0]}; fetch it again") from error
-        for file in sorted(Path(scratch).rglob("test.txt")):
-            task = file.parent.name
-            if task in Vtab.rows and not (root / task).exists():
-                os.replace(file.parent, root / task)
-                moved.append(task)
-    return moved
+    return sorted(moved)
+
+
+def _lists(archive: zipfile.ZipFile) -> list[str]:
+    """The test.txt of every task in an archive."""
+    return [
+        name for name in archive.namelist() if Path(name).name == "test.txt" and Path(name).parent.name in Vtab.rows
+    ]
+
+
+def _extract(archive: zipfile.ZipFile, prefix: str, folder: Path, task: str) -> None:
+    """What an archive holds below a prefix. A file takes whole blocks of the disk."""
+    members = [info for info in archive.infolist() if info.filename.startswith(prefix)]
+    require_disk_space(folder, sum(info.file_size + BLOCK for info in members))
+    for info in progress.of(members, f"unpacking {task}", "files"):
+        archive.extract(info, folder)
 
 
 def complaints(root: Path, task: str, pictures: bool = False) -> list[str]:

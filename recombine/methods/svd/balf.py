@@ -98,7 +98,7 @@ class Balf(Whitened):
         (m, n), k = dims(site), max_rank(site)
         tail = self.spectrum(site).cpu().square().flip(0).cumsum(0).flip(0)  # (N,): at k what rank k loses
         share = tail[1 : k + 1] / tail[0].clamp(min=torch.finfo(tail.dtype).tiny)
-        costs = torch.cat([(m + n) * torch.arange(1, k + 1, dtype=tail.dtype), tail.new_tensor([m * n])])
+        costs = torch.cat([(m + n) * torch.arange(1, k + 1, dtype=tail.dtype), torch.tensor([m * n], dtype=tail.dtype)])
         return costs, torch.cat([share, tail.new_zeros(1)])
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import refusal
 from helpers.llamas import line, loaded, rows, write
 from recombine import data
 from recombine.data import hub
 from recombine.data.base import SPLITS
 from recombine.data.language import choices, instructions, prompts, text
 from recombine.evaluation import harness
+from recombine.models import causal_lm
 
 
 def test_text_is_packed(toy_packages, byte_tokenizer):
@@ -106,6 +108,16 @@ def test_commonsense_from_a_folder(tmp_path, byte_tokenizer, file):
     for name in module.sets:
         write(tmp_path / name / "test.json", rows(2))
     assert module.harness == tuple(harness.FILES)
+
+
+def test_files_are_read_once_for_a_tokenizer(tmp_path, byte_tokenizer):
+    path = write(tmp_path / "commonsense_170k.json", rows(40))
+    module = loaded("commonsense", byte_tokenizer, task="commonsense_170k", root=tmp_path)
+    path.unlink()
+    module.setup("fit")  # Lightning's own calls
+    assert len(module.train) == 32 and module.info["root"] == str(tmp_path)
+    module.tokenizer = causal_lm.byte_tokenizer()
+    assert "commonsense_170k.json" in refusal(module.setup)
 
 
 def test_metamath_and_gsm8k(tmp_path, byte_tokenizer, toy_packages):

@@ -11,7 +11,7 @@ import pytest
 
 from helpers import ROOT, refusal
 from helpers.hub_pictures import PINNED, digests, encoded, make, snapshot, store
-from recombine.data.vision.vtab import ARCHIVE, REPOSITORY, Vtab
+from recombine.data.vision.vtab import ARCHIVE, REPOSITORY, Vtab, unpack
 
 pytestmark = pytest.mark.usefixtures("empty_caches")
 
@@ -103,6 +103,36 @@ def test_vtab_from_the_hub(tmp_path):
     assert module.info["sizes"] == {"train": 8, "val": 2, "test": 3}
     assert "holds none" in refusal(make, Vtab, "svhn")
     assert make(Vtab, "kitti", revision=PINNED, image_size=2).path == module.path
+
+
+def test_one_task_is_unpacked(tmp_path, monkeypatch):
+    noah(tmp_path / "packed" / "vtab-1k", "svhn", (8, 2, 3))
+    zipped, root = archive(tmp_path, 8, 2, 3), tmp_path / "root"
+    with zipfile.ZipFile(zipped, "a") as file:
+        for path in sorted((tmp_path / "packed" / "vtab-1k" / "svhn").rglob("*")):
+            file.write(
+                path, Path("deep", "vtab-1k", "svhn", path.relative_to(tmp_path / "packed" / "vtab-1k" / "svhn"))
+            )
+    (root / ".unpacking-dead" / "deep").mkdir(parents=True)  # of one that was killed
+    assert unpack(zipped, root, ["kitti"]) == ["kitti"] and [path.name for path in root.iterdir()] == ["kitti"]
+    assert make(Vtab, "kitti", root=root, image_size=2).info["sizes"] == {"train": 8, "val": 2, "test": 3}
+    kept = (root / "kitti" / "test.txt").stat().st_mtime_ns
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as small:
+        small.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        assert "0.0 GB are free; free some space there" in refusal(unpack, zipped, root)
+    assert [path.name for path in root.iterdir()] == ["kitti"]
+    assert unpack(zipped, root) == ["svhn"] and (root / "kitti" / "test.txt").stat().st_mtime_ns == kept
+
+
+def test_decoded_pictures_need_no_archive(tmp_path):
+    zipped = snapshot(tmp_path, REPOSITORY, branch="main") / ARCHIVE
+    shutil.copy(archive(tmp_path, 8, 2, 3), zipped)
+    first = make(Vtab, "kitti", image_size=2)
+    zipped.unlink()
+    shutil.rmtree(tmp_path / "cache" / "vtab-1k" / PINNED)
+    assert digests(make(Vtab, "kitti", image_size=2)) == digests(first)
+    assert ARCHIVE in refusal(make, Vtab, "kitti", image_size=3)
 
 
 def test_prepare_vtab(tmp_path, capsys):

@@ -1,0 +1,250 @@
+"""A rehearsal under way: the phases of a run, one after the other, on torch's meta device."""
+
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from recombine import data, models
+from recombine.core import footprint, memory, rewrite
+from recombine.core.budget import Budget
+from recombine.core.calibration import BACKWARD
+from recombine.core.footprint import Kernels, Watch
+from recombine.core.method import Method, Site
+from recombine.data.base import DataModule, TokenModule
+from recombine.errors import UsageError
+from recombine.models import roles
+from recombine.runner.config import RunSpec
+from recombine.runner.plan_devices import HALF, Cost, Device
+from recombine.runner.plan_parts import CLASSES, Losses, Phase, Rehearsal, attempt, batch, head_names, shortened
+from recombine.stages.retrofit import SAMPLES, shared_copy
+from recombine.training import objectives
+from recombine.training.objectives import Objective
+from recombine.training.settings import OptimizerSettings
+
+MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # copies of what trains that an optimizer keeps
+LEARN: set[type[Method]] = set()  # methods that cannot be rehearsed, once that is known
+PROBE_STEPS = 500  # evaluations of the linear probe's loss, all decays together
+
+
+class Player:
+    """Plays a run on the meta device, phase by phase.
+
+    depth: the blocks of the model, where it is rehearsed with `few` of them; None: it is with all.
+    """
+
+    def __init__(self, spec: RunSpec, device: Device, few: int | None):
+        self.spec, self.device, self.told = spec, device, Rehearsal()
+        self.settings, self.stage = spec.settings, spec.settings.stage
+        self.module = data.build(**spec.data)
+        absolute = spec.budget.kind in ("trainable", "memory")  # is of the whole model
+        self.model, self.depth = shortened(spec, self.module, None if absolute else few)
+        if not isinstance(self.module, TokenModule):
+            self.module.attach_model(**models.for_data(self.model.recombine_source))
+        self.samples = self.told.samples = self.module.foreseen
+        count = self.settings.trainer.devices
+        self.ranks = count if isinstance(count, int) else 1
+        self.batch_size = ceil(min(self.module.batch_size, self.samples.get("train", 2**31)) / self.ranks)
+        half = {"bf16-mixed": HALF, "16-mixed": torch.float16, "auto": HALF if device.gpu else None}
+        self.kernels = lambda: Kernels(half.get(self.settings.trainer.precision), device.gpu)
+        self.scored: tuple[Watch, Cost] | None = None  # a batch of the test, where the validation has told
+        self.maps, self.mapped = False, 0  # weights are pages of their file; bytes that are replaced and stay mapped
+        self.sharded = "fsdp" in str(self.settings.trainer.strategy).lower()
+
+    def play(self) -> Rehearsal:
+        """All phases."""
+        told, name, first = self.told, self.stage.name, self.spec.compressor or self.spec.method
+        told.weights = footprint.size(self.model.parameters())
+        self.load()
+        if name == "evaluate":
+            self.score()
+            return self.count()
+        self.probe()
+        teacher = shared_copy(self.model) if name in ("compress", "joint", "retrofit") else None
+        self.change(first, teacher)
+        if name == "retrofit":
+            self.compare(teacher)
+        if name in ("compress", "joint") and self.stage.distil.epochs:
+            self.distil(first, teacher)
+        if name == "compress":
+            rewrite.train_only(self.model, head_names(self.model))
+        elif self.spec.compressor is not None:
+            self.change(self.spec.method, None)
+        if name == "joint":
+            rewrite.train_only(self.model, set(self.model.recombined.trainable))
+        if name in ("adapt", "compress", "joint"):
+            if footprint.trained(self.model):
+                self.train("train", self.objective(), self.settings.optim, self.settings.trainer.epochs, None)
+            self.score()
+        return self.count()
+
+    def count(self) -> Rehearsal:
+        """The parameters, as the last phase left the model."""
+        model = self.model
+        total, trains = sum(p.numel() for p in model.parameters()), footprint.trained(model)
+        untouched = getattr(getattr(model, "recombined", None), "untouched", set())
+        self.told.changed = footprint.size(p for n, p in model.named_parameters() if n not in untouched)
+        self.told.parameters = {"total": total, "trained": sum(p.numel() for p in trains)}
+        return self.told
+
+    def add(self, name: str, cost: Cost | None, **held: int) -> None:
+        """Adds a phase, of which one rank holds these bytes."""
+        held["mapped file"] = 0 if held.get("teacher") else self.mapped  # which it reads
+        if self.sharded:
+            held = {k: v // self.ranks if k in ("weights", "gradients", "optimizer") else v for k, v in held.items()}
+        self.told.phases.append(Phase(name, {k: int(v) for k, v in held.items() if v}, cost))
+
+    def load(self) -> None:
+        """The weights, and the file they come from."""
+        weights, read = footprint.size(footprint.tensors(self.model)), self.spec.model.get("pretrained", True)
+        self.maps = read and self.spec.model.get("library") == "transformers" and not self.device.gpu
+        self.add("load", Cost(moved=2 * weights), weights=weights, file=weights if read and not self.maps else 0)
+
+    def probe(self) -> None:
+        """The linear probe: features of all samples, and a regression on them."""
+        stage, head, classes = self.stage.name, roles.head(self.model), self.module.num_classes
+        if head is None or not classes or stage == "evaluate":
+            return
+        parts = list(filter(None, (self.spec.compressor, self.spec.method)))
+        trained = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts)
+        starts = stage in ("compress", "joint") or trained or self.settings.optim.head == "probe"
+        if not (starts or self.settings.probe and stage not in ("retrofit", "profile")):
+            return
+        watch, per = self.forward(64)
+        width = roles.output_layer(self.model).in_features
+        count, train = sum(self.samples.values()), self.samples.get("train", 0)
+        cost = per * count + Cost(moved=0) if count else None
+        if cost:
+            cost.products[torch.float64] += PROBE_STEPS * 4 * train * width * classes
+        weights = footprint.size(footprint.tensors(self.model))
+        self.add("probe", cost, weights=weights, activations=watch.peak, features=8 * width * (count + 2 * train))
+
+    def change(self, method: Method, teacher: nn.Module | None) -> None:
+        """Calibrates and rewrites."""
+        pair, model, first = self.spec.compressor is not None, self.model, method is not self.spec.method
+        mine = not pair or (method is self.spec.method) == (self.spec.budget.kind == "trainable")
+        budget = self.spec.budget if mine else Budget()
+        if pair and not hasattr(model, "recombined"):
+            roles.split_fused(model, self.spec.method.targets)
+        method, sites, mapped = method.copy(), rewrite.find_sites(model, method), self.mapped
+        known, others = footprint.tensors(model), [] if teacher is None else footprint.tensors(teacher)
+        kinds = method.statistics_needed()
+        held = {"weights": footprint.size(known), "statistics": memory.sums(sites, kinds) if kinds else 0}
+        held |= {"teacher": footprint.apart(others, known)}
+        self.told.digests |= type(method).digest is not Method.digest
+        watch = Watch(known)
+        losses = Losses(self, watch)
+        try:
+            if type(method) in LEARN:
+                raise footprint.Endless
+            with watch, self.kernels():
+                attempt(model, method, budget, losses)
+                if pair and first:
+                    rewrite.finish(model, method, alone=False)
+            method.kept.close(True)
+            model.to("meta")  # what was made apart from it
+        except UsageError:
+            raise
+        except Exception:  # it reads values, of which there are none
+            LEARN.add(type(method))
+            losses.peak = 0
+            self.bound(method, sites)
+            watch.peak = held["weights"] + 8 * 2 * sum(site.module.weight.numel() for site in sites)
+        if losses.peak:
+            there = losses.peak - held["weights"] - held["statistics"]
+            self.add("calibrate", losses.cost, **held, activations=max(0, there))
+        new = footprint.apart(footprint.tensors(model), known)
+        rest = max(0, watch.peak - held["weights"] - new)
+        held |= {"statistics": min(rest, held["statistics"]), "new weights": new}
+        self.add("rewrite", Cost.of(watch) + losses.seen * -1.0, **held, factors=rest - held["statistics"])
+        if self.maps:
+            there = {id(tensor) for tensor in footprint.tensors(model)}
+            self.mapped = mapped + footprint.size(tensor for tensor in known if id(tensor) not in there)
+
+    def bound(self, method: Method, sites: list[Site]) -> None:
+        """Leaves the model dense, and trains all that the method could."""
+        why = "what it stores and trains is learnt; the dense layers are counted in its place, which is the most"
+        self.told.notes.append(f"{method.label}: {why}")
+        self.model.recombined = rewrite.started_record(self.model, sites, set())
+        self.model.recombined.targets = {site.name: site.role for site in sites}
+        self.model.requires_grad_(False)
+        for site in sites:
+            site.module.requires_grad_(not method.compresses)
+        if (head := roles.head(self.model)) is not None:
+            head.requires_grad_(True)
+        self.model.recombined.trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def distil(self, method: Method, teacher: nn.Module) -> None:
+        """The training that follows the original model."""
+        distil = self.stage.distil
+        rewrite.train_only(self.model, method.distillation_parameters(self.model))
+        objective = objectives.Distillation(teacher, distil.kl, distil.mse, distil.features, distil.l1)
+        self.train("distil", objective, distil, distil.epochs, teacher)
+        if self.model.recombined.steps:
+            rewrite.finish(self.model, method, alone=self.spec.compressor is None)
+
+    def train(
+        self, name: str, objective: Objective, optim: OptimizerSettings, epochs: int, teacher: nn.Module | None
+    ) -> None:
+        """A training: its steps, and what validates it."""
+        self.model.train()
+        apart = footprint.tensors(teacher) if teacher is not None else []
+        watch = footprint.step(self.model, lambda: self.loss(objective, self.batch_size), self.kernels(), apart)
+        trains, moments = footprint.size(footprint.trained(self.model)), MOMENTS[optim.name]
+        cost = None
+        if train := self.samples.get("train"):
+            steps = ceil(train / (self.batch_size * self.ranks)) * epochs
+            cost = (Cost.of(watch) + Cost(moved=(3 + 2 * moments) * trains)) * steps
+            if val := self.samples.get("val"):
+                scored = self.forward(self.batch_size, objective)
+                cost += scored[1] * (val * epochs / self.ranks)
+                self.scored = None if teacher else scored
+        held = {"weights": footprint.size(footprint.tensors(self.model)), "gradients": trains}
+        held |= {"optimizer": moments * trains, "activations": max(0, watch.peak - trains)}
+        held |= {"best weights": trains if epochs > 1 and not self.device.gpu else 0}
+        held |= {"teacher": footprint.apart(apart, footprint.tensors(self.model))}
+        self.add(name, cost, **held)
+
+    def compare(self, teacher: nn.Module) -> None:
+        """Both models' outputs on the samples that a retrofit compares."""
+        samples = min(SAMPLES, self.samples.get("train", SAMPLES))
+        known, given = footprint.tensors(self.model), batch(self.module, samples)
+        apart = footprint.tensors(teacher)
+        logits = []
+
+        def both() -> None:
+            for model in (teacher, self.model):
+                logits.append(objectives.call(model.eval(), given))
+            (logits[1] - logits[0]).abs().max()
+
+        watch = footprint.forward(both, [*known, *apart], self.kernels())
+        held = {"weights": footprint.size(known), "teacher": footprint.apart(apart, known), "activations": watch.peak}
+        self.add("compare", Cost.of(watch), **held)
+
+    def score(self) -> None:
+        """The test."""
+        watch, each = self.scored or self.forward(self.batch_size)
+        test = self.samples.get("test")
+        weights = footprint.size(footprint.tensors(self.model))
+        self.add("test", each * test if test else None, weights=weights, activations=watch.peak)
+
+    def forward(self, size: int, objective: Objective | None = None) -> tuple[Watch, Cost]:
+        """What scoring a batch of that size takes, and what it costs a sample."""
+        objective = objective or self.objective()
+        self.model.eval()
+        known = footprint.tensors(self.model)
+        known += footprint.tensors(objective.teacher) if hasattr(objective, "teacher") else []
+        watch = footprint.forward(lambda: self.loss(objective, size), known, self.kernels())
+        self.model.train()
+        return watch, Cost.of(watch) * (1 / size)
+
+    def objective(self, module: DataModule | None = None) -> Objective:
+        """What a data module's task is trained by."""
+        module = module or self.module
+        if not isinstance(module.num_classes, int) and module.objective == "classification":
+            return objectives.Classification(CLASSES)
+        return objectives.build(module)
+
+    def loss(self, objective: Objective, size: int, module: DataModule | None = None) -> Tensor:
+        """The loss of a batch without values."""
+        return objective.loss(self.model, batch(module or self.module, size))[0]

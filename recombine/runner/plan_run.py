@@ -1,0 +1,70 @@
+"""Rehearses a run on torch's meta device: its own code, phase by phase, without weights, data or memory."""
+
+import logging
+import warnings
+from dataclasses import replace
+from math import ceil
+
+from recombine.core.memory import KEPT, SHARE
+from recombine.runner.config import RunSpec
+from recombine.runner.plan_devices import Device
+from recombine.runner.plan_parts import Phase, Rehearsal
+from recombine.runner.plan_player import Player
+from recombine.runtime import memory, progress
+
+FEW = 2  # blocks of a deep model that are rehearsed, and twice as many; times the layers that share a basis
+
+
+def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
+    """What the run takes on the device.
+
+    A deep model whose blocks are alike is rehearsed with a few of them, twice, and the rest follows in a straight line.
+
+    Raises:
+        UsageError: the run cannot be: an unknown role, a field out of range, data that the model cannot read.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what methods say of values, of which there are none
+    try:
+        with progress.display(False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            few = FEW * max(getattr(m, "group_size", 1) for m in (spec.method, spec.compressor or spec.method))
+            player = Player(spec, device, few)
+            if player.depth is None or player.depth < 3 * few:
+                told = Player(spec, device, None).play()
+            else:
+                told = extended(player.play(), Player(spec, device, 2 * few).play(), (player.depth - few) / few)
+            return limited(told, spec, device) if told.digests else told
+    finally:
+        logging.disable(before)
+
+
+def limited(told: Rehearsal, spec: RunSpec, device: Device) -> Rehearsal:
+    """What a run takes whose statistics and factors keep to calibration.memory: more passes, and less at once."""
+    limit = memory.parse(spec.settings.calibration.memory, "calibration.memory")
+    limit = int(SHARE * (device.memory - told.weights)) if limit is None else limit
+    room, phases = max(1, int((1 - KEPT) * limit)), []
+    for phase in told.phases:
+        held, cost = dict(phase.held), phase.cost
+        if "statistics" in held:
+            cost = cost * ceil(held["statistics"] / room) if phase.name == "calibrate" else cost
+            held["statistics"] = min(held["statistics"], room)
+        if "factors" in held:
+            held["factors"] = min(held["factors"], max(0, limit - held.get("statistics", 0)))
+        phases.append(Phase(phase.name, held, cost))
+    return replace(told, phases=phases)
+
+
+def extended(small: Rehearsal, large: Rehearsal, times: float) -> Rehearsal:
+    """The rehearsal of a deeper model, on the line through two others. times: of their difference beyond the first."""
+
+    def on(a: float, b: float) -> int:
+        return max(0, round(a + times * (b - a)))
+
+    phases = []
+    for a, b in zip(small.phases, large.phases, strict=True):
+        held = {part: on(a.held.get(part, 0), b.held[part]) for part in b.held}
+        phases.append(Phase(b.name, held, None if b.cost is None else a.cost + (b.cost + a.cost * -1.0) * times))
+    parameters = {key: on(small.parameters[key], large.parameters[key]) for key in large.parameters}
+    changed, weights = on(small.changed, large.changed), on(small.weights, large.weights)
+    return replace(large, parameters=parameters, phases=phases, changed=changed, weights=weights)
