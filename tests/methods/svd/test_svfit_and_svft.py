@@ -70,7 +70,8 @@ def test_svft_is_its_formula(m, n, kind, seed, data):
     expected = u @ (np.diag(s) + sparse / (1 + np.exp(-0.7))) @ vh
     assert np.abs(layer.dense_weight().detach().numpy() - expected).max() <= 1e-11 * scale
     x = torch.randn(3, n, dtype=torch.float64)
-    assert torch.allclose(layer.factored_forward(x), x @ torch.from_numpy(expected).T, atol=1e-10 * scale)
+    expected = x @ torch.from_numpy(expected).T + layer.bias
+    assert torch.allclose(layer.factored_forward(x), expected, atol=1e-10 * scale)
 
 
 def test_svft_starts_as_the_papers_code():
