@@ -30,11 +30,8 @@ from recombine.errors import UsageError
 from recombine.runtime.kinds import Name, Place, Word
 
 HOLDOUT = 0.1  # of train, for validation
-NORMS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "0.5": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "model": (None, None),
-}
+NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "model": (None, None)}
+NORMS |= {"0.5": ((0.5,) * 3, (0.5,) * 3)}
 
 
 @dataclass(frozen=True)
@@ -156,8 +153,6 @@ class Suite(VisionData):
             classes, parts = parquet.read(folder, wanted, self.row.image, self.row.label)
             return classes, parts, [path for paths in wanted.values() for path in paths]
         raise UsageError(self.ways(f"{folder} has neither parquet or arrow files nor class folders in train"))
-
-    # What a run uses of them
 
     # What a run uses of them
 
