@@ -106,7 +106,7 @@ def test_the_svd_leaves_no_more_than_lapacks(m, n, kind, seed, finder, data):
     best = torch.linalg.svd(w, full_matrices=False)
     eye, scale = torch.eye(k, dtype=torch.float64), best[1][0]
     assert (w - u * s @ vh).norm() <= 1.001 * best[1][k:].norm() + 1e-12 * scale
-    assert (u.T @ u - eye).norm() <= 1e-11 and (vh @ vh.T - eye).norm() <= 1e-8
+    assert (u.T @ u - eye).norm() <= 1e-9 and (vh @ vh.T - eye).norm() <= 1e-8
     assert (s.diff() <= 1e-10 * scale).all() and (s <= best[1][:k] + 1e-12 * scale).all()
     assert u.dtype == s.dtype == vh.dtype == torch.float64
 

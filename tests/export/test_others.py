@@ -147,7 +147,7 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
     exec(load, scope)
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(scope["model"](x).logits, model(x))
+        torch.testing.assert_close(scope["model"](x).logits, model(x))  # one row: MKL rounds by where a weight begins
     pretrained = recombine.merge(copy.deepcopy(model))
     with torch.no_grad():
         pretrained.blocks[0].attn.qkv.weight.add_(torch.randn(576, 1) @ torch.randn(1, 192))

@@ -85,13 +85,15 @@ def test_contract(row, pretrained, request, tmp_path):
         assert torch.allclose(final, outputs(model, x))  # the kept weights are the right ones
         recombine.save(model, tmp_path / "model.safetensors", whole=False)
         loaded = recombine.load(tmp_path / "model.safetensors", copy.deepcopy(pretrained))
-        assert torch.equal(outputs(loaded, x), final)
+        assert torch.allclose(outputs(loaded, x), final, rtol=1e-5, atol=1e-6)
         assert recombine.count(loaded) == recombine.count(model)
         assert {n for n, p in loaded.named_parameters() if p.requires_grad} == moved
         if request.node.callspec.params["pretrained"] == row.where[-1]:  # once a method
             recombine.save(model, tmp_path / "whole.safetensors", whole=True)
             alone = recombine.load(tmp_path / "whole.safetensors").eval()  # needs no pretrained model
-            assert torch.equal(outputs(alone, x), final) and recombine.count(alone) == recombine.count(model)
+            assert torch.allclose(outputs(alone, x), final, rtol=1e-5, atol=1e-6) and recombine.count(
+                alone
+            ) == recombine.count(model)
             assert list(alone.state_dict()) == list(model.state_dict())
 
     resumed, going = train(loaded.train(), 2), train(model.train(), 2)
