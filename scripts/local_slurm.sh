@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# local_slurm.sh {install|start|stop|status} [FOLDER]: a Slurm of one machine, for tests. LOCAL_SLURM_NODES=2 makes it two
-# nodes to Slurm; they have no names in the network, so what runs on both needs MASTER_ADDR=127.0.0.1.
+# local_slurm.sh {install|start|stop|status} [FOLDER]: a Slurm of one machine, for tests.
 # install: the packages (Debian or Ubuntu, as root). start prints the line that lets other commands find it.
 # Everything lives in FOLDER (default ./.slurm): configuration, state, logs, sockets. No systemd, no cgroups.
 set -euo pipefail
@@ -8,7 +7,6 @@ set -euo pipefail
 command=${1:-}
 folder=$(realpath -m "${2:-.slurm}")
 export SLURM_CONF=$folder/slurm.conf
-nodes=($(seq -f 'node%.0f' "${LOCAL_SLURM_NODES:-1}"))
 packages=(slurmctld slurmd slurm-client munge)
 
 die() { echo "local_slurm.sh: $*" >&2; exit 1; }
@@ -22,7 +20,7 @@ install() {
 }
 
 configure() {
-  local host memory node
+  local host memory
   host=$(hostname -s)
   memory=$(($(awk '/MemTotal/ {print $2}' /proc/meminfo) / 1024 * 9 / 10))
   # cred_expire: a requeued job waits for it, 120 s by default. MinJobAge: how long Slurm knows what became of a job.
@@ -30,6 +28,7 @@ configure() {
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$(free_port)
+SlurmdPort=$(free_port)
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
@@ -46,32 +45,29 @@ AccountingStorageType=accounting_storage/none
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=10000,requeue_delay=1
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool/%n
+SlurmdSpoolDir=$folder/spool
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd-%n.pid
+SlurmdPidFile=$folder/slurmd.pid
 SlurmctldLogFile=$folder/log/slurmctld.log
-SlurmdLogFile=$folder/log/slurmd-%n.log
+SlurmdLogFile=$folder/log/slurmd.log
 SlurmdParameters=config_overrides
 JobRequeue=1
 KillWait=5
 MinJobAge=3600
 ReturnToService=2
 PropagateResourceLimits=NONE
-PartitionName=local Nodes=$(IFS=,; echo "${nodes[*]}") Default=YES MaxTime=INFINITE State=UP
+NodeName=$host NodeAddr=127.0.0.1 NodeHostname=$host CPUs=${LOCAL_SLURM_CPUS:-$(nproc)} RealMemory=$memory State=UNKNOWN
+PartitionName=local Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
-  for node in "${nodes[@]}"; do
-    echo "NodeName=$node NodeAddr=127.0.0.1 NodeHostname=$host Port=$(free_port)" \
-      "CPUs=${LOCAL_SLURM_CPUS:-$(nproc)} RealMemory=$((memory / ${#nodes[@]})) State=UNKNOWN" >>"$SLURM_CONF"
-  done
 }
 
 start() {
-  local needed node
+  local needed
   for needed in slurmctld slurmd munged squeue; do
     command -v $needed >/dev/null || die "$needed not found: $0 install"
   done
   [ "$(id -u)" = 0 ] || die "slurmd needs root"
-  mkdir -p "$folder"/{munge,state,log} "${nodes[@]/#/$folder/spool/}"
+  mkdir -p "$folder"/{munge,state,spool,log}
   chmod 755 "$folder" "$folder/munge"
   chmod 700 "$folder/state"
   [ -s "$folder/key" ] || (umask 077; head -c 128 /dev/urandom >"$folder/key")
@@ -79,11 +75,9 @@ start() {
   alive "$folder/munge/pid" || munged --key-file="$folder/key" --socket="$folder/munge/socket" \
     --pid-file="$folder/munge/pid" --log-file="$folder/log/munged.log" --seed-file="$folder/munge.seed" --num-threads=2
   alive "$folder/slurmctld.pid" || slurmctld -f "$SLURM_CONF"
-  for node in "${nodes[@]}"; do
-    alive "$folder/slurmd-$node.pid" || slurmd -N "$node" -f "$SLURM_CONF"
-  done
+  alive "$folder/slurmd.pid" || slurmd -f "$SLURM_CONF"
   for _ in $(seq 100); do
-    [ "$(sinfo -h -N -o %t 2>/dev/null | grep -c idle)" = ${#nodes[@]} ] && { echo "export SLURM_CONF=$SLURM_CONF"; return; }
+    [ "$(sinfo -h -o %t 2>/dev/null | head -1)" = idle ] && { echo "export SLURM_CONF=$SLURM_CONF"; return; }
     sleep 0.1
   done
   tail -n 20 "$folder"/log/*.log >&2
@@ -94,9 +88,9 @@ stop() {
   local pid file
   scancel -u "$(id -un)" 2>/dev/null || true
   for _ in $(seq 80); do [ -z "$(squeue -h 2>/dev/null)" ] && break; sleep 0.1; done
-  for file in "$folder"/slurmd-*.pid "$folder/slurmctld.pid" "$folder/munge/pid"; do
-    alive "$file" || continue
-    pid=$(cat "$file")
+  for file in slurmd.pid slurmctld.pid munge/pid; do
+    alive "$folder/$file" || continue
+    pid=$(cat "$folder/$file")
     kill "$pid"
     for _ in $(seq 100); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
   done
@@ -104,8 +98,8 @@ stop() {
 
 status() {
   local file
-  for file in "$folder/munge/pid" "$folder/slurmctld.pid" "$folder"/slurmd-*.pid; do
-    if alive "$file"; then echo "$file: runs"; else echo "$file: does not run"; fi
+  for file in munge/pid slurmctld.pid slurmd.pid; do
+    if alive "$folder/$file"; then echo "$file: runs"; else echo "$file: does not run"; fi
   done
   alive "$folder/slurmctld.pid" && sinfo && squeue
 }
