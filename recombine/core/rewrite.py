@@ -95,15 +95,15 @@ def apply(
         method = method.copy()  # the caller's keeps its fields, and no factors of this model
         done = False
         try:
-            _apply(inner, method, Budget.of(budget), losses, Memory.of(memory))
+            rewritten(inner, method, Budget.of(budget), losses, Memory.of(memory))
             done = True
         finally:
             method.kept.close(done)
     return model
 
 
-def _apply(model: nn.Module, method: Method, budget: Budget, losses: Losses | None, memory: Memory) -> None:
-    """`apply` on what has been checked."""
+def rewritten(model: nn.Module, method: Method, budget: Budget, losses: Losses | None, memory: Memory) -> None:
+    """`apply` on what has been checked, without its way back."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     sites = prepare(model, method, budget, losses, memory)
     record = started_record(model, sites, frozen)

@@ -3,20 +3,31 @@
 import copy
 from collections.abc import Collection
 
-from torch import nn
+from torch import Tensor, nn
 
 
-def sharing(model: nn.Module, apart: Collection[str] = ()) -> nn.Module:
-    """A copy of the modules that holds the same parameters. Buffers are copied.
+def sharing(model: nn.Module, apart: Collection[str] = (), buffers: bool = False) -> nn.Module:
+    """A copy of the modules that holds the same parameters.
 
     What replaces layers or parameters of one leaves the other alone; what writes into a parameter, or sets its
     `requires_grad`, does not.
 
     Args:
         apart: names of modules whose parameters are copied too.
+        buffers: they are the same too; otherwise they are copied.
     """
     own = {id(p) for name in apart for p in model.get_submodule(name).parameters()}
-    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
+    same = [p for p in model.parameters() if id(p) not in own] + (list(model.buffers()) if buffers else [])
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in same})
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model's structure whose parameters and buffers are the model's own memory.
+
+    It stays as it was when modules or parameters of the model are replaced, and not when values are written into them.
+    """
+    memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, memo | {id(b): b for b in model.buffers()})
 
 
 def unshare(twin: nn.Module, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -114,7 +115,9 @@ def judged(spec: RunSpec, told: Rehearsal, device: Device) -> str:
     count = shards(told, device)
     divided = f"{count} GPUs of {gigabytes(device.memory)}: trainer=fsdp trainer.devices={count}"
     for keys, other in ways(spec, device):
-        if rehearse(other, device).largest.bytes <= room(device):
+        with suppress(UsageError):  # this model or method cannot
+            if rehearse(other, device).largest.bytes > room(device):
+                continue
             return f"does not fit {gigabytes(device.memory)}; {keys} does{f', or {divided}' if count else ''}"
     if count is not None:
         return f"needs {divided}"
@@ -123,13 +126,11 @@ def judged(spec: RunSpec, told: Rehearsal, device: Device) -> str:
 
 def ways(spec: RunSpec, device: Device) -> Iterator[tuple[str, RunSpec]]:
     """Changes of the run that may make it fit, as typed: those first that change least of what it computes."""
-    if spec.model.get("gradient_checkpointing") is False:
+    settings, keys = spec.settings, ""
+    if spec.model.get("gradient_checkpointing") is False and not settings.trainer.gradient_checkpointing:
         spec = replace(spec, model=spec.model | {"gradient_checkpointing": True})
         keys = "model.gradient_checkpointing=true"
         yield keys, spec
-    else:
-        keys = ""
-    settings = spec.settings
     if (size := settings.calibration.batch_size) > 1:
         smaller = replace(settings, calibration=replace(settings.calibration, batch_size=1))
         yield f"{keys} calibration.batch_size=1".strip(), replace(spec, settings=smaller)
@@ -141,15 +142,18 @@ def ways(spec: RunSpec, device: Device) -> Iterator[tuple[str, RunSpec]]:
 
 
 def shards(told: Rehearsal, device: Device) -> int | None:
-    """How many GPUs hold a training whose weights, gradients and moments are divided; None: dividing does not help."""
+    """How many GPUs hold a training in shards, each beside a whole copy of the weights; None: no number does."""
     if not device.gpu:
         return None
     count = 1
     for phase in told.phases:
-        divided = sum(phase.held.get(part, 0) for part in LEAST[:3]) if phase.name in ("train", "distil") else 0
-        if phase.bytes - divided >= room(device):
+        weights, gradients, moments = (phase.held.get(part, 0) for part in LEAST[:3])
+        left = room(device) - phase.bytes
+        if "gradients" in phase.held:
+            left += gradients + moments
+            count = max(count, ceil((weights + gradients + moments) / left)) if left > 0 else count
+        if left <= 0:
             return None
-        count = max(count, ceil(divided / (room(device) - (phase.bytes - divided))))
     return count
 
 
@@ -170,7 +174,8 @@ def at_start(spec: RunSpec) -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if weights > device.memory:
         raise UsageError(too_large(spec, f"{gigabytes(weights)} of weights", device))
-    if guess(spec, module, model, device) < LONG and 8 * weights < device.memory:
+    long = "train" in module.foreseen and guess(spec, module, model, device) >= LONG
+    if not long and 8 * weights < device.memory:
         return
     try:
         found = plan(spec, find("here", spec.settings.trainer.accelerator))
@@ -196,7 +201,7 @@ def guess(spec: RunSpec, module: DataModule, model: nn.Module, device: Device) -
     text = isinstance(module, TokenModule)
     size = 0 if text else module.image_size or model.recombine_source["image_size"]
     tokens = module.max_length if text else (size // PATCH) ** 2 + 1
-    samples = module.foreseen.get("train", 10_000) * spec.settings.trainer.epochs
+    samples = module.foreseen["train"] * spec.settings.trainer.epochs
     weights = sum(p.numel() for p in model.parameters())
     return 6 * weights * tokens * samples / GUESSED[device.gpu]
 

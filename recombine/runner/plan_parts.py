@@ -21,6 +21,8 @@ from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import Cost
+from recombine.training import objectives
+from recombine.training.objectives import Objective
 
 if TYPE_CHECKING:
     from recombine.runner.plan_player import Player
@@ -119,7 +121,7 @@ def attempt(model: nn.Module, method: Method, budget: Budget, losses: "Losses") 
     for place in (nullcontext(), torch.device("meta")):
         try:
             with unchanged_on_failure(model), place:
-                return rewrite._apply(model, method, budget, losses, Memory(2**60))
+                return rewrite.rewritten(model, method, budget, losses, Memory(2**60))
         except UsageError as error:
             if not isinstance(error.__cause__, RuntimeError):
                 raise
@@ -143,7 +145,7 @@ class Losses:
         samples = min(given.samples, module.foreseen.get("train", given.samples))
         size = min(given.batch_size, samples)
         rehearsed, before = min(BATCHES, samples // size), Cost.of(self.watch)
-        objective = player.objective(module)
+        objective = objective_of(module)
         for _ in range(rehearsed):
             yield player.loss(objective, size, module)
         cost = Cost.of(self.watch) + before * -1.0
@@ -160,6 +162,13 @@ def batch(module: DataModule, size: int):
     numbers = torch.float32 if module.objective == "regression" else torch.long
     labels = ids.clone() if module.objective == "lm" else torch.zeros(size, dtype=numbers, device="meta")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def objective_of(module: DataModule) -> Objective:
+    """What the data's task is trained by."""
+    if not isinstance(module.num_classes, int) and module.objective == "classification":
+        return objectives.Classification(CLASSES)
+    return objectives.build(module)
 
 
 def head_names(model: nn.Module) -> set[str]:

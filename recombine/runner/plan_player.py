@@ -11,18 +11,19 @@ from recombine.core.budget import Budget
 from recombine.core.calibration import BACKWARD
 from recombine.core.footprint import Kernels, Watch
 from recombine.core.method import Method, Site
+from recombine.core.twin import shared_copy
 from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import HALF, Cost, Device
-from recombine.runner.plan_parts import CLASSES, Losses, Phase, Rehearsal, attempt, batch, head_names, shortened
-from recombine.stages.retrofit import SAMPLES, shared_copy
-from recombine.training import objectives
+from recombine.runner.plan_parts import Losses, Phase, Rehearsal, attempt, batch, head_names, objective_of, shortened
+from recombine.stages.retrofit import SAMPLES
+from recombine.training import engine, objectives
 from recombine.training.objectives import Objective
 from recombine.training.settings import OptimizerSettings
 
-MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}  # copies of what trains that an optimizer keeps
+MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "adamw_8bit": 0.5, "muon": 2}  # copies of what trains, at most, in a state
 LEARN: set[type[Method]] = set()  # methods that cannot be rehearsed, once that is known
 PROBE_STEPS = 500  # evaluations of the linear probe's loss, all decays together
 
@@ -49,11 +50,14 @@ class Player:
         self.kernels = lambda: Kernels(half.get(self.settings.trainer.precision), device.gpu)
         self.scored: tuple[Watch, Cost] | None = None  # a batch of the test, where the validation has told
         self.maps, self.mapped = False, 0  # weights are pages of their file; bytes that are replaced and stay mapped
-        self.sharded = "fsdp" in str(self.settings.trainer.strategy).lower()
+        strategy = self.settings.trainer.strategy
+        self.sharded = not isinstance(strategy, str) and strategy.get("_target_", "").endswith(".Sharded")
 
     def play(self) -> Rehearsal:
         """All phases."""
         told, name, first = self.told, self.stage.name, self.spec.compressor or self.spec.method
+        if self.spec.base is not None:
+            told.notes.append("base=: the pretrained model is planned in its place")
         told.weights = footprint.size(self.model.parameters())
         self.load()
         if name == "evaluate":
@@ -74,7 +78,7 @@ class Player:
             rewrite.train_only(self.model, set(self.model.recombined.trainable))
         if name in ("adapt", "compress", "joint"):
             if footprint.trained(self.model):
-                self.train("train", self.objective(), self.settings.optim, self.settings.trainer.epochs, None)
+                self.train("train", objective_of(self.module), self.settings.optim, self.settings.trainer.epochs, None)
             self.score()
         return self.count()
 
@@ -88,10 +92,11 @@ class Player:
         return self.told
 
     def add(self, name: str, cost: Cost | None, **held: int) -> None:
-        """Adds a phase, of which one rank holds these bytes."""
+        """Adds a phase, of which one rank holds these bytes. In shards it trains beside a whole copy of the weights."""
         held["mapped file"] = 0 if held.get("teacher") else self.mapped  # which it reads
-        if self.sharded:
-            held = {k: v // self.ranks if k in ("weights", "gradients", "optimizer") else v for k, v in held.items()}
+        if self.sharded and "gradients" in held:
+            held |= {part: held[part] / self.ranks for part in ("gradients", "optimizer")}
+            held["weights"] += held["weights"] / self.ranks
         self.told.phases.append(Phase(name, {k: int(v) for k, v in held.items() if v}, cost))
 
     def load(self) -> None:
@@ -189,7 +194,8 @@ class Player:
         """A training: its steps, and what validates it."""
         self.model.train()
         apart = footprint.tensors(teacher) if teacher is not None else []
-        watch = footprint.step(self.model, lambda: self.loss(objective, self.batch_size), self.kernels(), apart)
+        with engine.recomputed(self.model, self.settings.trainer.gradient_checkpointing):
+            watch = footprint.step(self.model, lambda: self.loss(objective, self.batch_size), self.kernels(), apart)
         trains, moments = footprint.size(footprint.trained(self.model)), MOMENTS[optim.name]
         cost = None
         if train := self.samples.get("train"):
@@ -230,20 +236,13 @@ class Player:
 
     def forward(self, size: int, objective: Objective | None = None) -> tuple[Watch, Cost]:
         """What scoring a batch of that size takes, and what it costs a sample."""
-        objective = objective or self.objective()
+        objective = objective or objective_of(self.module)
         self.model.eval()
         known = footprint.tensors(self.model)
         known += footprint.tensors(objective.teacher) if hasattr(objective, "teacher") else []
         watch = footprint.forward(lambda: self.loss(objective, size), known, self.kernels())
         self.model.train()
         return watch, Cost.of(watch) * (1 / size)
-
-    def objective(self, module: DataModule | None = None) -> Objective:
-        """What a data module's task is trained by."""
-        module = module or self.module
-        if not isinstance(module.num_classes, int) and module.objective == "classification":
-            return objectives.Classification(CLASSES)
-        return objectives.build(module)
 
     def loss(self, objective: Objective, size: int, module: DataModule | None = None) -> Tensor:
         """The loss of a batch without values."""

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from recombine.core import adapters, checkpoint
 from recombine.core.method import Method
+from recombine.core.twin import sharing
 from recombine.errors import UsageError
 from recombine.result_schema import StagePart
 from recombine.stages.context import RunContext
@@ -17,7 +18,7 @@ from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Objective
 from recombine.training.resume import TrainingState, loop_position
 from recombine.training.settings import OptimizerSettings
-from recombine.training.sharding import Sharded, twin
+from recombine.training.sharding import Sharded
 from recombine.training.trainer import build_trainer
 
 LABELS = {"distilled": "distillation", "best": "training"}  # what `fit` makes -> what a user sees at work
@@ -66,7 +67,8 @@ def fit(
     trainer = run_trainer(run, LABELS[name], epochs, callbacks, optim.clip, logger, settings.accumulate)
     resume_from = state.find()
     run.data.resume_at(*(loop_position(resume_from) if resume_from else (0, 0)))
-    whole = twin(run.model) if isinstance(trainer.strategy, Sharded) else None  # shards are made in place
+    sharded = isinstance(trainer.strategy, Sharded)  # in place
+    whole = sharing(run.model, buffers=True) if sharded else None
     with run.timed(f"train_{name}"), engine.engaged(run.model, settings):
         trainer.fit(lit, run.data, ckpt_path=resume_from, weights_only=True)
     if whole is not None:

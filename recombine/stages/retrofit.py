@@ -1,11 +1,10 @@
 """Rewrite the model and compare it with the original: weights layer by layer, outputs on training samples."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from recombine.core.calibration import eval_frozen
+from recombine.core.twin import shared_copy
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
 from recombine.layers.quantize import quantize
@@ -45,15 +44,6 @@ def retrofit(run: RunContext) -> StagePart:
         "logit_error": (logits - reference).abs().max().item(),
         "logit_scale": reference.abs().max().item(),
     }
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model's structure whose parameters and buffers are the model's own memory.
-
-    It stays as it was when modules or parameters of the model are replaced, and not when values are written into them.
-    """
-    memo: dict[int, Tensor] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo | {id(b): b for b in model.buffers()})
 
 
 def weight_errors(original: nn.Module, model: nn.Module) -> dict[str, float]:

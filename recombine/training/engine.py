@@ -26,12 +26,26 @@ def engaged(model: nn.Module, settings: TrainerSettings) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(products(settings.matmul))
-        if settings.gradient_checkpointing:
-            recompute(model, True)
-            stack.callback(recompute, model, False)
+        stack.enter_context(recomputed(model, settings.gradient_checkpointing))
         if settings.compile:
             stack.enter_context(compiled(model, backend(settings)))
         yield
+
+
+@contextmanager
+def recomputed(model: nn.Module, on: bool) -> Iterator[None]:
+    """Until the block ends, the backward pass computes each block of the model again, where that is on.
+
+    Raises:
+        UsageError: the model cannot.
+    """
+    if on:
+        recompute(model, True)
+    try:
+        yield
+    finally:
+        if on:
+            recompute(model, False)
 
 
 @contextmanager

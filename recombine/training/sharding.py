@@ -3,8 +3,7 @@
 `shard` works on any model that recombine rewrote. `Sharded` is the strategy that trainer=fsdp hands to Lightning.
 """
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -183,9 +182,3 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Any) -> Any:
     """All of a tensor that lies in shards. Every rank has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def twin(model: nn.Module) -> nn.Module:
-    """A model of the same modules with the very same parameters and buffers, for what is to follow the shards."""
-    tensors: Iterable[Tensor] = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

@@ -110,6 +110,34 @@ def test_a_deep_model_is_rehearsed_with_a_few_blocks(monkeypatch):
         assert sum(a.cost.products.values()) == pytest.approx(sum(b.cost.products.values()), rel=0.03)
 
 
+@pytest.mark.parametrize(("name", "copies"), [("adamw", 2), ("muon", 2), ("sgd", 1), ("adamw_8bit", 0.5)])
+def test_moments_are_the_optimizers(name, copies):
+    found = spec(*TINY, "method=full", "probe=false", f"optim={name}")
+    held = next(phase.held for phase in plan_run.rehearse(found, device()).phases if phase.name == "train")
+    assert held["optimizer"] == pytest.approx(copies * held["gradients"], abs=1)
+    plan.at_start(found)
+
+
+def test_shards_lie_beside_a_whole_copy_and_gradients_are_divided():
+    one, two = (
+        {phase.name: phase.held for phase in plan_run.rehearse(spec(*TINY, "method=full", *typed), device()).phases}
+        for typed in (["data.batch_size=8"], ["data.batch_size=16", "trainer=fsdp", "trainer.devices=2"])
+    )
+    train = two["train"]
+    assert train["weights"] == pytest.approx(1.5 * one["train"]["weights"], abs=2)
+    assert train["gradients"] * 2 == pytest.approx(one["train"]["gradients"], abs=2)
+    assert two["test"]["weights"] == one["test"]["weights"]
+
+
+def test_recomputed_blocks_keep_fewer_activations():
+    whole, recomputed = (
+        {phase.name: phase.held for phase in plan_run.rehearse(spec(*TINY, *typed, "method=lora"), device()).phases}
+        for typed in (["seed=0"], ["trainer.gradient_checkpointing=true"])
+    )
+    assert recomputed["train"]["activations"] < 0.8 * whole["train"]["activations"]
+    assert recomputed["test"] == whole["test"]
+
+
 def test_what_values_decide_is_planned_by_bounds():
     told = plan_run.rehearse(spec(*TINY, "method=dobi_svd", "budget=retained_60"), device())
     assert "dobi_svd: what it stores and trains is learnt" in told.notes[0]

@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 
 import recombine
 from helpers.command import CHUNK, config, execute
+from recombine.core.twin import shared_copy
 from recombine.data.vision.offline import Offline
 from recombine.layers import DeltaLinear
 from recombine.layers.quantize import quantize
 from recombine.runner import ranks
-from recombine.stages.retrofit import relative_error, shared_copy, weight_errors
+from recombine.stages.retrofit import relative_error, weight_errors
 from zoo import batch, build, losses, outputs
 
 

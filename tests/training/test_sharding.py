@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import recombine
+from recombine.core.twin import sharing
 from recombine.errors import UsageError
 from recombine.training import sharding
 from zoo import batch, build
@@ -54,7 +55,7 @@ def rank_of_two(rank: int, port: int, folder: Path) -> None:
     for arch, method in CASES:
         model = model_of(arch, method)
         names, shapes = list(model.state_dict()), {n: p.shape for n, p in model.named_parameters()}
-        kept = sharding.twin(model)
+        kept = sharing(model, buffers=True)
         sharding.shard(model, mesh)
         assert list(model.state_dict()) == names and {n: p.shape for n, p in model.named_parameters()} == shapes
         mine = sum(sharding.local(p).numel() for p in model.parameters())
