@@ -16,6 +16,10 @@ class UsageError(ValueError):
     """
 
 
+class AlreadyRewritten(UsageError):
+    """What a method wants to rewrite, another method has rewritten."""
+
+
 EXPECTED = (UsageError, HydraException, OmegaConfBaseException, OSError)  # a user can mend these
 NO_CHOICE = re.compile(r"In '.*?': Could not find '(.+)/(.+?)' Available options in '\1': (.+)")
 NO_KEY = re.compile(r"Could not override '(.+)'. To append to your config use \+(.+)")

@@ -4,13 +4,10 @@ Its keys are declared in result_schema.py.
 """
 
 import json
-import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +22,32 @@ from recombine.runtime.naming import aside
 from recombine.runtime.progress import wrapped
 from recombine.runtime.shapes import first_wrong
 
-PACKAGES = ("recombine", "torch", "lightning", "hydra-core", "timm", "peft", "transformers", "torchmetrics", "numpy")
 LOCK = ".running"
 WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')  # a string of JSON, or what Python writes for no finite number
 VALID = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}
-ELSEWHERE = {f"trainer.{key}" for key in ("progress", "accelerator", "devices", "num_nodes", "strategy")} | {
+ELSEWHERE = {  # on what a run runs, not what it computes
     "calibration.memory",
-    *("data.num_workers", "trainer.checkpoint_minutes", "trainer.compile", "trainer.gradient_checkpointing"),
-}  # on what a run runs, not what it computes
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.checkpoint_minutes",
+    "trainer.compile",
+    "trainer.devices",
+    "trainer.gradient_checkpointing",
+    "trainer.num_nodes",
+    "trainer.progress",
+    "trainer.strategy",
+}
 SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "stage", "test", "val")  # in every result
 LATER = {  # keys that came after the first results, with what they were by then
-    **{"base": None, "export": None, "optim.name": "adamw", "stage.distil.l1": 0.0},
-    **{"trainer.accumulate": 1, "trainer.matmul": "highest", "calibration.memory": "auto"},
-    **{"trainer.compile": False, "trainer.gradient_checkpointing": False},
+    "base": None,
+    "calibration.memory": "auto",
+    "export": None,
+    "optim.name": "adamw",
+    "stage.distil.l1": 0.0,
+    "trainer.accumulate": 1,
+    "trainer.compile": False,
+    "trainer.gradient_checkpointing": False,
+    "trainer.matmul": "highest",
 } | {
     f"{slot}.{key}": value
     for slot in ("method", "compressor")
@@ -208,39 +218,6 @@ def read(path: Path, required: Sequence[str] = ("config", "val", "metric")) -> R
     if (what := first_wrong(result, Result, required)) is not None:
         raise UsageError(f"{path}: no result.json of a run ({what}); move it away")
     return result
-
-
-def environment() -> dict:
-    """Versions, machine and commit, so that a number can be traced."""
-    import torch  # whoever only reads results can do without
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-        "commit": commit(),
-    }
-
-
-def commit() -> str | None:
-    """The checkout's commit, with + where it has uncommitted changes; None outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(folder)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if dirty else "")
 
 
 def table(rows: list[tuple[str, str]]) -> str:

@@ -30,6 +30,7 @@ from recombine.core.account import MIB  # noqa: E402
 from recombine.errors import one_line  # noqa: E402
 from recombine.runner import grid, ranks  # noqa: E402
 from recombine.runtime.conf import CONF  # noqa: E402
+from recombine.runtime.environment import environment  # noqa: E402
 
 PRECISIONS = ("32-true", "bf16-mixed")
 TINY = ["model=tiny_vit", "data=offline", "model.image_size=32", "data.limit=8", "data.batch_size=4"]
@@ -103,14 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def about(machine: Machine) -> list[str]:
     """What the numbers were measured on."""
-    found = results.environment()
+    found = environment()
     versions = ", ".join(f"{name} {value}" for name, value in found["versions"].items() if value)
     if machine.dry:
-        return [
-            "A dry run: tiny models on a CPU. Its numbers say nothing.",
-            "",
-            f"Commit {found['commit']}, {versions}.",
-        ]
+        nothing = "A dry run: tiny models on a CPU. Its numbers say nothing."
+        return [nothing, "", f"Commit {found['commit']}, {versions}."]
     gpu = torch.cuda.get_device_properties(0)
     size = f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
     return [f"{size}. Commit {found['commit']}, {versions}.", "", NOT_RUN]

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from recombine.errors import UsageError, did_you_mean
+from recombine.errors import AlreadyRewritten, UsageError, did_you_mean
 from recombine.models import fused_qkv, targets
 from recombine.models.family import FUSED, Family
 from recombine.models.fused_qkv import SplitLinear, as_linear, is_transposed
@@ -64,7 +64,7 @@ def find(
                 raise UsageError(
                     f"{typed}: {kind_of} {target!r} names {name}, a {other}, which the method cannot rewrite: drop it"
                 )
-            raise UsageError(
+            raise AlreadyRewritten(
                 f"{typed}: {kind_of} {target!r} of {type(model).__name__} is already rewritten ({other}): "
                 f"drop the {kind_of}"
             )

@@ -14,6 +14,7 @@ from recombine.models.weights import origin
 from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart
 from recombine.runner.config import RunSpec
 from recombine.runner.labels import label_of
+from recombine.runtime.environment import environment
 from recombine.runtime.tensor_file import file_digest
 from recombine.stages.context import RunContext
 from recombine.training import distributed
@@ -34,7 +35,7 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
         "sha256": weight_digests(run.out, stage.get("checkpoint")) if distributed.rank() == 0 else {},
         "seconds": run.seconds,
         "config": spec.config,
-        "environment": results.environment(),
+        "environment": environment(),
     }
     if run.base is not None:
         runner["base"] = {"path": str(run.base), "sha256": file_digest(run.base)}

@@ -13,7 +13,7 @@ from recombine.core.budget import Budget
 from recombine.core.checkpoint import metadata
 from recombine.core.method import Method, method_classes
 from recombine.core.rewrite import Step, find_sites
-from recombine.errors import UsageError
+from recombine.errors import AlreadyRewritten, UsageError
 from recombine.models import roles
 from recombine.runner.labels import label_of
 from recombine.runtime import conf, tensor_file
@@ -101,9 +101,7 @@ def put_on_base(path: Path, model: nn.Module, method: Method, budget: Budget) ->
         return same_method(path, model, method), True
     try:
         find_sites(model, method)
-    except UsageError as error:
-        if "already rewritten" not in str(error):
-            raise
+    except AlreadyRewritten as error:
         words = " and ".join(label_of(step.method, step.fields) for step in steps)
         why = f"it rewrites dense layers, and {words} has left none in base={path}"
         fix = f"say method={label_of(steps[-1].method, steps[-1].fields)}, which trains its factors, or lora, ssf"

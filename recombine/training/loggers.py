@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from recombine import results
 from recombine.errors import UsageError
+from recombine.runtime.environment import environment
 from recombine.runtime.kinds import Positive, Word
 from recombine.training import distributed
 from recombine.training.logged_values import layer_table, numbers, rank_plot
@@ -167,7 +168,7 @@ class WandB(RunLogger):
             "group": settings.group or run.group,
             "job_type": run.stage,
             "tags": [tag[:64] for tag in dict.fromkeys([*run.labels.values(), *settings.tags])],
-            "config": run.config | {"labels": run.labels, "environment": results.environment()},
+            "config": run.config | {"labels": run.labels, "environment": environment()},
             "settings": wandb.Settings(**options),
         }
 
@@ -179,8 +180,7 @@ class WandB(RunLogger):
         import wandb
 
         if result["layers"]:
-            columns, rows = layer_table(result["layers"])
-            table, plot = wandb.Table(columns=columns, data=rows), wandb.Image(rank_plot(result["layers"]))
+            table, plot = wandb.Table(*layer_table(result["layers"])), wandb.Image(rank_plot(result["layers"]))
             self.rows.log({"layers": table, "ranks": plot})
         self.experiment.summary.update(numbers(result))
 
