@@ -1,7 +1,7 @@
 """Tries random configurations, good and bad ones, and looks at what comes of each.
 
     python scripts/fuzz.py                      200 configurations, seed 0
-    python scripts/fuzz.py --runs 2000 --seed 7 --jobs 2
+    python scripts/fuzz.py --runs 2000 --seed 7
     python scripts/fuzz.py --replay 17          configuration 17 of that seed again, with its output
 
 Every key of every node is drawn from its schema (recombine/runtime/schema.py), so that a new key is tried as soon as it
