@@ -42,6 +42,7 @@ class Player:
         self.model, self.depth = shortened(spec, self.module, None if absolute else few)
         if not isinstance(self.module, TokenModule):
             self.module.attach_model(**models.for_data(self.model.recombine_source))
+            models.require_image_size(self.model, self.module.image_size)
         self.samples = self.told.samples = self.module.foreseen
         count = self.settings.trainer.devices
         self.ranks = count if isinstance(count, int) else 1

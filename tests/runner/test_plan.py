@@ -171,6 +171,11 @@ def test_a_device_that_is_not_known(capsys, monkeypatch, tmp_path):
     assert "stage.device=h100: there is no such device; did you mean h100_80gb" in said and "rtx4090_24gb" in said
 
 
+def test_pictures_that_the_model_cannot_read_are_refused_as_in_a_run():
+    said = refusal(plan_run.rehearse, spec(*TINY, "method=lora", "data.image_size=3"), device())
+    assert "data.image_size=3: the model reads pictures of 32 x 32" in said
+
+
 def test_a_grid_is_one_table(tmp_path):
     command = [sys.executable, "run.py", "-m", *TINY, "method=lora,svd", "seed=0,1", "stage=plan", "stage.device=here"]
     done = subprocess.run(
