@@ -15,6 +15,7 @@ from recombine.core.twin import shared_copy
 from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
 from recombine.models import roles
+from recombine.models.sizes import require_image_size
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import HALF, Cost, Device
 from recombine.runner.plan_parts import Losses, Phase, Rehearsal, attempt, batch, head_names, objective_of, shortened
@@ -42,10 +43,9 @@ class Player:
         self.model, self.depth = shortened(spec, self.module, None if absolute else few)
         if not isinstance(self.module, TokenModule):
             self.module.attach_model(**models.for_data(self.model.recombine_source))
-            models.require_image_size(self.model, self.module.image_size)
+            require_image_size(self.model, self.module.image_size)
         self.samples = self.told.samples = self.module.foreseen
-        count = self.settings.trainer.devices
-        self.ranks = count if isinstance(count, int) else 1
+        self.ranks = count if isinstance(count := self.settings.trainer.devices, int) else 1
         self.batch_size = ceil(min(self.module.batch_size, self.samples.get("train", 2**31)) / self.ranks)
         half = {"bf16-mixed": HALF, "16-mixed": torch.float16, "auto": HALF if device.gpu else None}
         self.kernels = lambda: Kernels(half.get(self.settings.trainer.precision), device.gpu)
