@@ -2,13 +2,16 @@
 
     python scripts/bench_memory.py run smollm2_135m svd crisp svd_llm jactus
     python scripts/bench_memory.py apply llama32_1b svd_llm jactus --memory 6gb
+    python scripts/bench_memory.py apply llama2_7b svd_llm jactus --memory 8gb --samples 4 --folder WEIGHTS
 
-run: run.py with stage=retrofit and the packaged weights. apply: the library with random weights. Both keep 70 % of the
-weights and calibrate on 16 windows of 128 tokens. The peak is what the kernel says of the child when it has ended:
-weights, libraries and everything else.
+run: run.py with stage=retrofit and the packaged weights. apply: the library with random weights, in memory or, with
+--folder, in files that are mapped and that are written there once. Both keep 70 % of the weights and calibrate on 16
+windows of 128 tokens. The peak is what the kernel says of the child when it has ended: weights, libraries, pages of
+files and everything else.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -17,12 +20,14 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import recombine
 from recombine import models
 from recombine.core.budget import Budget
 from recombine.core.rewrite import apply
 from recombine.methods.from_config import from_name
+from recombine.models import roles
 from recombine.runtime import conf
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +44,7 @@ def main() -> None:
     parser.add_argument("--budget", default="retained_70")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--folder", type=Path, help="apply: of the weights, in files")
     parser.add_argument("--blocks", type=int, help="apply: as many blocks instead of all")
     args = parser.parse_args()
     if args.how == "child":
@@ -79,7 +85,12 @@ def recombined(args: argparse.Namespace) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     fewer = {"num_hidden_layers": args.blocks} if args.blocks else {}
     known = {key: value for key, value in conf.load("model", args.model).items() if key != "tag"}
-    model = models.build(**known | {"pretrained": False, "gradient_checkpointing": False} | fewer)
+    known |= {"pretrained": False, "gradient_checkpointing": False} | fewer
+    if args.folder is not None:
+        if not (args.folder / "config.json").is_file():
+            write_random(known, args.folder)
+        known |= {"pretrained": True, "checkpoint": args.folder}
+    model = models.build(**known)
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(model.config.vocab_size, (args.samples, args.tokens), generator=generator)
 
@@ -90,6 +101,26 @@ def recombined(args: argparse.Namespace) -> None:
     method = from_name(args.methods[0], {}, "method")
     apply(model, method, Budget.parse(args.budget), losses, memory=args.memory)
     print(recombine.count(model))
+
+
+def write_random(known: dict, folder: Path) -> None:
+    """Writes random weights as transformers does, one block in memory at a time."""
+    with torch.device("meta"):
+        model = models.build(**known)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, p in model.named_parameters():
+        block = next((b for b in roles.block_names(model) if name.startswith(f"{b}.")), "rest")
+        parts.setdefault(block, {})[name] = p
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {}
+    for block, tensors in parts.items():
+        drawn = {n: torch.ones(p.shape) if p.ndim < 2 else torch.randn(p.shape) * 0.02 for n, p in tensors.items()}
+        save_file(
+            {n: t.to(tensors[n].dtype) for n, t in drawn.items()}, folder / f"{block}.safetensors", {"format": "pt"}
+        )
+        index |= dict.fromkeys(tensors, f"{block}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    model.config.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,57 @@ from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from recombine.core.layer_statistics import BACKWARD, KINDS, Inputs, Stats, end_batch, statistics_hook
 from recombine.errors import UsageError
 
 Losses = Callable[[], Iterable[Tensor]]  # each call is a pass: one task loss, with its graph, per calibration batch
+
+
+class Sums:
+    """The running sums of some layers, to which hooks add whatever the model calls them with inside a `with` block.
+
+    Args:
+        sites: target layers of the model, as `find_sites` gives them.
+        wanted: some of KINDS.
+        mask: of `capture_attention_mask`.
+    """
+
+    def __init__(self, sites, wanted: set[str], mask: list[Tensor | None]):
+        assert wanted <= KINDS.keys(), wanted
+        self.sites, self.wanted, self.mask, self.backward = sites, wanted, mask, bool(wanted & BACKWARD)
+        start = Inputs(layers=len(sites))
+        self.stats = {site.name: Stats(inputs=start) for site in sites}
+        # what a batch's inputs, by identity, turned earlier sums into; one that is gone may leave its id to another
+        self.seen: dict[tuple[int, int], tuple[ReferenceType, Inputs]] = {}
+        self.hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> "Sums":
+        anchor = torch.zeros((), requires_grad=True)  # where the graph begins: all weights are frozen
+        for site in self.sites:
+            hook = statistics_hook(self.stats[site.name], self.wanted, self.mask, self.seen, anchor)
+            self.hooks.append(site.module.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def end_batch(self) -> None:
+        """Adds the finished batch."""
+        for layer in self.stats.values():
+            end_batch(layer, self.wanted)
+        self.seen.clear()
+
+    def means(self) -> dict[str, Stats]:
+        """The sums as means, in their memory, by site name.
+
+        Raises:
+            UsageError: no batch or no gradient reached a layer, or a statistic is not finite.
+        """
+        normalise(self.stats, self.backward)
+        return self.stats
 
 
 def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[str, Stats]:
@@ -32,32 +78,20 @@ def collect(model: nn.Module, sites, losses: Losses, wanted: set[str]) -> dict[s
         UsageError: no batch reached a layer, it is never called, the loss does not depend on it, or a statistic is not
             finite.
     """
-    assert wanted <= KINDS.keys(), wanted
-    start = Inputs(layers=len(sites))
-    stats = {site.name: Stats(inputs=start) for site in sites}
     backward = bool(wanted & BACKWARD)
-    anchor = torch.zeros((), requires_grad=True)  # where the graph begins: all weights are frozen
-    # what this batch's inputs, by identity, turned earlier sums into; an input that is gone may leave its id to another
-    seen: dict[tuple[int, int], tuple[ReferenceType, Inputs]] = {}
-    with capture_attention_mask(model) as mask, eval_frozen(model), torch.set_grad_enabled(backward):
-        hooks = [
-            site.module.register_forward_hook(statistics_hook(stats[site.name], wanted, mask, seen, anchor))
-            for site in sites
-        ]
-        try:
-            for loss in losses():
-                if backward:
-                    if not loss.requires_grad:
-                        check_called(stats)
-                    need_graph(loss).backward()
-                for layer in stats.values():
-                    end_batch(layer, wanted)
-                seen.clear()
-        finally:
-            for hook in hooks:
-                hook.remove()
-    normalise(stats, backward)
-    return stats
+    with (
+        capture_attention_mask(model) as mask,
+        eval_frozen(model),
+        torch.set_grad_enabled(backward),
+        Sums(sites, wanted, mask) as sums,
+    ):
+        for loss in losses():
+            if backward:
+                if not loss.requires_grad:
+                    check_called(sums.stats)
+                need_graph(loss).backward()
+            sums.end_batch()
+    return sums.means()
 
 
 def check_called(stats: dict[str, Stats]) -> None:

@@ -16,6 +16,7 @@ from recombine.core.calibration import Losses
 from recombine.core.method import Method, Site, method_classes
 from recombine.core.rollback import HELD
 from recombine.errors import UsageError
+from recombine.runtime.mapped import release
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "none"}
 
@@ -136,6 +137,7 @@ def check_layers(model: nn.Module, method: Method, sites: list[Site]) -> None:
             if id(p) not in seen and not p.is_meta and not _finite(p):
                 raise UsageError(f"{site.name}.{key} is not finite: the checkpoint is damaged, load another")
             seen.add(id(p))
+            release([p])
         if nn.Module in method.target_types or not isinstance(site.module, nn.Linear):
             continue
         if (owner := owners.get(id(site.module.weight), site.name)) != site.name:

@@ -6,10 +6,13 @@ from dataclasses import asdict
 from torch import nn
 
 from recombine.core.calibration import Losses, collect
+from recombine.core.layer_statistics import Stats
 from recombine.core.memory import device_of
 from recombine.core.method import Method, need_losses
 from recombine.core.sites import Site
+from recombine.core.stream import Chain, NoChain
 from recombine.core.untouched import total
+from recombine.models import roles
 from recombine.runtime import progress
 
 
@@ -27,12 +30,53 @@ def calibrate(model: nn.Module, method: Method, sites: list[Site], losses: Losse
     if method.memory.folder is not None:
         method.kept.find(stamp(method, sites, kinds))
     groups = [group for group in method.groups(sites) if group[0].name not in method.kept]
-    for part in method.memory.passes(groups, kinds, device_of(model)):
+    passes = method.memory.passes(groups, kinds, device_of(model))
+    if len(passes) > 1 and streamed(model, method, groups, losses, kinds):
+        return
+    for part in passes:
         method.stats = collect(model, [site for group in part for site in group], losses, kinds)
         for group in progress.of(part, "factors", "groups"):
             method.digested(group)
             for site in group:
                 del method.stats[site.name]
+
+
+def streamed(model: nn.Module, method: Method, groups: list[list[Site]], losses: Losses, kinds: set[str]) -> bool:
+    """Does the same block by block; False, and nothing is done: the blocks are no chain, or do not hold the layers.
+
+    Raises:
+        UsageError: as `calibrate` does.
+    """
+    names = roles.block_names(model)
+    inside = {site.name: next((n for n in names if site.name.startswith(f"{n}.")), "") for g in groups for site in g}
+    by_block = [[site for group in groups for site in group if inside[site.name] == name] for name in names]
+    store = method.memory.store(device_of(model))
+    if "" in inside.values() or not method.memory.holds(waiting(groups, by_block), kinds, device_of(model)):
+        return False
+    left, method.stats = list(groups), {}
+
+    def done(stats: dict[str, Stats]) -> None:
+        method.stats |= stats
+        for group in [group for group in left if method.stats.keys() >= {site.name for site in group}]:
+            left.remove(group)
+            method.digested(group)
+            for site in group:
+                del method.stats[site.name]
+
+    try:
+        Chain(model, names, losses, store).sweep(by_block, kinds, done)
+    except NoChain:
+        return False
+    finally:
+        store.close(True)
+    return True
+
+
+def waiting(groups: list[list[Site]], by_block: list[list[Site]]) -> list[list[Site]]:
+    """For every block, in either direction, the layers whose statistics are there until their groups are complete."""
+    place = {site.name: index for index, sites in enumerate(by_block) for site in sites}
+    spans = [(min(found), max(found), group) for group in groups if (found := [place.get(s.name, 0) for s in group])]
+    return [[s for first, last, group in spans if first <= i <= last for s in group] for i in range(len(by_block))]
 
 
 def stamp(method: Method, sites: list[Site], kinds: set[str]) -> str:

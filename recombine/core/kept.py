@@ -1,4 +1,4 @@
-"""What a method keeps of its layers until they are rewritten: in memory up to a limit, beyond it in files.
+"""What a method keeps of its layers until they are rewritten, and what replaces them: beyond a limit in files.
 
 A file is a safetensors file with a checksum, one for each group of layers. Vectors stay in memory beside it, so whoever
 reads spectra alone opens no file. A file that a killed process left is used again, if it is whole and of the same
@@ -14,10 +14,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from recombine.errors import UsageError
 from recombine.runtime import tensor_file
+from recombine.runtime.mapped import on_disk, release
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Kept:
         self.limit, self.folder, self.stamp = limit, folder, ""
         self.groups: dict[str, Mapping[str, Tensor]] = {}
         self.held = 0  # bytes in memory
+        self.settled: set[int] = set()  # parameters of new layers, by identity; several layers may share one
         self.lock: FileLock | None = None
         self.temporary: tempfile.TemporaryDirectory | None = None
 
@@ -77,6 +79,26 @@ class Kept:
             tensors, size = Spilled(path, tensors), 0
         self.groups[name] = tensors
         self.held += size
+
+    def put(self, model: nn.Module, name: str, layer: nn.Module) -> None:
+        """Puts a new layer into a model, in the place of one whose weight nobody reads again.
+
+        The new weights stay when all else is forgotten. Beyond the limit they become pages of a file.
+
+        Raises:
+            UsageError: the disk is full.
+        """
+        release(model.get_submodule(name).parameters())
+        for p in layer.parameters():
+            size = p.numel() * p.element_size()
+            if self.limit is None or p.device.type != "cpu" or id(p) in self.settled:
+                continue
+            self.settled.add(id(p))
+            if self.held + size > self.limit:
+                p.data = on_disk(p.data, self.file("").parent)
+            else:
+                self.held += size
+        model.set_submodule(name, layer)
 
     def drop(self, name: str) -> None:
         """Forgets a group, if it is there."""

@@ -62,8 +62,7 @@ class Memory:
         Raises:
             UsageError: the limit that was given does not hold one layer.
         """
-        widest = max((max(site.module.weight.shape) for group in groups for site in group), default=0)
-        work = 8 * WORK * (3 if "outputs" in kinds else 1) * widest**2
+        work = at_work(groups, kinds)
         room = (1 - KEPT) * self.bytes(device) - work
         units = [(unit, sums([site for group in unit for site in group], kinds)) for unit in joined(groups)]
         largest, most = max(units, key=lambda pair: pair[1], default=([], 0))
@@ -79,6 +78,17 @@ class Memory:
             passes[-1] += unit
             left -= size
         return passes
+
+    def holds(self, parts: list[list[Site]], kinds: set[str], device: torch.device) -> bool:
+        """Whether the sums of each part fit, beside factors and hidden states that wait."""
+        room = (1 - 2 * KEPT) * self.bytes(device) - at_work(parts, kinds)
+        return max((sums(part, kinds) for part in parts), default=0) <= room
+
+
+def at_work(groups: list[list[Site]], kinds: set[str]) -> int:
+    """Bytes that the work on the widest layer takes."""
+    widest = max((max(site.module.weight.shape) for group in groups for site in group), default=0)
+    return 8 * WORK * (3 if "outputs" in kinds else 1) * widest**2
 
 
 def joined(groups: list[list[Site]]) -> list[list[list[Site]]]:

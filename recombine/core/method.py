@@ -145,7 +145,7 @@ class Method:
             losses: one task loss with its graph per calibration batch, each time it is called; None: no data is given.
         """
         for site in progress.of(sites, "rewriting", "layers"):
-            model.set_submodule(site.name, self.recombine(site))
+            self.kept.put(model, site.name, self.recombine(site))
 
     def recombine(self, site: Site) -> nn.Module:
         """The layer that replaces this one. Most methods write only this and `sizes`."""

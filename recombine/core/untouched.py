@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recombine.runtime.mapped import release
+
 if TYPE_CHECKING:
     from recombine.core.rewrite import Record
 
@@ -26,11 +28,11 @@ class Mark(NamedTuple):
 
 def remember(model: nn.Module, record: "Record") -> None:
     """Marks every parameter that the record calls untouched, as it is now."""
-    record.marks = {
-        name: Mark(p.dtype, total(p), probe(p))
-        for name, p in model.named_parameters()
-        if name in record.untouched and not p.is_meta
-    }
+    record.marks = {}
+    for name, p in model.named_parameters():
+        if name in record.untouched and not p.is_meta:
+            record.marks[name] = Mark(p.dtype, total(p), probe(p))
+            release([p])
 
 
 def forget_changed(model: nn.Module, record: "Record") -> None:

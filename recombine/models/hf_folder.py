@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from recombine.errors import UsageError
 from recombine.models import packaged
 from recombine.models.weights import first_line, hub_folder, silence
+from recombine.runtime.mapped import release
 
 UNREADABLE = (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError)
 
@@ -95,3 +96,4 @@ def refuse_damaged(name: str, path: Path, model: nn.Module, problems: Sequence[t
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise UsageError(f"model {name}: the weights in {path} are damaged: {key} is not finite; replace the file")
+        release([tensor])

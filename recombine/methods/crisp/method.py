@@ -175,7 +175,7 @@ class Crisp(SharedBases):
                 linear, mixer = site.module, mixer.clone()
                 layer = SharedBasisLinear(basis, mixer, linear.in_features, self.gate, linear.bias, self.placement)
                 layer.mixer.requires_grad_(True)
-                model.set_submodule(site.name, layer)
+                self.kept.put(model, site.name, layer)
                 if self.refine.steps:
                     original.append((layer, linear.weight.detach()))
             self.kept.drop(group[0].name)

@@ -117,7 +117,7 @@ class Jactus(Subspaces):
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site, k in zip(sites, self.ranks(sites), strict=True):
-            model.set_submodule(site.name, self.layer(site, k))
+            self.kept.put(model, site.name, self.layer(site, k))
             self.kept.drop(site.name)
 
     def layer(self, site: Site, k: int | None) -> nn.Module:

@@ -104,5 +104,5 @@ class Balf(Whitened):
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site, k in zip(sites, self.ranks(sites), strict=True):
             if k is not None:
-                model.set_submodule(site.name, truncated(site, self.left(site)[:, :k]))
+                self.kept.put(model, site.name, truncated(site, self.left(site)[:, :k]))
             self.kept.drop(site.name)

@@ -155,5 +155,5 @@ class DobiSvd(Whitened):
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site, k in zip(sites, self._ranks, strict=True):
-            model.set_submodule(site.name, truncated(site, self.left(site)[:, :k]))
+            self.kept.put(model, site.name, truncated(site, self.left(site)[:, :k]))
             self.kept.drop(site.name)

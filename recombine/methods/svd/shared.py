@@ -61,7 +61,7 @@ class SharedSvd(Truncated, abstract=True):
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for name, layer in self.factored(sites).items():
-            model.set_submodule(name, layer)
+            self.kept.put(model, name, layer)
 
 
 @dataclass(kw_only=True)

@@ -37,7 +37,7 @@ class Spectral(Method, abstract=True):
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site in progress.of(sites, "rewriting", "layers"):
-            model.set_submodule(site.name, self.recombine(site))
+            self.kept.put(model, site.name, self.recombine(site))
             self.kept.drop(site.name)
 
 

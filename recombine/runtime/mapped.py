@@ -1,0 +1,61 @@
+"""Tensors that are pages of a file: given back to the system once they are used, and read again when they are."""
+
+import ctypes
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recombine.errors import UsageError
+from recombine.runtime.tensor_file import pieces
+
+PAGEOUT = 21  # madvise(2): MADV_PAGEOUT, Linux 5.4; what was written to stays
+PAGE = 4096  # bytes, at least
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Gives the memory of tensors back to the system, where it is pages of a file.
+
+    Elsewhere, and where the system cannot, nothing happens.
+    """
+    files = [*of_files()]
+    for tensor in tensors:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        if end - start >= PAGE and any(a <= start and end <= b for a, b in files):
+            start -= start % PAGE
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), PAGEOUT)
+
+
+def of_files() -> Iterator[tuple[int, int]]:
+    """The first and last address of every part of this process's memory that is a file's; none where none is told."""
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            where, _, _, _, inode, *_ = line.split(maxsplit=5)
+            if inode != "0":
+                start, end = where.split("-")
+                yield int(start, 16), int(end, 16)
+
+
+def on_disk(tensor: Tensor, folder: Path | None) -> Tensor:
+    """The same values as pages of a new file, which has no name and goes with the tensor.
+
+    Args:
+        folder: in which the file lies; None: the system's folder for temporary files.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="recombine-") as file:
+            for piece in pieces(tensor):
+                file.write(piece)
+            file.flush()
+            flat = torch.from_file(file.name, shared=False, size=tensor.numel(), dtype=tensor.dtype)
+    except OSError as error:
+        where = folder or tempfile.gettempdir()
+        raise UsageError(f"{where}: weights cannot be written ({error.strerror}); free some space there") from error
+    release([flat])
+    return flat.view(tensor.shape)
