@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from recombine.core.layer_statistics import BACKWARD, KINDS, Inputs, Stats, end_batch, statistics_hook
+from recombine.core.layer_statistics import BACKWARD, KINDS, Inputs, Stats, end_batch, mirrored, statistics_hook
 from recombine.errors import UsageError
 
 Losses = Callable[[], Iterable[Tensor]]  # each call is a pass: one task loss, with its graph, per calibration batch
@@ -181,10 +181,14 @@ def normalise(stats: dict[str, Stats], backward: bool) -> None:
             raise UsageError(f"calibration: no gradient reached {name}: {why}")
     for inputs in {id(layer.inputs): layer.inputs for layer in stats.values()}.values():
         count = max(inputs.tokens, 1)
-        inputs.xx, inputs.x4, inputs.absolute = over(inputs.xx, count), inputs.x4 / count, over(inputs.absolute, count)
+        inputs.xx, inputs.x4, inputs.absolute = (
+            over(mirrored(inputs.xx), count),
+            inputs.x4 / count,
+            over(inputs.absolute, count),
+        )
     for name, layer in stats.items():
         count = max(layer.tokens, 1)
-        layer.gg, layer.g4, layer.gx = over(layer.gg, count), layer.g4 / count, over(layer.gx, count)
+        layer.gg, layer.g4, layer.gx = over(mirrored(layer.gg), count), layer.g4 / count, over(layer.gx, count)
         layer.fisher = over(layer.fisher, max(layer.batches, 1))
         for value in (layer.inputs.xx, layer.inputs.absolute, layer.gg, layer.gx, layer.fisher):
             if isinstance(value, Tensor) and not all(end.isfinite() for end in value.aminmax()):

@@ -7,6 +7,7 @@ import torch
 import recombine
 from recombine import Jactus, Svd
 from recombine.core.calibration import collect
+from recombine.core.layer_statistics import STRIPE, WIDE, gram_added, mirrored
 from recombine.core.rewrite import find_sites
 from recombine.models import roles
 from zoo import ARCHS, batch, build, loss, losses
@@ -68,3 +69,14 @@ def test_no_batches_are_refused():
         recombine.apply(build("tiny_vit"), Jactus(), losses=lambda: iter(()))
     with pytest.raises(recombine.UsageError, match="losses="):
         recombine.apply(build("tiny_vit"), Jactus())
+
+
+@pytest.mark.parametrize("n", [7, WIDE, WIDE + 100])
+def test_of_a_wide_gram_matrix_one_half_is_computed(n):
+    total, xs = 0.0, torch.randn(3, 5, n)
+    for x in xs:
+        total = gram_added(total, x)
+    whole, x = mirrored(total), xs.flatten(0, 1).double()
+    torch.testing.assert_close(whole, x.T @ x, rtol=1e-5, atol=1e-5)
+    assert whole.dtype == torch.float64
+    assert torch.equal(whole.triu(STRIPE), whole.tril(-STRIPE).T)
