@@ -38,16 +38,20 @@ class GridSweeper(Sweeper):
         Raises:
             UsageError: a run failed.
         """
-        from recombine.runner import grid, ledger
+        from recombine.runner import grid, ledger, sweep_table
 
-        given = {argument.split("=")[0] for argument in arguments}
-        params = [f"{key}={value}" for key, value in self.params.items() if key not in given]
+        typed = {argument.split("=")[0] for argument in arguments}
+        params = [f"{key}={value}" for key, value in self.params.items() if key not in typed]
         if self.config.get("plan") is not None:
             from recombine.runner import plan_table
 
             plan_table.several(self.hydra_context.config_loader, self.config, [*params, *arguments])
             return []
-        returns = self.launcher.launch(grid.jobs(self.config, [*params, *arguments]), 0)
+        given = [*params, *arguments]
+        returns = self.launcher.launch(grid.jobs(self.config, given), 0)
+        cells = grid.cells(grid.plain_axes(self.config), given, self.config.only)
+        if text := sweep_table.table(cells, returns, arguments):
+            print(text, flush=True)
         ledger.refuse_failed(returns)
         return returns
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from helpers import ROOT
 from helpers.waiting import LIMIT, children, until
 from recombine import results
+from recombine.runner import sweep_table
 from recombine.runtime.naming import run_folder
 
 TINY = [
@@ -41,6 +43,7 @@ def test_a_sweep_skips_what_is_finished_and_retries_what_failed_on_request(tmp_p
     )
     code, out = sweep(tmp_path, *args)
     assert code == 2 and "[1 done, 1 failed, 0 left]" in out and out.count(why) == 1
+    assert re.search(r"^4  1 +\d+\.\d %  test accuracy  [\d,]+ +\d+\.\d %$", out, re.MULTILINE)
     assert out.splitlines()[-1] == "run.py: 1 of 2 runs failed; retry=true runs them again"
     (result,) = tmp_path.glob("*/result.json")
     before = result.read_bytes(), result.stat().st_mtime_ns
@@ -61,6 +64,13 @@ def test_a_sweep_skips_what_is_finished_and_retries_what_failed_on_request(tmp_p
     result.write_bytes(b"")  # as a machine leaves it whose power went
     code, out = sweep(tmp_path, *args, "retry=true")
     assert code == 2 and "not a readable result.json" in out and "move it away" in out
+
+
+def test_the_table_of_an_experiment_names_the_report_with_what_was_typed():
+    typed = ["experiment=cersa/tab09", "only=[CERSA]", "hydra.launcher.jobs=2", "trainer.epochs=1"]
+    said = sweep_table.report(typed)
+    assert said == ["beside the paper's: python -m recombine.report cersa/tab09 'only=[CERSA]' trainer.epochs=1"]
+    assert sweep_table.report(typed[1:]) == []
 
 
 def gates(folder: Path, shut: str, names: str) -> tuple[list[Path], str]:
