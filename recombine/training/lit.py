@@ -1,8 +1,6 @@
 """LitRecombine, the only LightningModule: a model, the method that made it, and an objective."""
 
-import math
 import sys
-from collections.abc import Callable
 
 import lightning as L
 import torch
@@ -11,18 +9,12 @@ from torch import Tensor, nn
 from recombine.core.method import Method
 from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
-from recombine.models import roles
 from recombine.training import distributed, finite, resume
 from recombine.training.objectives import Objective, Shard, labels_of, parts_of
-from recombine.training.optimizers import OPTIMIZERS, fusible, prepare, scale_gradients, takes_muon
+from recombine.training.optimizers import OPTIMIZERS, fusible, prepare, scale_gradients
+from recombine.training.rates import RELATIVE, SCHEDULES, Group, grouped, movements, scheduled
 from recombine.training.settings import OptimizerSettings
 from recombine.training.sharding import Sharded, local, shard, whole
-
-SCHEDULES = {  # share of the steps after the warm-up that is left -> factor of the rate
-    "cosine": lambda left: 0.5 - 0.5 * math.cos(math.pi * left),
-    "linear": lambda left: left,
-    "constant": lambda left: 1.0,
-}
 
 
 class LitRecombine(L.LightningModule):
@@ -53,6 +45,9 @@ class LitRecombine(L.LightningModule):
         self.model, self.method, self.objective, self.seed = model, method, objective, seed
         self.optim, self.key = optim or OptimizerSettings(), key
         self.lr, self.lr_key = (method.lr, f"{slot}.lr") if self.optim.lr is None else (self.optim.lr, f"{key}.lr")
+        if self.optim.relative and self.optim.lr is None:
+            self.lr, self.lr_key = RELATIVE, f"{key}.lr"
+        self.moves = movements(model) if self.optim.relative else {}
         if self.optim.name not in OPTIMIZERS:
             raise UsageError(f"{key}.name={self.optim.name}: must be one of {', '.join(OPTIMIZERS)}")
         if self.optim.schedule not in SCHEDULES:
@@ -211,39 +206,29 @@ class LitRecombine(L.LightningModule):
                 bar = name.endswith(f"/{self.objective.metric}")
                 self.log(name, metric, prog_bar=bar, on_step=False, on_epoch=True, batch_size=len(labels))
 
-    def groups(self) -> dict[tuple[bool, bool, bool], list[nn.Parameter]]:
-        """The parameters that train, by (of the head?, a matrix?, moved by Muon?)."""
-        head = {id(p) for p in h.parameters()} if (h := roles.head(self.model)) is not None else set()
-        muon = takes_muon(self.model, h) if self.optim.name == "muon" else set()
-        groups: dict[tuple[bool, bool, bool], list] = {}
-        for p in self.model.parameters():
-            if p.requires_grad:
-                groups.setdefault((id(p) in head, p.ndim > 1, id(p) in muon), []).append(p)
-        return groups
+    def groups(self) -> dict[Group, list[nn.Parameter]]:
+        """The parameters that train, by what their rate and decay depend on."""
+        return grouped(self.model, self.optim.name == "muon", self.moves)
 
     def configure_optimizers(self):
         """The optimizer and its schedule, for Lightning: the head has its own rate, and only matrices decay."""
         groups = [
             {
                 "params": parameters,
-                "lr": self.optim.lr_head if of_head else self.lr,
-                "weight_decay": self.optim.weight_decay if matrix else 0.0,
-                **({"muon": muon} if self.optim.name == "muon" else {}),
+                "lr": self.optim.lr_head if group.of_head else self.rate(group.movement),
+                "weight_decay": self.optim.weight_decay if group.matrix else 0.0,
+                **({"muon": group.muon} if self.optim.name == "muon" else {}),
             }
-            for (of_head, matrix, muon), parameters in self.groups().items()
+            for group, parameters in self.groups().items()
         ]
         optimizer = OPTIMIZERS[self.optim.name](groups, fused=fusible(self.device, self.trainer.precision))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_factor())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, scheduled(self.optim, int(self.trainer.estimated_stepping_batches))
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def rate_factor(self) -> Callable[[int], float]:
-        """What the rates are multiplied with at a step: a linear warm-up, then the schedule."""
-        steps = int(self.trainer.estimated_stepping_batches)
-        warm = max(1, round(self.optim.warmup * steps))
-
-        def factor(step: int) -> float:
-            if step < warm:
-                return (step + 1) / warm
-            return SCHEDULES[self.optim.schedule](max(0.0, (steps - step) / max(1, steps - warm)))
-
-        return factor
+    def rate(self, movement: float | None) -> float:
+        """The peak rate of tensors by how far 1 moves their layer's weight; None: they are no factors."""
+        if not self.optim.relative:
+            return self.lr
+        return self.method.lr if movement is None else self.lr / movement

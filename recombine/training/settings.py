@@ -21,6 +21,8 @@ class OptimizerSettings:
 
     name: adamw, adam, sgd (with a momentum of 0.9), adamw_8bit (by torchao), or muon (AdamW for what is no matrix).
     lr: peak learning rate of the method's weights; None: the method's own.
+    relative: lr is how far a step moves the weight of a layer, as a share of its norm, whatever its factors are
+        (`rates`); what is no factor of a layer has the method's own rate.
     lr_head: peak learning rate of the classification head.
     weight_decay: on matrices only.
     warmup: share of the steps over which the rates rise linearly from 0.
@@ -32,6 +34,7 @@ class OptimizerSettings:
 
     name: Literal["adamw", "adam", "sgd", "adamw_8bit", "muon"] = "adamw"
     lr: Rate | None = None
+    relative: bool = False
     lr_head: Rate = 5e-3
     weight_decay: Rate = 0.0
     warmup: Share = 0.1
@@ -44,6 +47,8 @@ class OptimizerSettings:
         """Why the values do not go together; None: they do. key: of the node."""
         if self.name == "adamw_8bit" and find_spec("torchao") is None:
             return f"{key}.name=adamw_8bit: torchao is not installed; {INSTALL}"
+        if self.relative and self.name == "sgd":
+            return f"{key}.relative=true: a step of sgd is as large as the gradient; say {key}.name=adamw, or drop it"
         return None
 
 

@@ -1,0 +1,94 @@
+"""A relative rate moves the weight of every layer by that share of its norm, whatever its factors are."""
+
+import copy
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import recombine
+from helpers import CONF, refusal
+from recombine import Cersa, Crisp, Full, Jactus, Peft, Svd
+from recombine.core.rewrite import train_only
+from recombine.runner.config import resolve
+from recombine.training.lit import LitRecombine
+from recombine.training.objectives import Classification
+from recombine.training.rates import movements
+from recombine.training.settings import OptimizerSettings
+from zoo import build, losses
+
+METHODS = {
+    "crisp": Crisp(chunk=16),
+    "crisp alone": Crisp(chunk=8, group_size=1),
+    "crisp without a gate": Crisp(chunk=16, gate="none"),
+    "cersa": Cersa(),
+    "jactus": Jactus(top_k=4),
+    "svd": Svd(train_core=True),
+    "full": Full(),
+}
+
+
+@pytest.mark.parametrize("arch", ["tiny_vit", "tiny_llama"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_moves_each_weight_by_the_rates_share_of_its_norm(arch, name):
+    model = build(arch)
+    method = METHODS[name]
+    recombine.apply(model, method, losses=losses(model))
+    model.train()
+    before, moves = weights(model), movements(model)
+    assert moves and all(value > 0 for value in moves.values())
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if id(p) in moves:
+                p += 1e-4 / moves[id(p)] * (torch.randint(2, p.shape, generator=rng) * 2 - 1)
+    moved = {key: float((w - before[key]).norm() / before[key].norm()) for key, w in weights(model).items()}
+    moved = [value for value in moved.values() if value > 0]
+    assert moved and all(0.6e-4 < value < 1.5e-4 for value in moved), (min(moved), max(moved))
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {n: model.get_submodule(n).weight.detach().double() for n in model.recombined.targets}
+
+
+def test_a_factor_that_moves_nothing_yet_has_the_rate_of_the_other():
+    model = recombine.apply(build("tiny_vit"), Peft(targets=("q", "v")))
+    moves = movements(model)
+    for layer in (model.get_submodule(name) for name in model.recombined.targets):
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert moves[id(a)] == moves[id(b)] > 0
+
+
+def test_a_basis_of_several_layers_has_their_root_mean_square():
+    model = recombine.apply(build("tiny_vit"), method := Crisp(chunk=16, basis_rank=9))
+    train_only(model, method.distillation_parameters(model))
+    moves = movements(model)
+    layers = [layer for name in model.recombined.targets if hasattr(layer := model.get_submodule(name), "basis")]
+    shared = [layer for layer in layers if layer.basis is layers[0].basis]
+    assert len(shared) > 1 and moves[id(layers[0].basis)] > 0
+
+
+def test_the_optimizer_has_a_group_for_each_movement_and_the_head_its_own():
+    model = recombine.apply(build("tiny_vit"), method := Crisp(chunk=16))
+    optim = OptimizerSettings(relative=True, lr=0.02)
+    lit = LitRecombine(model, method, Classification(5), optim)
+    rates = {id(p): lit.rate(group.movement) for group, ps in lit.groups().items() if not group.of_head for p in ps}
+    moves = movements(model)
+    assert rates.keys() == moves.keys() and all(rates[key] == pytest.approx(0.02 / moves[key]) for key in moves)
+    plain = LitRecombine(model, method, Classification(5), OptimizerSettings(lr=0.02))
+    assert {plain.rate(group.movement) for group in plain.groups()} == {0.02} and len(plain.groups()) == 3
+    assert LitRecombine(model, method, Classification(5), OptimizerSettings(relative=True)).lr == 0.01
+
+
+def test_a_model_is_as_it_was():
+    model = recombine.apply(build("tiny_vit"), Crisp(chunk=16)).train()
+    before = copy.deepcopy(model.state_dict())
+    movements(model)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_sgd_has_no_relative_rate():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", ["model=tiny_vit", "method=lora", "optim=sgd", "optim.relative=true"])
+    assert "optim.relative=true: a step of sgd is as large as the gradient" in refusal(resolve, cfg)
