@@ -1,8 +1,8 @@
 """Learning rates: their schedule, and rates that say how far a step moves a layer's weight, whatever its factors are.
 
 Adam and its like move every entry of a tensor by about the rate. How far that moves the weight W which the tensor
-stands for depends on the other factors, on gates and on sizes: a step of 1e-3 moves W by 0.5 % of its norm from a closed
-form of CRISP, by 0.6 % at a chunk of 128, by 0.9 to 1.7 % from mimicry. A relative rate is divided by that movement, so
+stands for depends on the other factors, on gates and on sizes: a step of 1e-3 moves W by 0.5 % of its norm from the
+closed form of CRISP, by 0.6 % at a chunk of 128, by 0.9 to 1.7 % from mimicry. A relative rate is divided by that, so
 that a step moves W by the rate's share of its norm.
 """
 
