@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from recombine.core.method import Method
 from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
-from recombine.models import roles
 from recombine.training import distributed, finite, resume
+from recombine.training.groups import grouped, optimizer_groups
 from recombine.training.objectives import Objective, Shard, labels_of, parts_of
-from recombine.training.optimizers import OPTIMIZERS, fusible, prepare, scale_gradients, takes_muon
+from recombine.training.optimizers import OPTIMIZERS, fusible, prepare, scale_gradients
 from recombine.training.settings import OptimizerSettings
 from recombine.training.sharding import Sharded, local, shard, whole
 
@@ -164,7 +164,8 @@ class LitRecombine(L.LightningModule):
     def advice(self) -> str:
         """What may end a divergence: smaller rates than those that trained, the largest first."""
         rates = {
-            f"{self.key}.lr_head" if h else self.lr_key: self.optim.lr_head if h else self.lr for h, *_ in self.groups()
+            f"{self.key}.lr_head" if kind.head else self.lr_key: self.optim.lr_head if kind.head else self.lr
+            for kind in grouped(self.model, self.optim)
         }
         if self.optim.weight_decay * max(rates.values()) >= 1:  # a step takes more than all of a weight
             rates = {f"{self.key}.weight_decay": self.optim.weight_decay}
@@ -211,27 +212,9 @@ class LitRecombine(L.LightningModule):
                 bar = name.endswith(f"/{self.objective.metric}")
                 self.log(name, metric, prog_bar=bar, on_step=False, on_epoch=True, batch_size=len(labels))
 
-    def groups(self) -> dict[tuple[bool, bool, bool], list[nn.Parameter]]:
-        """The parameters that train, by (of the head?, a matrix?, moved by Muon?)."""
-        head = {id(p) for p in h.parameters()} if (h := roles.head(self.model)) is not None else set()
-        muon = takes_muon(self.model, h) if self.optim.name == "muon" else set()
-        groups: dict[tuple[bool, bool, bool], list] = {}
-        for p in self.model.parameters():
-            if p.requires_grad:
-                groups.setdefault((id(p) in head, p.ndim > 1, id(p) in muon), []).append(p)
-        return groups
-
     def configure_optimizers(self):
-        """The optimizer and its schedule, for Lightning: the head has its own rate, and only matrices decay."""
-        groups = [
-            {
-                "params": parameters,
-                "lr": self.optim.lr_head if of_head else self.lr,
-                "weight_decay": self.optim.weight_decay if matrix else 0.0,
-                **({"muon": muon} if self.optim.name == "muon" else {}),
-            }
-            for (of_head, matrix, muon), parameters in self.groups().items()
-        ]
+        """The optimizer and its schedule, for Lightning."""
+        groups = optimizer_groups(self.model, self.optim, self.lr, self.key)
         optimizer = OPTIMIZERS[self.optim.name](groups, fused=fusible(self.device, self.trainer.precision))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_factor())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -12,6 +12,7 @@ from recombine.runtime.kinds import Count, Epochs, Name, Positive, Rate, Share, 
 Machines = Annotated[int, Field(ge=1, le=4096)]
 Minutes = Annotated[float, Field(ge=0, le=10_000)]
 INSTALL = "pip install -e '.[8bit]', or say optim=adamw"
+Ratio = Annotated[float, Field(ge=1e-3, le=1e3)]
 LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -21,6 +22,7 @@ class OptimizerSettings:
 
     name: adamw, adam, sgd (with a momentum of 0.9), adamw_8bit (by torchao), or muon (AdamW for what is no matrix).
     lr: peak learning rate of the method's weights; None: the method's own.
+    lr_ratio: the rate of every B of the pairs B A that train, over lr (LoRA+: 16).
     lr_head: peak learning rate of the classification head.
     weight_decay: on matrices only.
     warmup: share of the steps over which the rates rise linearly from 0.
@@ -32,6 +34,7 @@ class OptimizerSettings:
 
     name: Literal["adamw", "adam", "sgd", "adamw_8bit", "muon"] = "adamw"
     lr: Rate | None = None
+    lr_ratio: Ratio = 1.0
     lr_head: Rate = 5e-3
     weight_decay: Rate = 0.0
     warmup: Share = 0.1

@@ -186,7 +186,7 @@ def factor_pair(width):
 
 
 def lokr_size(rank):
-    """A Kronecker product (a, c) x (b, d) for W (m, n), a b = m and c d = n; the larger factor of low rank if it can."""
+    """A Kronecker product (a, c) x (b, d) for W (m, n), a b = m and c d = n; the larger factor of low rank."""
 
     def size(m, n, role):
         (a, b), (c, d) = factor_pair(m), factor_pair(n)
