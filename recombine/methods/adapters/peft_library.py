@@ -110,7 +110,8 @@ class Peft(Method):
         most = widths(sites)
         if start_of(self.options) == "eva" and all(site.name in self.kept for site in sites):
             shares = {site.name: self.digested([site])["shares"] for site in sites}
-            return redistributed(self.rank, settings_of(self.options)["rho"], most, shares)
+            if not any(share.is_meta for share in shares.values()):  # a plan knows none
+                return redistributed(self.rank, settings_of(self.options)["rho"], most, shares)
         return {name: min(self.rank, width) for name, width in most.items()}
 
     def ghosts(self, sites: list[Site]) -> nn.ModuleDict:
