@@ -42,6 +42,7 @@ LATER = {  # keys that came after the first results, with what they were by then
     "base": None,
     "calibration.memory": "auto",
     "export": None,
+    "optim.lr_ratio": 1.0,
     "optim.name": "adamw",
     "optim.relative": False,
     "stage.distil.l1": 0.0,

@@ -13,11 +13,14 @@ from hydra.types import RunMode
 from recombine.errors import UsageError
 
 TRAINING = ("trainer.epochs", "trainer.patience", "trainer.checkpoint_minutes")
-OPTIM = tuple(f"optim.{key}" for key in ("name", "lr", "lr_head", "weight_decay", "warmup", "schedule", "clip"))
+OPTIM = tuple(
+    f"optim.{key}"
+    for key in ("name", "lr", "lr_ratio", "relative", "lr_head", "weight_decay", "warmup", "schedule", "clip")
+)
 NO_TRAINING = (*TRAINING, *OPTIM, "optim.label_smoothing", "probe")  # optim.head=probe starts the head of any stage
 UNREAD: dict[str, tuple[str, ...]] = {  # stage -> keys and nodes that it does not read
     "adapt": (),
-    "compress": ("optim.lr",),  # the classifier alone trains, at optim.lr_head
+    "compress": ("optim.lr", "optim.lr_ratio", "optim.relative"),  # the classifier alone trains, at optim.lr_head
     "joint": (),
     "retrofit": NO_TRAINING,
     "profile": (*NO_TRAINING, "harness"),

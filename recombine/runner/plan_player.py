@@ -25,7 +25,7 @@ from recombine.training.objectives import Objective
 from recombine.training.settings import OptimizerSettings
 
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "adamw_8bit": 0.5, "muon": 2}  # copies of what trains, at most, in a state
-LEARN: set[type[Method]] = set()  # methods that cannot be rehearsed, once that is known
+LEARN: set[str] = set()  # methods that cannot be rehearsed, as the user calls them, once that is known
 PROBE_STEPS = 500  # evaluations of the linear probe's loss, all decays together
 
 
@@ -141,7 +141,7 @@ class Player:
         watch = Watch(known)
         losses = Losses(self, watch)
         try:
-            if type(method) in LEARN:
+            if method.label in LEARN:
                 raise footprint.Endless
             with watch, self.kernels():
                 attempt(model, method, budget, losses)
@@ -152,7 +152,7 @@ class Player:
         except UsageError:
             raise
         except Exception:  # it reads values, of which there are none
-            LEARN.add(type(method))
+            LEARN.add(method.label)
             losses.peak = 0
             self.bound(method, sites)
             watch.peak = held["weights"] + 8 * 2 * sum(site.module.weight.numel() for site in sites)

@@ -10,9 +10,10 @@ from recombine.core.method import Method
 from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
 from recombine.training import distributed, finite, resume
+from recombine.training.groups import Rates, grouped, optimizer_groups
 from recombine.training.objectives import Objective, Shard, labels_of, parts_of
 from recombine.training.optimizers import OPTIMIZERS, fusible, prepare, scale_gradients
-from recombine.training.rates import RELATIVE, SCHEDULES, Group, grouped, movements, scheduled
+from recombine.training.rates import RELATIVE, SCHEDULES, movements, scheduled
 from recombine.training.settings import OptimizerSettings
 from recombine.training.sharding import Sharded, local, shard, whole
 
@@ -47,7 +48,7 @@ class LitRecombine(L.LightningModule):
         self.lr, self.lr_key = (method.lr, f"{slot}.lr") if self.optim.lr is None else (self.optim.lr, f"{key}.lr")
         if self.optim.relative and self.optim.lr is None:
             self.lr, self.lr_key = RELATIVE, f"{key}.lr"
-        self.moves = movements(model) if self.optim.relative else {}
+        self.rates = Rates(self.optim, self.lr, method.lr, movements(model) if self.optim.relative else {})
         if self.optim.name not in OPTIMIZERS:
             raise UsageError(f"{key}.name={self.optim.name}: must be one of {', '.join(OPTIMIZERS)}")
         if self.optim.schedule not in SCHEDULES:
@@ -159,7 +160,8 @@ class LitRecombine(L.LightningModule):
     def advice(self) -> str:
         """What may end a divergence: smaller rates than those that trained, the largest first."""
         rates = {
-            f"{self.key}.lr_head" if h else self.lr_key: self.optim.lr_head if h else self.lr for h, *_ in self.groups()
+            f"{self.key}.lr_head" if kind.head else self.lr_key: self.optim.lr_head if kind.head else self.lr
+            for kind in grouped(self.model, self.rates)
         }
         if self.optim.weight_decay * max(rates.values()) >= 1:  # a step takes more than all of a weight
             rates = {f"{self.key}.weight_decay": self.optim.weight_decay}
@@ -206,29 +208,11 @@ class LitRecombine(L.LightningModule):
                 bar = name.endswith(f"/{self.objective.metric}")
                 self.log(name, metric, prog_bar=bar, on_step=False, on_epoch=True, batch_size=len(labels))
 
-    def groups(self) -> dict[Group, list[nn.Parameter]]:
-        """The parameters that train, by what their rate and decay depend on."""
-        return grouped(self.model, self.optim.name == "muon", self.moves)
-
     def configure_optimizers(self):
-        """The optimizer and its schedule, for Lightning: the head has its own rate, and only matrices decay."""
-        groups = [
-            {
-                "params": parameters,
-                "lr": self.optim.lr_head if group.of_head else self.rate(group.movement),
-                "weight_decay": self.optim.weight_decay if group.matrix else 0.0,
-                **({"muon": group.muon} if self.optim.name == "muon" else {}),
-            }
-            for group, parameters in self.groups().items()
-        ]
+        """The optimizer and its schedule, for Lightning."""
+        groups = optimizer_groups(self.model, self.rates, self.key)
         optimizer = OPTIMIZERS[self.optim.name](groups, fused=fusible(self.device, self.trainer.precision))
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, scheduled(self.optim, int(self.trainer.estimated_stepping_batches))
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def rate(self, movement: float | None) -> float:
-        """The peak rate of tensors by how far 1 moves their layer's weight; None: they are no factors."""
-        if not self.optim.relative:
-            return self.lr
-        return self.method.lr if movement is None else self.lr / movement

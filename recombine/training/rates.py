@@ -8,14 +8,11 @@ that a step moves W by the rate's share of its norm.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from recombine.models import roles
-from recombine.training.optimizers import takes_muon
 from recombine.training.settings import OptimizerSettings
 
 SCHEDULES = {  # share of the steps after the warm-up that is left -> factor of the rate
@@ -39,35 +36,14 @@ def scheduled(optim: OptimizerSettings, steps: int) -> Callable[[int], float]:
     return factor
 
 
-class Group(NamedTuple):
-    """What the rate and the decay of parameters depend on. movement: as in `movements`; None: they are no factors."""
-
-    of_head: bool
-    matrix: bool
-    muon: bool
-    movement: float | None
-
-
-def grouped(model: nn.Module, muon: bool, moves: dict[int, float]) -> dict[Group, list[nn.Parameter]]:
-    """The parameters that train, by group. muon: Muon moves matrices."""
-    head = {id(p) for p in h.parameters()} if (h := roles.head(model)) is not None else set()
-    matrices = takes_muon(model, h) if muon else set()
-    groups: dict[Group, list[nn.Parameter]] = {}
-    for p in model.parameters():
-        if p.requires_grad:
-            group = Group(id(p) in head, p.ndim > 1, id(p) in matrices, moves.get(id(p)))
-            groups.setdefault(group, []).append(p)
-    return groups
-
-
-def movements(model: nn.Module) -> dict[int, float]:
+def movements(model: nn.Module) -> dict[str, float]:
     """|dW| / |W| of a recombined layer where every entry of one of its tensors moves by 1 in a random direction.
 
     Norms are Frobenius norms, told by random inputs. A tensor of several layers has the root mean square over them.
     One that moves no weight by itself, such as LoRA's A beside B = 0, has the largest value in its layer.
 
     Returns:
-        By id, for every tensor that trains in a layer which a method rewrote, biases left out.
+        By parameter name, for every tensor that trains in a layer which a method rewrote, biases left out.
     """
     found: dict[int, list[float]] = {}
     for name in model.recombined.targets:
@@ -80,7 +56,8 @@ def movements(model: nn.Module) -> dict[int, float]:
         most = max(values.values())
         for key, value in values.items():
             found.setdefault(key, []).append(value or most)
-    return {key: (sum(v * v for v in values) / len(values)) ** 0.5 for key, values in found.items()}
+    means = {key: (sum(v * v for v in values) / len(values)) ** 0.5 for key, values in found.items()}
+    return {name: value for name, p in model.named_parameters() if (value := means.get(id(p)))}
 
 
 def movement(layer: nn.Module, key: str, p: Tensor) -> float:

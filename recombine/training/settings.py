@@ -12,6 +12,7 @@ from recombine.runtime.kinds import Count, Epochs, Name, Positive, Rate, Share, 
 Machines = Annotated[int, Field(ge=1, le=4096)]
 Minutes = Annotated[float, Field(ge=0, le=10_000)]
 INSTALL = "pip install -e '.[8bit]', or say optim=adamw"
+Ratio = Annotated[float, Field(ge=1e-3, le=1e3)]
 LabelSmoothing = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -23,6 +24,7 @@ class OptimizerSettings:
     lr: peak learning rate of the method's weights; None: the method's own.
     relative: lr is how far a step moves the weight of a layer, as a share of its norm, whatever its factors are
         (`rates`); what is no factor of a layer has the method's own rate.
+    lr_ratio: the rate of every B of the pairs B A that train, over lr (LoRA+: 16).
     lr_head: peak learning rate of the classification head.
     weight_decay: on matrices only.
     warmup: share of the steps over which the rates rise linearly from 0.
@@ -35,6 +37,7 @@ class OptimizerSettings:
     name: Literal["adamw", "adam", "sgd", "adamw_8bit", "muon"] = "adamw"
     lr: Rate | None = None
     relative: bool = False
+    lr_ratio: Ratio = 1.0
     lr_head: Rate = 5e-3
     weight_decay: Rate = 0.0
     warmup: Share = 0.1
@@ -47,6 +50,8 @@ class OptimizerSettings:
         """Why the values do not go together; None: they do. key: of the node."""
         if self.name == "adamw_8bit" and find_spec("torchao") is None:
             return f"{key}.name=adamw_8bit: torchao is not installed; {INSTALL}"
+        if self.relative and self.lr_ratio != 1:
+            return f"{key}.lr_ratio={self.lr_ratio:g}: {key}.relative=true gives every factor its own rate; drop one"
         if self.relative and self.name == "sgd":
             return f"{key}.relative=true: a step of sgd is as large as the gradient; say {key}.name=adamw, or drop it"
         return None

@@ -120,8 +120,8 @@ def test_what_could_run_code_reaches_no_transformers(files, name, config, word, 
 
 
 @pytest.mark.parametrize("fields, word", [
-    ({"config": "PeftModel"}, "peft has no such class"),
-    ({"config": "os"}, "peft has no such class"),
+    ({"config": "PeftModel"}, "has no such class"),
+    ({"config": "os"}, "has no such class"),
     ({"options": {"megatron_core": "os", "megatron_config": {}}}, "names code or files"),
 ])  # fmt: skip
 def test_what_could_run_code_reaches_no_peft(files, fields, word, tmp_path):

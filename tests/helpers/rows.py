@@ -179,12 +179,32 @@ def dfjr_sizes(layers):
     return sum(int(0.5 * m * n / (m + n)) * (m + n) for m, n in stacks), 0
 
 
+def factor_pair(width):
+    """The two factors of a width that are closest to each other, the smaller first."""
+    small = max(a for a in range(1, int(width**0.5) + 1) if width % a == 0)
+    return small, width // small
+
+
+def lokr_size(rank):
+    """A Kronecker product (a, c) x (b, d) for W (m, n), a b = m and c d = n; the larger factor of low rank."""
+
+    def size(m, n, role):
+        (a, b), (c, d) = factor_pair(m), factor_pair(n)
+        return a * c + (rank * (b + d) if 2 * rank < max(b, d) else b * d)
+
+    return size
+
+
+def randlora_size(rank):
+    return lambda m, n, role: -(-min(m, n) // rank) * (rank + min(m, n))
+
+
 LORA = {"lora_alpha": 8}
 CLASSIFIERS = ARCHS[:3]
 
 
-def peft(config, targets, **options):
-    return Peft(config=config, targets=targets, rank=None, options=options)
+def peft(config, targets, rank=None, **options):
+    return Peft(config=config, targets=targets, rank=rank, options=options)
 
 
 ROWS = {
@@ -270,6 +290,47 @@ ROWS = {
         added_sizes(lambda m, n, role: 2 * 6 * (m + n) // 12, shared=6 * 12),
     ),
     "hira": Row(Peft(config="HiraConfig", targets=QKV, rank=4), True, lora_sizes(4, 0)),
+    "rslora": Row(peft("LoraConfig", QKV, 4, use_rslora=True, **LORA), True, lora_sizes(4, 0)),
+    "eva": Row(peft("LoraConfig", SPLIT, 4, init_lora_weights="eva", **LORA), True, None),
+    "eva dora": Row(
+        peft("LoraConfig", SPLIT, 4, init_lora_weights="eva", eva_config={"rho": 1}, use_dora=True, **LORA),
+        True,
+        lora_sizes(4, 1),
+    ),
+    "corda": Row(peft("LoraConfig", SPLIT, 4, init_lora_weights="corda", **LORA), True, lora_sizes(4, 0)),
+    "corda kpm": Row(
+        peft("LoraConfig", QKV, 4, init_lora_weights="corda", corda_config={"corda_method": "kpm"}, **LORA),
+        True,
+        lora_sizes(4, 0),
+    ),
+    "miss": Row(peft("MissConfig", SPLIT, 7), True, added_sizes(lambda m, n, role: 7 * m)),
+    "miss bat": Row(peft("MissConfig", QKV, 4, init_weights="bat"), True, added_sizes(lambda m, n, role: 4 * m)),
+    "randlora": Row(peft("RandLoraConfig", SPLIT, 5, randlora_alpha=100), True, added_sizes(randlora_size(5))),
+    "vera": Row(peft("VeraConfig", SPLIT, 16), True, added_sizes(lambda m, n, role: m + 16)),
+    "delora": Row(peft("DeloraConfig", SPLIT, 4), True, added_sizes(lambda m, n, role: 4 * (m + n) + 1)),
+    "gralora": Row(peft("GraloraConfig", SPLIT, 4), True, lora_sizes(4, 0)),
+    "psoft": Row(peft("PsoftConfig", SPLIT, 6), True, added_sizes(lambda m, n, role: 6 * 5 // 2 + 2 * 6)),
+    "oft": Row(peft("OFTConfig", SPLIT, oft_block_size=8), True, added_sizes(lambda m, n, role: n * 7 // 2)),
+    "fourierft": Row(
+        peft("FourierFTConfig", QKV, n_frequency=50, init_weights=True), True, added_sizes(lambda m, n, role: 50)
+    ),
+    "c3a": Row(
+        peft("C3AConfig", SPLIT, block_size=8, init_weights=True), True, added_sizes(lambda m, n, role: m * n // 8)
+    ),
+    "loha": Row(peft("LoHaConfig", SPLIT, 4), True, added_sizes(lambda m, n, role: 2 * 4 * (m + n))),
+    "lokr": Row(peft("LoKrConfig", SPLIT, 2), True, added_sizes(lokr_size(2))),
+    "tinylora": Row(peft("TinyLoraConfig", QKV, 2, u=8), True, added_sizes(lambda m, n, role: 8)),
+    "tinylora tied": Row(
+        peft("TinyLoraConfig", SPLIT, 2, u=8, weight_tying=1.0), True, added_sizes(lambda m, n, role: 0, shared=8)
+    ),
+    "unilora": Row(
+        peft("UniLoraConfig", SPLIT, 4, theta_d_length=64, init_theta_d_bound=1.0),
+        False,
+        added_sizes(lambda m, n, role: 0, shared=64),
+    ),
+    "hra": Row(peft("HRAConfig", SPLIT, 4), True, added_sizes(lambda m, n, role: 4 * n)),
+    "shira": Row(peft("ShiraConfig", QKV, 4), True, lora_sizes(4, 0)),
+    "waveft": Row(peft("WaveFTConfig", QKV, n_frequency=50), True, added_sizes(lambda m, n, role: 50)),
     "svfit": Row(Svfit(rank=7), True, svfit_sizes(7)),
     "svfit whole": Row(Svfit(targets=ALL), True, svfit_sizes(768)),
     "svft": Row(Svft(), True, svft_sizes(3)),

@@ -18,6 +18,6 @@ def loss(folder, *overrides) -> float:
 
 
 def test_optim_chooses_the_optimizer(tmp_path):
-    losses = [loss(tmp_path / name, f"optim={name}") for name in ("adamw", "adam", "sgd", "muon")]
-    assert len(set(losses)) == 4
+    losses = [loss(tmp_path / name, f"optim={name}") for name in ("adamw", "adam", "sgd", "muon", "lora_plus")]
+    assert len(set(losses)) == 5
     assert loss(tmp_path / "default") == losses[0]

@@ -11,9 +11,10 @@ from helpers import CONF, refusal
 from recombine import Cersa, Crisp, Full, Jactus, Peft, Svd
 from recombine.core.rewrite import train_only
 from recombine.runner.config import resolve
+from recombine.training.groups import grouped
 from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Classification
-from recombine.training.rates import movements
+from recombine.training.rates import movement, movements
 from recombine.training.settings import OptimizerSettings
 from zoo import build, losses
 
@@ -39,9 +40,9 @@ def test_a_step_moves_each_weight_by_the_rates_share_of_its_norm(arch, name):
     assert moves and all(value > 0 for value in moves.values())
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
-            if id(p) in moves:
-                p += 1e-4 / moves[id(p)] * (torch.randint(2, p.shape, generator=rng) * 2 - 1)
+        for key, p in model.named_parameters():
+            if key in moves:
+                p += 1e-4 / moves[key] * (torch.randint(2, p.shape, generator=rng) * 2 - 1)
     moved = {key: float((w - before[key]).norm() / before[key].norm()) for key, w in weights(model).items()}
     moved = [value for value in moved.values() if value > 0]
     assert moved and all(0.6e-4 < value < 1.5e-4 for value in moved), (min(moved), max(moved))
@@ -54,29 +55,32 @@ def weights(model) -> dict[str, torch.Tensor]:
 def test_a_factor_that_moves_nothing_yet_has_the_rate_of_the_other():
     model = recombine.apply(build("tiny_vit"), Peft(targets=("q", "v")))
     moves = movements(model)
-    for layer in (model.get_submodule(name) for name in model.recombined.targets):
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        assert moves[id(a)] == moves[id(b)] > 0
+    for name in model.recombined.targets:
+        assert moves[f"{name}.lora_A.default.weight"] == moves[f"{name}.lora_B.default.weight"] > 0
 
 
 def test_a_basis_of_several_layers_has_their_root_mean_square():
     model = recombine.apply(build("tiny_vit"), method := Crisp(chunk=16, basis_rank=9))
     train_only(model, method.distillation_parameters(model))
-    moves = movements(model)
-    layers = [layer for name in model.recombined.targets if hasattr(layer := model.get_submodule(name), "basis")]
-    shared = [layer for layer in layers if layer.basis is layers[0].basis]
-    assert len(shared) > 1 and moves[id(layers[0].basis)] > 0
+    layers = {name: model.get_submodule(name) for name in model.recombined.targets}
+    first, layer = next((name, layer) for name, layer in layers.items() if hasattr(layer, "basis"))
+    sharing = [other for other in layers.values() if getattr(other, "basis", None) is layer.basis]
+    alone = [movement(other, "basis", other.basis) for other in sharing]
+    assert len(alone) > 1 and movements(model)[f"{first}.basis"] == pytest.approx(
+        (sum(value**2 for value in alone) / len(alone)) ** 0.5
+    )
 
 
 def test_the_optimizer_has_a_group_for_each_movement_and_the_head_its_own():
     model = recombine.apply(build("tiny_vit"), method := Crisp(chunk=16))
     optim = OptimizerSettings(relative=True, lr=0.02)
     lit = LitRecombine(model, method, Classification(5), optim)
-    rates = {id(p): lit.rate(group.movement) for group, ps in lit.groups().items() if not group.of_head for p in ps}
-    moves = movements(model)
-    assert rates.keys() == moves.keys() and all(rates[key] == pytest.approx(0.02 / moves[key]) for key in moves)
-    plain = LitRecombine(model, method, Classification(5), OptimizerSettings(lr=0.02))
-    assert {plain.rate(group.movement) for group in plain.groups()} == {0.02} and len(plain.groups()) == 3
+    names, moves = {id(p): name for name, p in model.named_parameters()}, movements(model)
+    groups = grouped(model, lit.rates)
+    found = {names[id(p)]: lit.rates.of(kind) for kind, ps in groups.items() if not kind.head for p in ps}
+    assert found == {name: pytest.approx(0.02 / value) for name, value in moves.items()}
+    plain = LitRecombine(model, method, Classification(5), OptimizerSettings(lr=0.02)).rates
+    assert sorted(plain.of(kind) for kind in grouped(model, plain)) == [5e-3, 5e-3, 0.02]
     assert LitRecombine(model, method, Classification(5), OptimizerSettings(relative=True)).lr == 0.01
 
 

@@ -21,6 +21,13 @@ log = logging.getLogger(__name__)
 
 ELSEWHERE = re.compile("megatron|path|mapping|model|tokenizer|revision|modules_to_save")  # in the names of options
 NOT_IDENTITY = 1e-4  # relative change of a layer's output that rounding does not explain
+UNFIT = {  # classes that peft has and this method cannot use -> why
+    "AdaLoraConfig": "its ranks shrink only in a training loop that calls it at every step",
+    "AdamssConfig": "it reads the weights, which are not there when sizes are counted",
+    "FrodConfig": "it reads the weights, which are not there when sizes are counted",
+    "LNTuningConfig": "on a linear layer it is full fine-tuning; say method=full",
+    "LilyConfig": "its router looks at each input, so it cannot be merged",
+}
 
 
 def check_config(config: str, rank: int | None, options: dict[str, Any], sites: list[Site]) -> None:
@@ -35,6 +42,8 @@ def check_config(config: str, rank: int | None, options: dict[str, Any], sites: 
             rank.
     """
     known = {f.name for f in fields(adapter_config(config, options))}
+    if why := UNFIT.get(config):
+        raise UsageError(f"method.config={config!r}: {why}; choose another, such as LoraConfig")
     if "target_modules" not in known:
         raise UsageError(f"method.config={config!r}: adapts no linear layers; choose one that does: LoraConfig")
     for key in options:
@@ -63,7 +72,9 @@ def adapter_config(config: str, options: dict[str, Any]) -> type:
     kinds = [k for k in dir(peft) if k.endswith("Config") and issubclass(getattr(peft, k), peft.PeftConfig)]
     if config not in kinds:
         near = get_close_matches(str(config), kinds, 3) or ["LoraConfig"]
-        raise UsageError(f"method.config={config!r}: peft has no such class; near: {', '.join(near)}")
+        raise UsageError(
+            f"method.config={config!r}: peft {peft.__version__} has no such class; near: {', '.join(near)}"
+        )
     for key, value in options.items():
         if ELSEWHERE.search(key):
             raise UsageError(f"method.options.{key}={value!r}: it names code or files outside the adapter; drop it")
@@ -75,8 +86,8 @@ def check_options(options: dict[str, Any], targets: tuple[str, ...], sites: list
     """Checks the options that peft would accept without doing what they say.
 
     Raises:
-        UsageError: feedforward_modules names a role that is no target, BOFT's extension cannot be built, or
-            init_lora_weights takes a part of a weight that a compressed layer does not hold.
+        UsageError: feedforward_modules names a role that is no target, BOFT's extension cannot be built, LoRA-GA has
+            no gradients, or init_lora_weights takes a part of a weight that a compressed layer does not hold.
     """
     named = [target.removesuffix("?") for target in targets]
     for role in options.get("feedforward_modules") or ():
@@ -86,10 +97,27 @@ def check_options(options: dict[str, Any], targets: tuple[str, ...], sites: list
         why = "peft's CUDA extension for it cannot be built here and peft would use one factor: set it to 1"
         raise UsageError(f"method.options.boft_n_butterfly_factor={factor}: {why}")
     init = options.get("init_lora_weights", True)
+    if init == "lora_ga":
+        why = "needs gradients that peft collects in a loop of its own, and would be a plain LoRA; take eva or corda"
+        raise UsageError(f"method.options.init_lora_weights=lora_ga: {why}")
     for site in sites:
-        if isinstance(site.module, RecombinedLinear) and isinstance(init, str) and init != "gaussian":
+        if isinstance(site.module, RecombinedLinear) and isinstance(init, str) and init not in ("gaussian", "eva"):
             why = f"{site.name} is a {type(site.module).__name__}, which holds no weight to take a part of"
             raise UsageError(f"method.options.init_lora_weights={init}: {why}; set it to true")
+
+
+def check_blocks(rank: int | None, options: dict[str, Any], sites: list[Site]) -> None:
+    """Checks OFT's blocks, which peft would change to others.
+
+    Raises:
+        UsageError: their number (the rank) or size does not divide the input width of a layer.
+    """
+    size = options.get("oft_block_size", 32)
+    key, value = ("method.options.oft_block_size", size) if size else ("method.rank", rank)
+    for site in sites:
+        width = site.module.in_features
+        if not isinstance(value, int) or value < 1 or width % value:
+            raise UsageError(f"{key}={value!r}: must divide the input width of {site.name}, {width}")
 
 
 @contextmanager

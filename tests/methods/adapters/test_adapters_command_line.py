@@ -9,6 +9,10 @@ from helpers.command import execute
     "name, more",
     [
         *((name, []) for name in ("pissa", "boft", "ia3", "hira", "svfit", "svft", "ssf", "rosa")),
+        *((name, []) for name in ("rslora", "eva", "corda", "randlora", "lokr", "tinylora", "waveft")),
+        *((name, ["method.rank=8"]) for name in ("miss", "vera", "gralora", "psoft")),
+        ("eva", ["optim=lora_plus", "budget=trainable_2k"]),
+        ("oft", ["method.options.oft_block_size=8"]),
         ("road", ["method.options.group_size=8"]),
         ("vblora", ["method.options.vector_length=24"]),
         ("ssf", ["method@compressor=svd"]),
