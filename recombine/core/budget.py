@@ -12,6 +12,7 @@ compressor. What the adapter adds comes on top, and every account says how much 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -89,9 +90,9 @@ def solve(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -
         if other != field and (value := getattr(method, other)) is not None:
             raise UsageError(f"budget={budget} and {method.key}.{other}={value} both set the size: drop one of them")
     if budget.kind == "energy":
-        setattr(method, field, budget.value)
+        put(method, field, budget.value)
     else:
-        setattr(method, field, largest(method, field, model, sites, budget))
+        put(method, field, largest(method, field, model, sites, budget))
     method.check(sites)
     return method
 
@@ -108,7 +109,7 @@ def largest(method: Method, field: str, model: nn.Module, sites: list[Site], bud
     measure = measures(method, model, sites, budget)
 
     def at(value) -> float:
-        setattr(method, field, value)
+        put(method, field, value)
         return measure()
 
     if (least := at(values[0])) > budget.value:
@@ -119,6 +120,12 @@ def largest(method: Method, field: str, model: nn.Module, sites: list[Site], bud
         middle = (low + high) // 2
         low, high = (middle, high) if at(values[middle]) <= budget.value else (low, middle)
     return values[low]
+
+
+def put(method: Method, field: str, value: Any) -> None:
+    """Sets a field, or an entry of one that is a group: options.n_frequency."""
+    name, _, key = field.partition(".")
+    setattr(method, name, {**getattr(method, name), key: value} if key else value)
 
 
 def measures(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -> Callable[[], float]:

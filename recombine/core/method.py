@@ -54,7 +54,7 @@ class Method:
     # What a method can do
 
     abstract: ClassVar[bool] = False  # a base class of methods, none itself: `class Base(Method, abstract=True)`
-    budget_fields: ClassVar[dict[str, str]] = {}  # kind of budget -> the field that `budget.solve` sets for it
+    budget_fields: ClassVar[dict[str, str]] = {}  # kind of budget -> the field, or field.entry, that it sets
     conflicting_fields: ClassVar[tuple[str, ...]] = ()  # optional fields that each set the size alone
     compresses: ClassVar[bool] = False  # can hold the target layers in fewer weights than they have
     target_types: ClassVar[tuple[type, ...]] = (nn.Linear,)  # the layers that it can rewrite

@@ -12,9 +12,10 @@ and no count of weights has them.
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from recombine.methods.adapters.peft_checks import (
     output,
     warn_if_moved,
 )
-from recombine.methods.adapters.peft_ranks import NO_VALUES, cpu_mask, possible_ranks
+from recombine.methods.adapters.peft_ranks import NO_VALUES, SHARING, SIZES, cpu_mask, possible_ranks, possible_sizes
 from recombine.methods.adapters.peft_starts import (
     check_start,
     digest,
@@ -63,7 +64,11 @@ class Peft(Method):
     rank: int | None = 8
     options: dict[str, Any] = field(default_factory=dict)
 
-    budget_fields: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
+    @property
+    def budget_fields(self) -> dict[str, str]:
+        """The rank, or what sets the size of a class whose rank does not."""
+        field = f"options.{SIZES[self.config]}" if self.config in SIZES else "rank"
+        return {"trainable": field, "memory": field}
 
     @property
     def target_types(self) -> tuple[type, ...]:
@@ -88,20 +93,24 @@ class Peft(Method):
         return rank_notes(self, widths(sites))
 
     def budget_values(self, field: str, sites: list[Site]) -> Sequence[int]:
+        if field != "rank":
+            return possible_sizes(self.config, self.rank, sites)
         if self.rank is None:
             raise UsageError(f"method.rank=null: {self.config} has no rank that a budget could set; use budget=none")
-        values = possible_ranks(self.config, self.options, sites)
-        if len({self.copy(rank=rank).sizes(sites)[1] for rank in (values[0], values[-1])}) == 1 < len(values):
-            why = f"{self.config} trains as many weights at every rank; use budget=none and set its options"
-            raise UsageError(f"method.rank={self.rank}: {why}")
-        return values
+        return possible_ranks(self.config, self.options, sites)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         """(stored, trained) weights, counted on what peft builds for layers without memory."""
-        ghosts = self.ghosts(sites)
-        trained = sum(p.numel() for p in ghosts.parameters() if p.requires_grad)
+        ghosts, alike = self.ghosts(sites)
+        found = {  # by identity: what layers share is counted once
+            id(p): (key, p.numel() * alike[name], p.requires_grad)
+            for name, ghost in ghosts.items()
+            for key, p in ghost.named_parameters()
+        }
+        stored = sum(count for key, count, _ in found.values() if not key.endswith("bias"))
         plain = sum(site.module.in_features * site.module.out_features for site in sites)
-        return held(site.module for site in sites) + held([ghosts]) - plain, trained
+        trained = sum(count for _, count, trains in found.values() if trains)
+        return held(site.module for site in sites) + stored - plain, trained
 
     def ranks(self, sites: list[Site]) -> dict[str, int]:
         """The rank of every layer, by its name; empty for a class that has none."""
@@ -114,24 +123,29 @@ class Peft(Method):
                 return redistributed(self.rank, settings_of(self.options)["rho"], most, shares)
         return {name: min(self.rank, width) for name, width in most.items()}
 
-    def ghosts(self, sites: list[Site]) -> nn.ModuleDict:
-        """The adapted layers on torch's meta device, without memory, run once.
+    def ghosts(self, sites: list[Site]) -> tuple[nn.ModuleDict, dict[str, int]]:
+        """Adapted layers on torch's meta device, without memory, run once; and how many layers each stands for.
 
         Raises:
             UsageError: peft refuses the options.
         """
         ghosts, layers, ranks = nn.ModuleDict(), {}, self.ranks(sites)
+        names, alike = {}, Counter()
         for i, site in enumerate(sites):
             n, m, bias = site.module.in_features, site.module.out_features, site.module.bias is not None
-            ghosts[f"layer{i}"] = nn.Linear(n, m, bias, device="meta")
-            layers[f"layer{i}"] = {"role": site.role, "rank": ranks.get(site.name)}
+            rank = ranks.get(site.name)
+            kind = i if self.config in SHARING else (n, m, bias, site.role, rank)
+            name = names.setdefault(kind, f"layer{len(names)}")
+            alike[name] += 1
+            if name not in layers:
+                ghosts[name], layers[name] = nn.Linear(n, m, bias, device="meta"), {"role": site.role, "rank": rank}
         with torch.random.fork_rng(devices=[]):
             self.inject(ghosts, layers, fresh=False, low_cpu_mem_usage=True)
         if self.config not in NO_VALUES:
             with one_line(self.config, self.options):
                 for ghost in ghosts.eval().values():
                     ghost(torch.empty(1, ghost.in_features, device="meta"))
-        return ghosts
+        return ghosts, alike
 
     def inject(self, model: nn.Module, layers: dict[str, dict], fresh: bool = True, **how) -> None:
         """Puts adapters on layers of the model, in place.

@@ -11,6 +11,14 @@ from recombine.methods.ranks import widths
 
 NO_VALUES = ("ShiraConfig", "WaveFTConfig")  # their forward looks at values, which layers without memory lack
 
+SHARING = ("TinyLoraConfig", "UniLoraConfig", "VBLoRAConfig", "WaveFTConfig")  # a layer's count depends on the others
+SIZES = {  # classes whose rank does not say how many weights train -> the option that does
+    "FourierFTConfig": "n_frequency",
+    "TinyLoraConfig": "u",
+    "UniLoraConfig": "theta_d_length",
+    "WaveFTConfig": "n_frequency",
+}
+
 
 def possible_ranks(config: str, options: dict[str, Any], sites: list[Site]) -> Sequence[int]:
     """The ranks that a budget may set, from the fewest trained weights to the most.
@@ -27,6 +35,16 @@ def possible_ranks(config: str, options: dict[str, Any], sites: list[Site]) -> S
         return range(1, 1 + max(1, min(m * n // (m + n) for m, n in shapes)))
     step = {"GraloraConfig": options.get("gralora_k", 2), "HRAConfig": 2}.get(config, 1)
     return range(step, 1 + max(step, narrowest), step)
+
+
+def possible_sizes(config: str, rank: int, sites: list[Site]) -> Sequence[int]:
+    """The values of a class's option in SIZES that a budget may set: up to as many as can be told apart."""
+    shapes = [(site.module.out_features, site.module.in_features) for site in sites]
+    most = {
+        "TinyLoraConfig": lambda: rank * rank,
+        "UniLoraConfig": lambda: sum(rank * (m + n) for m, n in shapes),
+    }.get(config, lambda: min(m * n for m, n in shapes))
+    return range(1, 1 + most())
 
 
 def cpu_mask(layer: nn.Module, r: int, random_seed: int | None = None, **_) -> Tensor:

@@ -66,6 +66,8 @@ def check_start(options: Mapping[str, Any]) -> None:
         raise UsageError(f"method.options.{key}.rho={rho!r}: must be from 1 (no layer gets more) to 1000")
     if start == "eva" and options.get("rank_pattern"):
         raise UsageError("method.options.rank_pattern: EVA sets the ranks of layers itself; drop one of the two")
+    if options.get("layers_to_transform") is not None:
+        raise UsageError(f"method.options.layers_to_transform: {start} starts every target layer; say them by targets")
 
 
 def digest(start: str, site: Site, moment: Tensor) -> dict[str, Tensor]:
