@@ -17,6 +17,7 @@ from recombine import (
     Fwsvd,
     Isomorphic,
     Jactus,
+    KfacSvd,
     LinearProbe,
     PcLora,
     Peft,
@@ -228,6 +229,10 @@ ROWS = {
     "fwsvd": Row(Fwsvd(targets=ALL), False, svd_sizes(lambda m, n, s: max(1, int(0.5 * m * n / (m + n))))),
     "asvd": Row(Asvd(targets=ALL, rank=7), False, svd_sizes(lambda m, n, s: 7)),
     "svd_llm": Row(SvdLlm(targets=SPLIT, rank=7), False, svd_sizes(lambda m, n, s: 7)),
+    "kfac_svd": Row(KfacSvd(targets=ALL, rank=7), False, svd_sizes(lambda m, n, s: 7)),
+    "kfac_svd refit": Row(KfacSvd(targets=SPLIT, rank=7, refit=True, clip=False), False, svd_sizes(lambda m, n, s: 7)),
+    "kfac_svd error": Row(KfacSvd(targets=ALL, allocation="error", left="chol_as_released"), False, None),
+    "svd share": Row(Svd(targets=ALL, allocation="share"), False, None),
     "basis_sharing": Row(
         BasisSharing(), False, group_sizes(lambda m, n, role: (m, n, role), lambda k: 1 if k[2] in ("o", "down") else 2)
     ),

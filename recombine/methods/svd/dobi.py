@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from recombine.core.calibration import Losses, eval_frozen, passes
 from recombine.core.method import Site, need
 from recombine.methods.allocation import round_to_budget
-from recombine.methods.svd.balf import Whitened, dims, max_rank
+from recombine.methods.svd.allocated import dims, max_rank
+from recombine.methods.svd.balf import Whitened
 from recombine.methods.svd.soft_truncation import Truncation
 from recombine.methods.svd.weighted import truncated
 

@@ -1,8 +1,4 @@
-"""Truncated SVD, the plainest compressor: W ~ U_k S_k V_k^T (Eckart & Young 1936).
-
-A layer stores left = U_k S_k^1/2 (m, k) and right = S_k^1/2 V_k^T (k, n), and nothing trains. With `train_core` it
-stores left = U_k, tail = s (k,) and right = V_k^T, and the k singular values train (CRISP Tab. 2, "SVD Eigenvalues").
-"""
+"""What methods share that factor weights by their spectra, and those of them that keep a share of every matrix."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,8 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from recombine.core.method import Method, Site, need
-from recombine.layers import FactoredLinear
-from recombine.linalg import energy_rank, svd
+from recombine.linalg import svd
 from recombine.methods.ranks import check_rank, rank_notes
 from recombine.runtime import progress
 
@@ -94,45 +89,3 @@ def shape(group: list[Site]) -> tuple[int, int]:
 def directions(site: Site) -> int:
     """The number of a layer's singular values, N = min(m, n)."""
     return min(site.module.weight.shape)
-
-
-@dataclass(kw_only=True)
-class Svd(Truncated):
-    """Truncates the SVD of every weight (Eckart & Young 1936).
-
-    Args:
-        ratio: share of a layer's weights that is kept, k = ratio m n / (m + n).
-        rank: the same k for all layers, instead of `ratio`.
-        energy: instead of `ratio`, the smallest k of each layer that keeps this share of the squared singular values.
-        train_core: the k singular values train.
-    """
-
-    energy: float | None = None
-    train_core: bool = False
-
-    budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "energy": "energy", "memory": "ratio"}
-    conflicting_fields: ClassVar[tuple[str, ...]] = ("rank", "energy")
-
-    def check(self, sites: list[Site]) -> None:
-        super().check(sites)
-        if self.energy is not None:
-            need(0 < self.energy <= 1, self, "energy", "is a share of the energy, so it must lie in (0, 1]")
-
-    def group_rank(self, group: list[Site]) -> int:
-        if self.rank is None and self.energy is not None:
-            return energy_rank(self.spectrum(group[0]), self.energy)
-        return super().group_rank(group)
-
-    def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        core = self.train_core * sum(self.group_rank([site]) for site in sites)
-        return super().sizes(sites)[0] + core, core
-
-    def recombine(self, site: Site) -> FactoredLinear:
-        u, s, vh = self.factors(site)
-        k, weight, bias = self.group_rank([site]), site.module.weight, site.module.bias
-        if self.train_core:
-            layer = FactoredLinear(u[:, :k].to(weight), vh[:k].to(weight), tail=s[:k].to(weight), bias=bias)
-            layer.tail.requires_grad_(True)
-            return layer
-        root = s[:k].sqrt()
-        return FactoredLinear((u[:, :k] * root).to(weight), (root[:, None] * vh[:k]).to(weight), bias=bias)

@@ -15,7 +15,7 @@ from recombine import DobiSvd
 from recombine.core.rewrite import calibrate, find_sites
 from recombine.methods.allocation import round_to_budget
 from recombine.methods.svd import dobi
-from recombine.methods.svd.balf import dims, max_rank
+from recombine.methods.svd.allocated import dims, max_rank
 from recombine.methods.svd.soft_truncation import Truncation
 from recombine.models import roles
 from zoo import ARCHS, batch, build, losses
