@@ -53,6 +53,7 @@ LATER = {  # keys that came after the first results, with what they were by then
     for slot in ("method", "compressor")
     for key, value in {
         "allocation": "uniform",
+        "factor": "plain",
         "loss": "plain",
         "mimicry.factor": 1.0,
         "mimicry.noise": 0.0,

@@ -28,6 +28,7 @@ METHODS = {
     "kfac_svd share": (KfacSvd(allocation="share", refit=True), "retained_60"),
     "basis_sharing": (BasisSharing(), "retained_60"),
     "balf": (Balf(), "retained_60"),
+    "balf pivot": (Balf(factor="pivot"), "retained_60"),
     "dobi_svd": (DobiSvd(steps=2), "retained_60"),
     "crisp": (Crisp(fit="aware", chunk=16, basis_rank=9), None),
     "jactus": (Jactus(top_k=4), "retained_60"),

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from recombine.core.method import Site, need
 from recombine.linalg import weighted_svd
-from recombine.methods.svd.allocated import least_ratio, max_rank, options, spend, stored, thousandths
-from recombine.methods.svd.truncated import Spectral
+from recombine.methods.svd.low_rank import LowRank
 from recombine.methods.svd.weighted import truncated
 
 
 @dataclass(kw_only=True)
-class Whitened(Spectral, abstract=True):
+class Whitened(LowRank, abstract=True):
     """The base of whitened SVDs in which every layer has a rank of its own.
 
     Args:
@@ -38,12 +37,13 @@ class Whitened(Spectral, abstract=True):
     budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
 
     def check(self, sites: list[Site]) -> None:
+        super().check(sites)
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
         least = self.budget_values("ratio", sites)[0]
         need(self.ratio >= least, self, "ratio", f"is less than rank 1 in every layer stores; from {least} on it fits")
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
-        return thousandths(least_ratio(sites))
+        return self.ratios(sites)
 
     def statistics_needed(self) -> set[str]:
         return {"inputs"}
@@ -52,7 +52,7 @@ class Whitened(Spectral, abstract=True):
         """u (m, k), with k the largest rank that saves weights, and s (N,), of W E[x x^T]^1/2 in float64."""
         (site,) = group
         u, s = weighted_svd(site.module.weight, self.stats[site.name].inputs.xx)
-        return {"u": u[:, : max_rank(site)].clone(), "s": s}
+        return {"u": u[:, : self.max_rank(site)].clone(), "s": s}
 
     def left(self, site: Site) -> Tensor:
         """u of `digest`."""
@@ -70,18 +70,16 @@ class Balf(Whitened):
     fill: bool = True
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        return stored(sites, self.ranks(sites)), 0
+        return self.stored(sites, self.ranks(sites)), 0
 
     def ranks(self, sites: list[Site]) -> list[int | None]:
         """The rank of every layer; None: it stays dense."""
-        return spend(sites, list(map(self.options, sites)), self.ratio, self.fill)
-
-    def options(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Costs and losses, two tensors (options,), of the ranks 1, 2, ... and then of the dense layer."""
-        return options(site, self.spectrum(site), relative=True)
+        return self.spend(sites, list(map(self.options, sites)), self.ratio, self.fill)
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site, k in zip(sites, self.ranks(sites), strict=True):
             if k is not None:
-                model.set_submodule(site.name, truncated(site, self.left(site)[:, :k]))
+                layer = truncated(site, self.left(site)[:, :k])
+                self.finish([layer])
+                model.set_submodule(site.name, layer)
             self.kept.drop(site.name)

@@ -18,7 +18,7 @@ class Svd(Allocated):
     """Truncates the SVD of every weight (Eckart & Young 1936).
 
     Args:
-        ratio: share of a layer's weights that is kept, k = ratio m n / (m + n).
+        ratio: share of a layer's weights that is kept.
         rank: the same k for all layers, instead of `ratio`.
         energy: instead of `ratio`, the smallest k of each layer that keeps this share of the squared singular values.
         train_core: the k singular values train.
@@ -37,6 +37,8 @@ class Svd(Allocated):
         if self.train_core:
             why = "leaves layers dense, which have no singular values to train; drop train_core"
             need(self.allocation == "uniform", self, "allocation", why)
+            why = "mixes the directions, and the singular values of each are to train; drop train_core"
+            need(self.factor == "plain", self, "factor", why)
 
     def group_rank(self, group: list[Site]) -> int:
         if self.rank is None and self.energy is not None:

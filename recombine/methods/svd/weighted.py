@@ -70,6 +70,7 @@ class WeightedSvd(Allocated, abstract=True):
             return super().rewrite(model, sites)
         layers = dict(self.factored(sites))
         refit(model, [site for site in sites if site.name in layers], layers, losses)
+        self.finish(layers.values())
 
 
 def truncated(site: Site, u: Tensor) -> FactoredLinear:
