@@ -55,6 +55,7 @@ LATER = {  # keys that came after the first results, with what they were by then
         "allocation": "uniform",
         "factor": "plain",
         "loss": "plain",
+        "multiple_of": 8,
         "mimicry.factor": 1.0,
         "mimicry.noise": 0.0,
         "mimicry.clip": None,

@@ -26,6 +26,7 @@ METHODS = {
     "asvd": (Asvd(rank=5), None),
     "kfac_svd": (KfacSvd(), "retained_60"),
     "kfac_svd share": (KfacSvd(allocation="share", refit=True), "retained_60"),
+    "kfac_svd lems": (KfacSvd(allocation="lems", multiple_of=4), "retained_60"),
     "basis_sharing": (BasisSharing(), "retained_60"),
     "balf": (Balf(), "retained_60"),
     "balf pivot": (Balf(factor="pivot"), "retained_60"),

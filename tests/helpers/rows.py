@@ -241,6 +241,8 @@ ROWS = {
     "kfac_svd": Row(KfacSvd(targets=ALL, rank=7), False, svd_sizes(lambda m, n, s: 7)),
     "kfac_svd refit": Row(KfacSvd(targets=SPLIT, rank=7, refit=True, clip=False), False, svd_sizes(lambda m, n, s: 7)),
     "kfac_svd error": Row(KfacSvd(targets=ALL, allocation="error", left="chol_as_released"), False, None),
+    "svd lems": Row(Svd(targets=ALL, allocation="lems", multiple_of=4), False, None),
+    "kfac_svd atp": Row(KfacSvd(targets=SPLIT, allocation="atp", factor="pivot"), False, None),
     "svd share": Row(Svd(targets=ALL, allocation="share"), False, None),
     "basis_sharing": Row(
         BasisSharing(), False, group_sizes(lambda m, n, role: (m, n, role), lambda k: 1 if k[2] in ("o", "down") else 2)

@@ -96,9 +96,15 @@ class LowRank(Spectral, abstract=True):
         shapes = map(dims, sites)
         return sum(m * n if k is None else self.form.weights(m, n, k) for (m, n), k in zip(shapes, ranks, strict=True))
 
-    def ratios(self, sites: list[Site]) -> list[float]:
-        """The shares of all layers' weights that one budget for all may have, from rank 1 in every layer to 1."""
-        least = sum(min(self.form.weights(m, n, 1), m * n) for m, n in map(dims, sites))
+    def ratios(self, sites: list[Site], ranks: list[int] | None = None) -> list[float]:
+        """The shares of all layers' weights that one budget for all may have, from the smallest to 1.
+
+        Args:
+            ranks: the smallest rank of every layer; 0: it can only stay dense. None: 1.
+        """
+        smallest = [1] * len(sites) if ranks is None else [k or min(dims(x)) for k, x in zip(ranks, sites, strict=True)]
+        shapes = map(dims, sites)
+        least = sum(min(self.form.weights(m, n, k), m * n) for k, (m, n) in zip(smallest, shapes, strict=True))
         return [i / 1000 for i in range(ceil(1000 * least / sum(m * n for m, n in map(dims, sites))), 1001)]
 
     def options(self, site: Site, relative: bool = True) -> tuple[Tensor, Tensor]:

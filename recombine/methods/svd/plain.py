@@ -7,6 +7,8 @@ stores left = U_k, tail = s (k,) and right = V_k^T, and the k singular values tr
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from recombine.core.method import Site, need
 from recombine.layers import FactoredLinear
 from recombine.linalg import energy_rank
@@ -50,11 +52,14 @@ class Svd(Allocated):
         return super().sizes(sites)[0] + core, core
 
     def layer(self, site: Site, k: int) -> FactoredLinear:
-        u, s, vh = self.factors(site)
-        weight, bias = site.module.weight, site.module.bias
-        if self.train_core:
-            layer = FactoredLinear(u[:, :k].to(weight), vh[:k].to(weight), tail=s[:k].to(weight), bias=bias)
-            layer.tail.requires_grad_(True)
-            return layer
+        if not self.train_core:
+            return super().layer(site, k)
+        (u, s, vh), weight = self.factors(site), site.module.weight
+        layer = FactoredLinear(u[:, :k].to(weight), vh[:k].to(weight), tail=s[:k].to(weight), bias=site.module.bias)
+        layer.tail.requires_grad_(True)
+        return layer
+
+    def pair(self, site: Site, k: int) -> tuple[Tensor, Tensor]:
+        (u, s, vh), weight = self.factors(site), site.module.weight
         root = s[:k].sqrt()
-        return FactoredLinear((u[:, :k] * root).to(weight), (root[:, None] * vh[:k]).to(weight), bias=bias)
+        return (u[:, :k] * root).to(weight), (root[:, None] * vh[:k]).to(weight)

@@ -61,9 +61,9 @@ class WeightedSvd(Allocated, abstract=True):
         found = {"left": left.to(group[0].module.weight), "right": right.to(group[0].module.weight)}
         return found if self.allocation == "uniform" else found | {"s": s}
 
-    def layer(self, site: Site, k: int) -> FactoredLinear:
+    def pair(self, site: Site, k: int) -> tuple[Tensor, Tensor]:
         found = self.digested([site])
-        return FactoredLinear(found["left"][:, :k].clone(), found["right"][:k].clone(), bias=site.module.bias)
+        return found["left"][:, :k].clone(), found["right"][:k].clone()
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         if not self.refit:
