@@ -54,7 +54,15 @@ LATER = {  # keys that came after the first results, with what they were by then
 } | {
     f"{slot}.{key}": value
     for slot in ("method", "compressor")
-    for key, value in {"loss": "plain", "mimicry.factor": 1.0, "mimicry.noise": 0.0, "mimicry.clip": None}.items()
+    for key, value in {
+        "allocation": "uniform",
+        "factor": "plain",
+        "loss": "plain",
+        "multiple_of": 8,
+        "mimicry.factor": 1.0,
+        "mimicry.noise": 0.0,
+        "mimicry.clip": None,
+    }.items()
 }
 
 

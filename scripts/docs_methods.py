@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/methods.md"
 BEGIN, END = "<!-- methods: begin, made by scripts/docs_methods.py -->", "<!-- methods: end -->"
-PAPER = r"(?:arXiv )?(\d{4}\.\d{5}|ICLR \d{4}|\w+ & \w+ \d{4})"  # an arXiv id, a venue, or authors and year
+PAPER = r"(?:arXiv )?(\d{4}\.\d{5}|ICLR \d{4}|ICML \d{4}|\w+ & \w+ \d{4})"  # an arXiv id, a venue, or authors and year
 
 
 class Source(NamedTuple):

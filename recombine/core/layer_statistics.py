@@ -12,12 +12,14 @@ KINDS = {  # what a method can ask for -> the fields of Inputs and Stats that it
     "inputs": "xx, x4",
     "magnitudes": "absolute",
     "outputs": "gg, g4",
+    "clipped": "none; the gradients of outputs are clipped",
     "cross": "gx",
     "fisher": "fisher",
 }
 BACKWARD = {"outputs", "cross", "fisher"}  # need the loss's gradient
 
 
+LEAST, MOST = 0.1, 10.0  # of a clipped gradient's norm, as shares of the mean norm of its sequence
 VERSIONS = count()
 PIECE = 2**20  # entries that are converted at once
 WIDE = 1024  # of a Gram matrix from here on only the upper half is computed, which takes 0.6 of the time
@@ -100,11 +102,13 @@ def statistics_hook(stats: Stats, wanted: set[str], mask: list, seen: dict, anch
         source = source if wanted & {"cross", "fisher"} else None  # nothing else holds it until the backward pass
 
         def gradient(g: Tensor) -> None:
+            weighed = tokens(clipped(g.detach(), keep), keep) if "clipped" in wanted else None
             g = tokens(g, keep)
             stats.tokens += len(g)
             if "outputs" in wanted:
-                stats.gg = gram_added(stats.gg, g)
-                stats.g4 += g.double().square().sum(1).square().sum().item()
+                weighed = g if weighed is None else weighed
+                stats.gg = gram_added(stats.gg, weighed)
+                stats.g4 += weighed.double().square().sum(1).square().sum().item()
             if source is not None:
                 stats.batch = added(stats.batch, g.T @ tokens(source, keep))
 
@@ -169,6 +173,21 @@ def mirrored(total: Tensor | float) -> Tensor | float:
         for i in range(0, len(total), STRIPE):
             total[i + STRIPE :, i : i + STRIPE] = total[i : i + STRIPE, i + STRIPE :].T
     return total
+
+
+def clipped(g: Tensor, keep: Tensor | None) -> Tensor:
+    """Gradients (B, ..., m) scaled to norms from LEAST to MOST times the mean norm of their sequence.
+
+    A sequence is what has one place along the first dimension. A gradient of 0 stays 0. keep: as in `tokens`.
+    """
+    if g.ndim == 2:  # a sequence is one token
+        return g
+    g = g if g.dtype in (torch.float32, torch.float64) else g.float()
+    norm = g.norm(dim=-1, keepdim=True)
+    counted = torch.ones_like(norm) if keep is None else keep[(..., *[None] * (norm.ndim - 2))].expand_as(norm)
+    inner = tuple(range(1, g.ndim - 1))
+    mean = (norm * counted).sum(inner, keepdim=True) / counted.sum(inner, keepdim=True).clamp(min=1)
+    return torch.where(norm > 0, g * (norm.clamp(LEAST * mean, MOST * mean) / norm), 0.0)
 
 
 def tokens(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -63,14 +63,18 @@ class Compressed(nn.Module):
 
 
 class Factored(Compressed):
-    """y = left (right x) + bias: right (k, in) and left (out, k). right None: left alone; a word: it is shared."""
+    """y = left (right x) + bias: right (k, in) and left (out, k). right None: left alone; a word: it is shared.
 
-    def __init__(self, shared, in_features, out_features, bias, built, rank, right):
+    pivot: right is the identity on the first k inputs of an order (in,), and stands for the others alone, (k, in - k).
+    """
+
+    def __init__(self, shared, in_features, out_features, bias, built, rank, right, pivot=False):
         super().__init__(shared, in_features, out_features, bias, built)
-        self.of_right = right
+        self.of_right, self.rank = right, rank
         if right == "own":
-            self.right = nn.Linear(in_features, rank, bias=False)
+            self.right = nn.Linear(in_features - (rank if pivot else 0), rank, bias=False)
         self.left = nn.Linear(rank, out_features, bias=False)
+        self.register_buffer("order", torch.arange(in_features) if pivot else None)
 
     def factors(self) -> tuple[nn.Module, ...]:
         """left, and right where there is one."""
@@ -82,16 +86,23 @@ class Factored(Compressed):
         """The product and the bias."""
         left, *right = self.factors()
         for layer in right:
-            x = layer(x)
+            x = layer(x) if self.order is None else self.mixed(layer, x)
         if type(left) is nn.Linear:
             return F.linear(x, left.weight, self.bias)
         y = left(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def mixed(self, right: nn.Module, x: Tensor) -> Tensor:
+        """x (..., in) by the identity and right, (..., k)."""
+        z = right(x.index_select(-1, self.order[self.rank :]))
+        return z + x.index_select(-1, self.order[: self.rank]).to(z.dtype)
+
     def build(self, x: Tensor) -> Tensor:
         """The dense weight."""
-        left, right = self.factors()
-        return weight_of(left, x) @ weight_of(right, x)
+        left, right = (weight_of(part, x) for part in self.factors())
+        if self.order is None:
+            return left @ right
+        return torch.cat([left, left @ right], 1).index_select(1, self.order.argsort())
 
 
 class SharedBasis(Compressed):

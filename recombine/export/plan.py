@@ -126,6 +126,8 @@ def planned_layer(name: str, layer: nn.Module, plan: Plan, common: set[int]) -> 
         right = plan.share(layer.right) if shared else "own"
         spec |= {"kind": "factored", "built": built, "rank": layer.rank, "right": right}
         own = {} if shared else {"right.weight": layer.right}
+        if layer.order is not None:
+            spec, own = spec | {"pivot": True}, own | {"order": layer.order}
         return spec, tensors | {"left.weight": layer._folded()} | own
     why = "a kind of layer that no exported folder knows; recombine.merge(model) makes it an ordinary one"
     raise UsageError(f"{name} is a {type(layer).__name__}, {why}")

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from recombine.layers.base import RecombinedLinear, frozen
 
@@ -14,11 +14,15 @@ class FactoredLinear(RecombinedLinear):
     one Parameter. Stores k (m + n) + |core| + t weights beside the bias, and e + 1 more with entries. All tensors start
     frozen.
 
+    With an order of the inputs, k columns of the right factor are the identity: y = left (K [I right] x[order]) + bias.
+    Then it stores k^2 weights less.
+
     Args:
-        left, right: (m, k) and (k, n).
+        left, right: (m, k) and (k, n), or (k, n - k) with an order.
         core: (c, c), or (c,) for a diagonal; None: c = 0.
         tail: (t,), the rest of K's diagonal, with c + t = k; None: t = 0. Without core and tail K is the identity.
         entries, index, gate: entries (e,) at the positions index (2, e) of K, and their scalar gate; None: no entries.
+        order: (n,), a permutation of the inputs; None: right is whole.
     """
 
     def __init__(
@@ -31,13 +35,15 @@ class FactoredLinear(RecombinedLinear):
         entries: Tensor | None = None,
         index: Tensor | None = None,
         gate: Tensor | None = None,
+        order: Tensor | None = None,
     ):
-        super().__init__(right.shape[1], left.shape[0], bias)
+        super().__init__(right.shape[1] if order is None else len(order), left.shape[0], bias)
         self.rank = left.shape[1]
         self.left, self.right = frozen(left), frozen(right)
         for name, value in (("core", core), ("tail", tail), ("entries", entries), ("gate", gate)):
             self.register_parameter(name, None if value is None else frozen(value))
         self.register_buffer("index", index)
+        self.register_buffer("order", order)
         inner = sum(t.shape[0] for t in (core, tail) if t is not None)
         assert inner in (0, self.rank), f"core and tail cover {inner} of {self.rank} directions"
         assert (entries is None) == (index is None) == (gate is None)
@@ -78,8 +84,11 @@ class FactoredLinear(RecombinedLinear):
         return self.left, self.right
 
     def enter(self, x: Tensor) -> Tensor:
-        """x (..., n) to right x (..., k)."""
-        return F.linear(x, self.right)
+        """x (..., n) to right x, or [I right] x[order] (..., k)."""
+        if self.order is None:
+            return F.linear(x, self.right)
+        z = F.linear(x.index_select(-1, self.order[self.rank :]), self.right)
+        return z + x.index_select(-1, self.order[: self.rank]).to(z.dtype)
 
     def within(self, z: Tensor) -> Tensor:
         """z (..., k) to K z (..., k)."""
@@ -97,18 +106,32 @@ class FactoredLinear(RecombinedLinear):
         return F.linear(z, self.left, self.bias)
 
     def dense_weight(self) -> Tensor:
-        return self._folded() @ self.right
+        left = self._folded()
+        if self.order is None:
+            return left @ self.right
+        return torch.cat([left, left @ self.right], 1).index_select(1, self.order.argsort())
+
+    def pivot(self, right: nn.Parameter, order: Tensor) -> None:
+        """Makes k columns of the right factor the identity, in place. The weight stays the same up to rounding.
+
+        Args:
+            right, order: what `pivoted` gives for the right factor; layers that share one share these too.
+        """
+        assert self.is_plain and self.order is None
+        mixed = self.left.double() @ self.right.index_select(1, order[: self.rank]).double()
+        self.left, self.right = frozen(mixed.to(self.left)), right
+        self.order = order.clone()  # a file has no tensor twice
 
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
-        m, n, k = self.out_features, self.in_features, self.rank
+        m, n, k = self.out_features, self.right.shape[1], self.rank
         c = k if self.entries is not None else 0 if self.core is None or self.core.ndim == 1 else len(self.core)
         if not train:
-            return tokens * k * (m + n), tokens * m * n, m * (c * c + n * k)
+            return tokens * k * (m + n), tokens * m * self.in_features, m * (c * c + n * k)
         # the backward costs one forward for the input's gradient and one product for each trained factor
         outer = self.left.requires_grad or self.right.requires_grad
         inner = any(t is not None and t.requires_grad for t in (self.core, self.tail, self.entries))
         structured = (3 if outer else 2) * k * (m + n) + (3 if inner else 2) * c * c
-        dense = (3 if outer or inner else 2) * m * n
+        dense = (3 if outer or inner else 2) * m * self.in_features
         build = (3 if outer else 2 if inner else 1) * m * (c * c + n * k)
         return tokens * structured, tokens * dense, build
 
@@ -121,18 +144,37 @@ class FactoredLinear(RecombinedLinear):
             "tail": None if self.tail is None else self.tail.shape[0],
             "bias": self.bias is not None,
             "entries": None if self.entries is None else self.entries.shape[0],
-        }
+        } | ({} if self.order is None else {"pivot": True})
 
     @classmethod
-    def empty(cls, in_features, out_features, rank, core, tail, bias, entries) -> "FactoredLinear":
+    def empty(cls, in_features, out_features, rank, core, tail, bias, entries, pivot=False) -> "FactoredLinear":
         sparse = entries is not None
         return cls(
             torch.empty(out_features, rank),
-            torch.empty(rank, in_features),
+            torch.empty(rank, in_features - (rank if pivot else 0)),
             None if core is None else torch.empty(core),
             None if tail is None else torch.empty(tail),
             torch.empty(out_features) if bias else None,
             torch.empty(entries) if sparse else None,
             torch.zeros(2, entries, dtype=torch.long) if sparse else None,
             torch.empty(()) if sparse else None,
+            torch.arange(in_features) if pivot else None,
         )
+
+
+def pivoted(right: Tensor) -> tuple[Tensor, Tensor]:
+    """R (k, n - k) and a permutation (n,) with right = B [I R] on the columns in that order, for right (k, n), k <= n.
+
+    B (k, k) is right at the first k columns of the order. They are the pivots of an LU factorisation of right's row
+    space in an orthonormal basis, with partial pivoting. So right may lack rank, and the entries of R stay small: some
+    2 at most on what was tried, though no bound below 2^(k - 1) is proved.
+    """
+    k, n = right.shape
+    rows = torch.linalg.qr(right.detach().double().T)[0]  # (n, k)
+    factors, swaps = torch.linalg.lu_factor(rows)
+    order = list(range(n))
+    for i, j in enumerate([] if swaps.is_meta else (swaps - 1).tolist()):
+        order[i], order[j] = order[j], order[i]
+    upper, lower = factors[:k], factors[k:]  # of the unit lower trapezoid, under the diagonal
+    rest = torch.linalg.solve_triangular(upper.tril(-1), lower, upper=False, left=False, unitriangular=True)
+    return rest.T, torch.tensor(order, device=right.device)

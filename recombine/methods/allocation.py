@@ -9,6 +9,7 @@ that every layer takes, within the budget.
 """
 
 import heapq
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -115,7 +116,9 @@ def least(costs: list[Tensor], budget: float) -> float:
     return total
 
 
-def round_to_budget(ranks: Tensor, cost: Tensor, scale: Tensor, top: Tensor, budget: float) -> list[int]:
+def round_to_budget(
+    ranks: Tensor, stored: Callable[[Tensor], Tensor], scale: Tensor, top: Tensor, budget: float
+) -> list[int]:
     """Rounds real ranks to whole ones that spend the budget.
 
     First all ranks move up or down together until they just fit. Then each is rounded down, and what is left goes to
@@ -123,7 +126,7 @@ def round_to_budget(ranks: Tensor, cost: Tensor, scale: Tensor, top: Tensor, bud
 
     Args:
         ranks: (layers,), float64.
-        cost: (layers,), weights that one rank of each layer stores.
+        stored: ranks (layers,) to the weights (layers,) that they store, which rise with the ranks.
         scale: (layers,), how far each rank moves for one unit of the common move.
         top: (layers,), the largest rank of each layer; the least is 1.
         budget: weights that all layers together may store.
@@ -135,9 +138,9 @@ def round_to_budget(ranks: Tensor, cost: Tensor, scale: Tensor, top: Tensor, bud
     low, high = -1.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if moved(middle) @ cost <= budget else (low, middle)
+        low, high = (middle, high) if stored(moved(middle)).sum() <= budget else (low, middle)
     whole = moved(low).floor()
-    left = budget - float(whole @ cost)
+    left, cost = budget - float(stored(whole).sum()), stored(whole + 1) - stored(whole)
     for i in (moved(low) - whole).argsort(descending=True, stable=True).tolist():  # the nearest to the next rank first
         if cost[i] <= left and whole[i] < top[i]:
             whole[i] += 1

@@ -21,7 +21,7 @@ from recombine.core.method import Site, need
 from recombine.layers import FactoredLinear
 from recombine.linalg import energy_rank
 from recombine.methods.ranks import check_rank, rank_notes, widths
-from recombine.methods.svd.truncated import Spectral, directions
+from recombine.methods.svd.spectral import Spectral, directions
 from recombine.runtime import progress
 
 

@@ -19,6 +19,7 @@ CASES = {  # what is done once, what each task adds (None: it trains what is the
     "svd with cores": (Svd(targets=(*QKV, "o"), train_core=True), None, "tiny_llama"),
     "cersa": (Cersa(alpha=0.9), None, "tiny_vit"),
     "lora on the dense model": (None, LORA, "tiny_vit"),
+    "lora on pivot": (Svd(targets=(*QKV, "o"), factor="pivot"), LORA, "tiny_swin"),
     "lora on svd": (Svd(targets=(*QKV, "o")), LORA, "tiny_swin"),
     "lora on a pruned model": (Isomorphic(ratio=0.6, head_dims=0.0), LORA, "tiny_vit"),
     "ssf": (None, Ssf(), "tiny_llama"),

@@ -55,6 +55,37 @@ def test_statistics_are_the_plain_means(arch):
         close(one.fisher.numpy(), np.mean(fisher, 0))
 
 
+@pytest.mark.parametrize("arch", ["tiny_vit", "tiny_swin", "tiny_llama"])
+def test_clipped_gradients_keep_to_the_mean_norm_of_their_sequence(arch):
+    """C_g with plain loops over sequences, padding left out; nothing else changes."""
+    model = build(arch).double()
+    method = Svd()
+    roles.split_fused(model, method.targets)
+    sites = find_sites(model, method)
+    x = batch(model)
+    x = x.double() if isinstance(x, torch.Tensor) else x
+    stats = collect(model, sites, lambda: [loss(model, x)], {"outputs", "cross", "clipped"})
+    plain = collect(model, sites, lambda: [loss(model, x)], {"outputs", "cross"})
+    changed = 0
+    for site in sites:
+        seen = []
+        hook = site.module.register_forward_hook(lambda m, a, y, seen=seen: seen.append(y))
+        value = loss(model, x)
+        hook.remove()
+        found = []
+        for i, g in enumerate(torch.autograd.grad(value, seen)[0]):
+            keep = x["attention_mask"][i].bool() if isinstance(x, dict) else slice(None)
+            g = g[keep].flatten(0, -2).numpy()
+            norms = np.linalg.norm(g, axis=1)
+            wanted = np.clip(norms, 0.1 * norms.mean(), 10 * norms.mean())
+            found.append(g * np.divide(wanted, norms, out=np.zeros_like(norms), where=norms > 0)[:, None])
+        g = np.concatenate(found)
+        np.testing.assert_allclose(stats[site.name].gg.numpy(), g.T @ g / len(g), rtol=1e-8, atol=1e-18)
+        assert torch.equal(stats[site.name].gx, plain[site.name].gx)
+        changed += not torch.equal(stats[site.name].gg, plain[site.name].gg)
+    assert changed
+
+
 def test_layers_that_read_the_same_tensor_share_their_statistics():
     model = build("tiny_llama")
     sites = find_sites(model, Svd(targets=("q", "k", "v", "gate", "up", "down")))

@@ -10,7 +10,7 @@ from filelock import FileLock
 
 import recombine
 from helpers import MIB
-from recombine import Asvd, Balf, BasisSharing, Cersa, Crisp, DobiSvd, Fwsvd, Jactus, Rosa, Svd, SvdLlm
+from recombine import Asvd, Balf, BasisSharing, Cersa, Crisp, DobiSvd, Fwsvd, Jactus, KfacSvd, Rosa, Svd, SvdLlm
 from recombine.core import memory
 from recombine.core.memory import Memory, joined, sums
 from recombine.core.method import Site
@@ -24,8 +24,12 @@ METHODS = {
     "svd_llm refit": (SvdLlm(refit=True), "retained_60"),
     "fwsvd": (Fwsvd(), "retained_60"),
     "asvd": (Asvd(rank=5), None),
+    "kfac_svd": (KfacSvd(), "retained_60"),
+    "kfac_svd share": (KfacSvd(allocation="share", refit=True), "retained_60"),
+    "kfac_svd lems": (KfacSvd(allocation="lems", multiple_of=4), "retained_60"),
     "basis_sharing": (BasisSharing(), "retained_60"),
     "balf": (Balf(), "retained_60"),
+    "balf pivot": (Balf(factor="pivot"), "retained_60"),
     "dobi_svd": (DobiSvd(steps=2), "retained_60"),
     "crisp": (Crisp(fit="aware", chunk=16, basis_rank=9), None),
     "jactus": (Jactus(top_k=4), "retained_60"),

@@ -22,6 +22,7 @@ from scripts.tiny_models import MODELS
 SIZES = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 64}
 METHODS = {
     "svd": (recombine.Svd(), "retained_50"),
+    "pivot": (recombine.Svd(factor="pivot"), "retained_50"),
     "crisp": (recombine.Crisp(chunk=8), "retained_50"),
     "cersa": (recombine.Cersa(), None),
     "lora": (recombine.Peft(rank=2, options={"init_lora_weights": False}), None),
@@ -100,7 +101,15 @@ def test_a_program_says_the_same_for_any_size(build, method, tmp_path):
     assert b"/tests/export/" not in (tmp_path / "model.pt2").read_bytes()
 
 
-NEAR = [(vit, "svd"), (vit, "lora"), (vit, "jactus"), (bert, "svd"), (llama, "svd")]  # test_fresh.py has others
+# test_fresh.py has others
+NEAR = [
+    (vit, "svd"),
+    (vit, "pivot"),
+    (vit, "lora"),
+    (vit, "jactus"),
+    (bert, "svd"),
+    (llama, "svd"),
+]
 
 
 @pytest.mark.parametrize(

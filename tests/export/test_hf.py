@@ -33,6 +33,9 @@ METHODS = {  # one for every kind of layer, and for every way that it takes in i
     "factored": (recombine.Svd(), "retained_50"),
     "core": (recombine.Cersa(), None),
     "shared_right": (recombine.BasisSharing(whiten=False), "retained_50"),
+    "pivot": (recombine.Svd(factor="pivot"), "retained_50"),
+    "pivot_built": (recombine.Svd(factor="pivot", rank=44), None),
+    "shared_pivot": (recombine.BasisSharing(whiten=False, factor="pivot"), "retained_50"),
     "shared_basis": (recombine.Crisp(chunk=8), "retained_50"),
     "shared_basis_structured": (recombine.Crisp(chunk=8, basis_rank=4), None),
     "shared_basis_temp": (
@@ -73,7 +76,7 @@ def logits(model: nn.Module, x) -> torch.Tensor:
 
 
 PAIRS = [(arch, method) for arch in ("tiny_vit", "tiny_llama") for method in METHODS]
-PAIRS += [(arch, method) for arch in ("tiny_swin", "tiny_deberta") for method in ("factored", "shared_right")]
+PAIRS += [(arch, method) for arch in ("tiny_swin", "tiny_deberta") for method in ("factored", "shared_right", "pivot")]
 
 
 @pytest.mark.parametrize("arch, method", PAIRS)

@@ -20,9 +20,10 @@ from recombine.export.lora import to_lora
 from zoo import batch, build, losses, outputs
 
 
+@pytest.mark.parametrize("factor", ["plain", "pivot"])
 @pytest.mark.parametrize("arch", ["tiny_vit", "tiny_swin", "tiny_deberta", "tiny_llama"])
-def test_a_merged_folder_is_plain(arch, tmp_path):
-    model = recombine.apply(build(arch), recombine.Svd(), "retained_50").eval()
+def test_a_merged_folder_is_plain(arch, factor, tmp_path):
+    model = recombine.apply(build(arch), recombine.Svd(factor=factor), "retained_50").eval()
     recombine.export(model, tmp_path / "dense", "dense")
     if "pretrained_cfg" in vars(model):
         found = timm.create_model(f"local-dir:{tmp_path / 'dense'}", pretrained=True).eval()
@@ -44,6 +45,7 @@ MOVED = {
     "cersa": recombine.Cersa(),
     "crisp": recombine.Crisp(chunk=8),
     "svft": recombine.Svft(),
+    "pivot": recombine.Svd(factor="pivot"),
     "rosa": recombine.Rosa(),
     "jactus": recombine.Jactus(),
     "lora": recombine.Peft(),

@@ -17,6 +17,7 @@ from recombine import (
     Fwsvd,
     Isomorphic,
     Jactus,
+    KfacSvd,
     LinearProbe,
     PcLora,
     Peft,
@@ -60,13 +61,18 @@ def dense(layers):
     return sum(m * n for m, n, *_ in layers)
 
 
-def svd_sizes(rank, core=0):
+def svd_sizes(rank, core=0, pivot=False):
     def sizes(layers):
         ranks = [rank(m, n, s) for m, n, _, s in layers]
-        outer = sum(k * (m + n) for k, (m, n, *_) in zip(ranks, layers, strict=True))
+        outer = sum(k * (m + n - pivot * k) for k, (m, n, *_) in zip(ranks, layers, strict=True))
         return outer + core * sum(ranks), core * sum(ranks)
 
     return sizes
+
+
+def half_pivoted(m, n, s):
+    """The largest rank k with k (m + n - k) at most half of m n."""
+    return max(k for k in range(1, min(m, n)) if 2 * k * (m + n - k) <= m * n)
 
 
 def cersa_sizes(alpha, beta):
@@ -243,11 +249,21 @@ ROWS = {
     "jactus paper": Row(Jactus(ratio=0.6, dense="none", gain="weight+grad"), False, None),
     "jactus blind": Row(Jactus(ratio=0.6, sensitivity="none", relative=True, allocation="lagrangian"), False, None),
     "svd": Row(Svd(targets=ALL, ratio=0.5), False, svd_sizes(lambda m, n, s: max(1, int(0.5 * m * n / (m + n))))),
+    "svd pivot": Row(Svd(targets=ALL, factor="pivot"), False, svd_sizes(half_pivoted, pivot=True)),
+    "svd pivot energy": Row(
+        Svd(targets=ALL, energy=0.8, factor="pivot"), False, svd_sizes(lambda m, n, s: energy_rank(s, 0.8), pivot=True)
+    ),
     "svd energy": Row(Svd(targets=ALL, energy=0.8), False, svd_sizes(lambda m, n, s: energy_rank(s, 0.8))),
     "svd core": Row(Svd(targets=SPLIT, rank=7, train_core=True), False, svd_sizes(lambda m, n, s: 7, core=1)),
     "fwsvd": Row(Fwsvd(targets=ALL), False, svd_sizes(lambda m, n, s: max(1, int(0.5 * m * n / (m + n))))),
     "asvd": Row(Asvd(targets=ALL, rank=7), False, svd_sizes(lambda m, n, s: 7)),
     "svd_llm": Row(SvdLlm(targets=SPLIT, rank=7), False, svd_sizes(lambda m, n, s: 7)),
+    "kfac_svd": Row(KfacSvd(targets=ALL, rank=7), False, svd_sizes(lambda m, n, s: 7)),
+    "kfac_svd refit": Row(KfacSvd(targets=SPLIT, rank=7, refit=True, clip=False), False, svd_sizes(lambda m, n, s: 7)),
+    "kfac_svd error": Row(KfacSvd(targets=ALL, allocation="error", left="chol_as_released"), False, None),
+    "svd lems": Row(Svd(targets=ALL, allocation="lems", multiple_of=4), False, None),
+    "kfac_svd atp": Row(KfacSvd(targets=SPLIT, allocation="atp", factor="pivot"), False, None),
+    "svd share": Row(Svd(targets=ALL, allocation="share"), False, None),
     "basis_sharing": Row(
         BasisSharing(), False, group_sizes(lambda m, n, role: (m, n, role), lambda k: 1 if k[2] in ("o", "down") else 2)
     ),
@@ -263,6 +279,13 @@ ROWS = {
         group_sizes(lambda m, n, role: (m, n, role), lambda k: 1 if k[2] in ("o", "down") else 2),
     ),
     "dfjr": Row(Dfjr(), False, dfjr_sizes),
+    "kfac_svd pivot": Row(
+        KfacSvd(targets=SPLIT, rank=7, refit=True, factor="pivot"), False, svd_sizes(lambda m, n, s: 7, pivot=True)
+    ),
+    "basis_sharing pivot": Row(BasisSharing(factor="pivot", refit=True), False, None),
+    "dfjr pivot": Row(Dfjr(factor="pivot"), False, None),
+    "balf pivot": Row(Balf(targets=ALL, factor="pivot"), False, None),
+    "dobi_svd pivot": Row(DobiSvd(targets=ALL, steps=6, factor="pivot"), False, None),
     "balf": Row(Balf(targets=ALL), False, None),
     "balf whole": Row(Balf(targets=SPLIT, ratio=1.0), True, lambda layers: (dense(layers), 0)),
     "dobi_svd": Row(DobiSvd(targets=ALL, steps=6), False, None),

@@ -30,6 +30,7 @@ refused.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import ClassVar
 
@@ -39,7 +40,8 @@ from torch import Tensor, nn
 from recombine.core.calibration import Losses, eval_frozen, passes
 from recombine.core.method import Site, need
 from recombine.methods.allocation import round_to_budget
-from recombine.methods.svd.balf import Whitened, dims, max_rank
+from recombine.methods.svd.balf import Whitened
+from recombine.methods.svd.low_rank import dims
 from recombine.methods.svd.soft_truncation import Truncation
 from recombine.methods.svd.weighted import truncated
 
@@ -100,37 +102,42 @@ class DobiSvd(Whitened):
             )
 
     def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
-        dense = torch.tensor([site.module.weight.numel() for site in sites], dtype=torch.float64)
-        cost = torch.tensor([sum(dims(site)) for site in sites], dtype=torch.float64)  # of one rank
-        unit = cost / dense if self.unit == "rank" else torch.ones_like(dense)  # ratio per unit of `moved`
-        moved = (self.ratio / unit).requires_grad_()
+        shapes = torch.tensor([dims(site) for site in sites], dtype=torch.float64)
+        (m, n), dense = shapes.T, shapes.prod(1)
+
+        def ranks_of(moved: Tensor) -> Tensor:
+            return moved if self.unit == "rank" else self.form.rank(m, n, moved * dense)
+
+        start = torch.full_like(dense, self.ratio)
+        moved = (self.form.rank(m, n, start * dense) if self.unit == "rank" else start).requires_grad_()
+        most = self.form.rank(m, n, dense) if self.unit == "rank" else torch.ones_like(dense)
         optimizer = torch.optim.Adam([moved], lr=self.step_size)
-        with eval_frozen(model), torch.enable_grad(), self.softly(sites, lambda: moved * unit):
+        with eval_frozen(model), torch.enable_grad(), self.softly(sites, lambda: ranks_of(moved)):
             for loss in islice(passes(losses), self.steps):
-                kept = (moved * unit * dense).sum() / dense.sum()
+                kept = self.form.weights(m, n, ranks_of(moved)).sum() / dense.sum()
                 optimizer.zero_grad()
                 (LOSSES[self.loss](loss) + self.weight * (kept - self.ratio).abs()).backward()
                 optimizer.step()
-                moved.data.copy_(moved.data.clamp(min=0).minimum(1 / unit))
-        ranks = moved.detach() * unit * dense / cost
-        top = torch.tensor([max_rank(site) for site in sites], dtype=torch.float64)
-        self._ranks = round_to_budget(ranks, cost, dense / cost, top, self.ratio * float(dense.sum()))
+                moved.data.copy_(moved.data.clamp(min=0).minimum(most))
+        top = torch.tensor([self.max_rank(site) for site in sites], dtype=torch.float64)
+        stored, scale = partial(self.form.weights, m, n), dense / (m + n)
+        budget = self.ratio * float(dense.sum())
+        self._ranks = round_to_budget(ranks_of(moved.detach()), stored, scale, top, budget)
 
     @contextmanager
-    def softly(self, sites: list[Site], share: Callable[[], Tensor]) -> Iterator[None]:
+    def softly(self, sites: list[Site], ranks: Callable[[], Tensor]) -> Iterator[None]:
         """Truncates the layers' outputs softly while the block runs.
 
         Args:
-            share: returns the current ratio of every layer, (layers,).
+            ranks: returns the current real rank of every layer, (layers,).
         """
 
         def hook(site: Site, i: int):
-            m, n = dims(site)
             basis = self.left(site).to(site.module.weight)
             index = torch.arange(1, basis.shape[1] + 1, device=basis.device, dtype=basis.dtype)
 
             def truncate(linear: nn.Linear, args: tuple, y: Tensor) -> Tensor:
-                k = (share()[i] * m * n / (m + n)).to(basis)
+                k = ranks()[i].to(basis)
                 gate = (1 + torch.tanh(self.beta * (k - index))) / 2
                 y = y if linear.bias is None else y - linear.bias
                 if self.basis == "pooled":
@@ -151,9 +158,11 @@ class DobiSvd(Whitened):
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         if self._ranks is None:  # the budget is not spent yet: at most this
             return int(self.ratio * sum(site.module.weight.numel() for site in sites)), 0
-        return sum(k * sum(dims(site)) for k, site in zip(self._ranks, sites, strict=True)), 0
+        return self.stored(sites, self._ranks), 0
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         for site, k in zip(sites, self._ranks, strict=True):
-            self.kept.put(model, site.name, truncated(site, self.left(site)[:, :k]))
+            layer = truncated(site, self.left(site)[:, :k])
+            self.finish([layer])
+            self.kept.put(model, site.name, layer)
             self.kept.drop(site.name)

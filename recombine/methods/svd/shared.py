@@ -3,7 +3,7 @@
 The weights W_i (m_i, n) of a group stand in one stack W (sum m_i, n), of which the best rank k is kept:
 W_i ~ left_i right. In the papers' convention (in, out) that is S [W_1^T ... W_g^T] = U Sigma V^T. A group stores
 right (k, n), one parameter of all its layers, and left_i (m_i, k) of each. k is the largest with
-k (n + sum m_i) <= ratio n sum m_i. Nothing trains.
+k (n + sum m_i) <= ratio n sum m_i. With `factor=pivot` the group stores k^2 weights less. Nothing trains.
 
 Basis Sharing groups consecutive layers of one role. It weighs inputs with S S^T = E[x x^T], summed over the group.
 Paper: at high ratios the coefficients left_i are fitted again to the inputs that the compressed layers give (`refit`).
@@ -49,9 +49,11 @@ class SharedSvd(Truncated, abstract=True):
         return {"left": left.to(weights[0]), "right": right.to(weights[0])}
 
     def factored(self, sites: list[Site]) -> dict[str, FactoredLinear]:
-        """The factored layers, by site name."""
+        """The factored layers, by site name; those that stay dense are left out."""
         layers = {}
         for group in progress.of(self.groups(sites), "rewriting", "groups"):
+            if self.stays_dense(group):
+                continue
             found = self.digested(group)
             basis = nn.Parameter(found["right"], requires_grad=False)  # one parameter: it counts once
             for site, part in zip(group, found["left"].split([len(site.module.weight) for site in group]), strict=True):
@@ -60,7 +62,9 @@ class SharedSvd(Truncated, abstract=True):
         return layers
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
-        for name, layer in self.factored(sites).items():
+        layers = self.factored(sites)
+        self.finish(layers.values())
+        for name, layer in layers.items():
             self.kept.put(model, name, layer)
 
 
@@ -100,7 +104,9 @@ class BasisSharing(SharedSvd):
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         if not self.refit:
             return super().rewrite(model, sites)
-        refit(model, sites, self.factored(sites), losses)
+        layers = self.factored(sites)
+        refit(model, [site for site in sites if site.name in layers], layers, losses)
+        self.finish(layers.values())
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from recombine.core.method import Site, need
 from recombine.layers import FactoredLinear
-from recombine.methods.svd.truncated import Spectral, directions
+from recombine.methods.svd.spectral import Spectral, directions
 
 
 @dataclass(kw_only=True)

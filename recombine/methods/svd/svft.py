@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from recombine.core.method import Site, need
 from recombine.errors import UsageError
 from recombine.layers import FactoredLinear
-from recombine.methods.svd.truncated import Spectral, directions
+from recombine.methods.svd.spectral import Spectral, directions
 
 
 @dataclass(kw_only=True)

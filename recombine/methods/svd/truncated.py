@@ -1,54 +1,21 @@
-"""Truncated SVD, the plainest compressor: W ~ U_k S_k V_k^T (Eckart & Young 1936).
-
-A layer stores left = U_k S_k^1/2 (m, k) and right = S_k^1/2 V_k^T (k, n), and nothing trains. With `train_core` it
-stores left = U_k, tail = s (k,) and right = V_k^T, and the k singular values train (CRISP Tab. 2, "SVD Eigenvalues").
-"""
+"""What methods share that keep the same share of every matrix."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
-
-from recombine.core.method import Method, Site, need
-from recombine.layers import FactoredLinear
-from recombine.linalg import energy_rank, svd
+from recombine.core.method import Site, need
 from recombine.methods.ranks import check_rank, rank_notes
-from recombine.runtime import progress
+from recombine.methods.svd.low_rank import LowRank
 
 
 @dataclass(kw_only=True)
-class Spectral(Method, abstract=True):
-    """The base of the methods that factor weights: the SVD of each layer is computed once."""
-
-    compresses: ClassVar[bool] = True
-
-    def digest(self, group: list[Site]) -> dict[str, Tensor]:
-        """The SVD of a layer's weight in float64: u (m, N), s (N,), vh (N, n) with N = min(m, n)."""
-        return dict(zip(("u", "s", "vh"), svd(group[0].module.weight), strict=True))
-
-    def factors(self, site: Site) -> tuple[Tensor, ...]:
-        """U (m, N), s (N,) and Vh (N, n) of a layer, in float64, computed once."""
-        found = self.digested([site])
-        return found["u"], found["s"], found["vh"]
-
-    def spectrum(self, site: Site) -> Tensor:
-        """The singular values s (N,) of a layer; nothing else is read."""
-        return self.digested([site])["s"]
-
-    def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
-        for site in progress.of(sites, "rewriting", "layers"):
-            self.kept.put(model, site.name, self.recombine(site))
-            self.kept.drop(site.name)
-
-
-@dataclass(kw_only=True)
-class Truncated(Spectral, abstract=True):
+class Truncated(LowRank, abstract=True):
     """The base of the methods that keep the same share of every matrix.
 
     A matrix is a layer's weight, or the weights of a group of layers in one stack.
 
     Args:
-        ratio: share of the weights of a matrix (m, n) that is kept, k = ratio m n / (m + n).
+        ratio: share of the weights of a matrix (m, n) that is kept, k = ratio m n / (m + n) with `factor=plain`.
         rank: the same k for all matrices, instead of `ratio`; narrower ones have their full rank.
     """
 
@@ -59,6 +26,7 @@ class Truncated(Spectral, abstract=True):
     conflicting_fields: ClassVar[tuple[str, ...]] = ("rank",)
 
     def check(self, sites: list[Site]) -> None:
+        super().check(sites)
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
         if self.rank is not None:
             check_rank(self, self.widths(sites))
@@ -80,59 +48,16 @@ class Truncated(Spectral, abstract=True):
     def group_rank(self, group: list[Site]) -> int:
         """The rank k of a group's matrix."""
         m, n = shape(group)
-        return max(1, int(self.ratio * m * n / (m + n))) if self.rank is None else min(self.rank, m, n)
+        return self.whole_rank(m, n, self.ratio) if self.rank is None else min(self.rank, m, n)
+
+    def stays_dense(self, group: list[Site]) -> bool:
+        """Whether a group's layers are smallest as they are."""
+        return self.factor == "pivot" and self.group_rank(group) == min(shape(group))
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        return sum(self.group_rank(group) * sum(shape(group)) for group in self.groups(sites)), 0
+        return sum(self.form.weights(*shape(group), self.group_rank(group)) for group in self.groups(sites)), 0
 
 
 def shape(group: list[Site]) -> tuple[int, int]:
     """The shape (m, n) of a group's weights in one stack."""
     return sum(site.module.weight.shape[0] for site in group), group[0].module.weight.shape[1]
-
-
-def directions(site: Site) -> int:
-    """The number of a layer's singular values, N = min(m, n)."""
-    return min(site.module.weight.shape)
-
-
-@dataclass(kw_only=True)
-class Svd(Truncated):
-    """Truncates the SVD of every weight (Eckart & Young 1936).
-
-    Args:
-        ratio: share of a layer's weights that is kept, k = ratio m n / (m + n).
-        rank: the same k for all layers, instead of `ratio`.
-        energy: instead of `ratio`, the smallest k of each layer that keeps this share of the squared singular values.
-        train_core: the k singular values train.
-    """
-
-    energy: float | None = None
-    train_core: bool = False
-
-    budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "energy": "energy", "memory": "ratio"}
-    conflicting_fields: ClassVar[tuple[str, ...]] = ("rank", "energy")
-
-    def check(self, sites: list[Site]) -> None:
-        super().check(sites)
-        if self.energy is not None:
-            need(0 < self.energy <= 1, self, "energy", "is a share of the energy, so it must lie in (0, 1]")
-
-    def group_rank(self, group: list[Site]) -> int:
-        if self.rank is None and self.energy is not None:
-            return energy_rank(self.spectrum(group[0]), self.energy)
-        return super().group_rank(group)
-
-    def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        core = self.train_core * sum(self.group_rank([site]) for site in sites)
-        return super().sizes(sites)[0] + core, core
-
-    def recombine(self, site: Site) -> FactoredLinear:
-        u, s, vh = self.factors(site)
-        k, weight, bias = self.group_rank([site]), site.module.weight, site.module.bias
-        if self.train_core:
-            layer = FactoredLinear(u[:, :k].to(weight), vh[:k].to(weight), tail=s[:k].to(weight), bias=bias)
-            layer.tail.requires_grad_(True)
-            return layer
-        root = s[:k].sqrt()
-        return FactoredLinear((u[:, :k] * root).to(weight), (root[:, None] * vh[:k]).to(weight), bias=bias)

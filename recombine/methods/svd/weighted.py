@@ -22,20 +22,18 @@ Paper: LoRA on U, then on V. Here: LoRA on the whole layer (method@compressor=sv
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
 from recombine.core.method import Site, need
 from recombine.layers import FactoredLinear
 from recombine.linalg import project, weighted_svd
+from recombine.methods.svd.allocated import Allocated
 from recombine.methods.svd.refit import refit
-from recombine.methods.svd.truncated import Truncated
-from recombine.runtime import progress
 
 
 @dataclass(kw_only=True)
-class WeightedSvd(Truncated, abstract=True):
+class WeightedSvd(Allocated, abstract=True):
     """The base of the three methods.
 
     Args:
@@ -44,27 +42,35 @@ class WeightedSvd(Truncated, abstract=True):
 
     refit: bool = False
 
-    sizes_need_statistics: ClassVar[bool] = False
-
     def moment(self, site: Site) -> Tensor:
         """The layer's M (n, n), or its diagonal (n,)."""
         raise NotImplementedError(type(self).__name__)
 
-    def digest(self, group: list[Site]) -> dict[str, Tensor]:
-        """left (m, k) and right (k, n) of a layer, as they are stored."""
-        weight = group[0].module.weight
-        u = weighted_svd(weight, self.moment(group[0]))[0][:, : self.group_rank(group)]
-        return dict(zip(("left", "right"), stored(u, weight), strict=True))
+    def optimum(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+        """left (m, k) and right (k, n) at the largest rank k that may be needed, and the spectrum s (N,), in float64.
 
-    def recombine(self, site: Site) -> FactoredLinear:
+        The first columns and rows of left and right are the optimum at a smaller rank.
+        """
+        weight = site.module.weight
+        u, s = weighted_svd(weight, self.moment(site))
+        return *project(u[:, : self.largest(site)], weight), s
+
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        """left and right of `optimum`, in the type of W; and s, where ranks depend on it."""
+        left, right, s = self.optimum(group[0])
+        found = {"left": left.to(group[0].module.weight), "right": right.to(group[0].module.weight)}
+        return found if self.allocation == "uniform" else found | {"s": s}
+
+    def pair(self, site: Site, k: int) -> tuple[Tensor, Tensor]:
         found = self.digested([site])
-        return FactoredLinear(found["left"], found["right"], bias=site.module.bias)
+        return found["left"][:, :k].clone(), found["right"][:k].clone()
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         if not self.refit:
             return super().rewrite(model, sites)
-        layers = {site.name: self.recombine(site) for site in progress.of(sites, "factors", "layers")}
-        refit(model, sites, layers, losses)
+        layers = dict(self.factored(sites))
+        refit(model, [site for site in sites if site.name in layers], layers, losses)
+        self.finish(layers.values())
 
 
 def truncated(site: Site, u: Tensor) -> FactoredLinear:

@@ -10,7 +10,7 @@ import recombine
 from helpers import ALL
 from helpers.weighted import group_of, learnt
 from recombine import Balf
-from recombine.methods.svd.balf import dims
+from recombine.methods.svd.low_rank import dims
 from zoo import ARCHS, build, losses
 
 

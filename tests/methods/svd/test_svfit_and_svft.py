@@ -13,7 +13,7 @@ from helpers.matrices import KINDS, matrix
 from recombine import Rosa, Svfit, Svft, models
 from recombine.core.method import Site
 from recombine.core.rewrite import find_sites
-from recombine.methods.svd.truncated import directions
+from recombine.methods.svd.spectral import directions
 from zoo import batch, build, losses
 
 

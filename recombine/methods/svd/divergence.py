@@ -1,0 +1,118 @@
+"""How far cut layers move a model's predictions, measured on calibration data without labels."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recombine.core.calibration import Losses, eval_frozen
+from recombine.errors import UsageError
+
+TEMPERATURE = 0.6  # of both distributions, as in LEMS's code
+ROWS = 256  # predictions that are compared at once: a vocabulary may be large
+Cut = Mapping[str, tuple[Tensor, Tensor]]  # left (m, k) and right (k, n) in place of weights, by module name
+
+
+def divergences(model: nn.Module, cuts: Sequence[Cut], losses: Losses) -> tuple[list[float], bool]:
+    """The mean KL(model || cut model) of each cut over all predictions, and whether each token has one.
+
+    One pass over the calibration batches serves all cuts: whenever the model is called, its forward runs again with
+    every cut in place. Padding does not count. Where the model returns no logits, or one number a sample, it is the
+    rise of the loss instead, at least 0, with a pass for every cut.
+
+    Raises:
+        UsageError: a pass had no batch, or a divergence is not finite.
+    """
+    found = Predictions(model, cuts)
+    with eval_frozen(model), torch.no_grad():
+        hook = model.register_forward_hook(found.compare, with_kwargs=True)
+        try:
+            before = mean(losses)
+        finally:
+            hook.remove()
+        if not found.count:
+            found.sums, found.count = [max(0.0, rise(model, cut, losses) - before) for cut in cuts], 1
+    values = [total / found.count for total in found.sums]
+    if not all(map(math.isfinite, values)):
+        raise UsageError("calibration: a cut model's predictions are not finite; use float32 or other batches")
+    return values, found.tokens
+
+
+class Predictions:
+    """The running sums of the divergences.
+
+    sums: of each cut. count: predictions so far. tokens: each token has one.
+    """
+
+    def __init__(self, model: nn.Module, cuts: Sequence[Cut]):
+        self.model, self.cuts = model, cuts
+        self.sums, self.count, self.tokens = [0.0] * len(cuts), 0, False
+
+    def compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook of the model, with_kwargs, that adds a call's predictions."""
+        if (logits := logits_of(output)) is None:
+            return
+        mask, self.tokens = kwargs.get("attention_mask"), logits.ndim == 3
+        keep = mask.bool() if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] else None
+        self.count += logits[..., 0].numel() if keep is None else int(keep.sum())
+        for i, cut in enumerate(self.cuts):
+            with standing_in(model, cut):
+                other = logits_of(model.forward(*args, **kwargs))  # not model(...): the hook would run again
+            self.sums[i] += divergence(logits, other, keep)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits (..., classes) of what a model returns; None: it has none, or one number each."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) and logits.ndim > 1 and logits.shape[-1] > 1 else None
+
+
+def divergence(logits: Tensor, other: Tensor, keep: Tensor | None) -> float:
+    """The sum of KL(logits || other) in float64, both (..., classes), where keep (...) says so."""
+    total = 0.0
+    for pair in zip(*(rows(x, keep).split(ROWS) for x in (logits, other)), strict=True):
+        p, q = (F.log_softmax(x.double() / TEMPERATURE, -1) for x in pair)
+        total += float((p.exp() * (p - q)).sum())
+    return total
+
+
+def rows(logits: Tensor, keep: Tensor | None) -> Tensor:
+    """Logits (..., classes) as (predictions, classes)."""
+    return logits.flatten(0, -2) if keep is None else logits[keep]
+
+
+@contextmanager
+def standing_in(model: nn.Module, cut: Cut) -> Iterator[None]:
+    """Gives the outputs of the cut layers in place of those of the model's while the block runs."""
+
+    def hook(left: Tensor, right: Tensor):
+        return lambda layer, args, y: F.linear(F.linear(args[0], right), left, layer.bias)
+
+    hooks = [model.get_submodule(name).register_forward_hook(hook(*pair)) for name, pair in cut.items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def rise(model: nn.Module, cut: Cut, losses: Losses) -> float:
+    """The mean loss with a cut in place."""
+    with standing_in(model, cut):
+        return mean(losses)
+
+
+def mean(losses: Losses) -> float:
+    """The mean of one pass over the batches.
+
+    Raises:
+        UsageError: it had none.
+    """
+    values = [float(loss) for loss in losses()]
+    if not values:
+        raise UsageError("calibration: a pass had no batch: losses() must begin anew and yield at least one")
+    return sum(values) / len(values)
