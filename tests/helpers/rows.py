@@ -18,6 +18,7 @@ from recombine import (
     Isomorphic,
     Jactus,
     LinearProbe,
+    Modegpt,
     PcLora,
     Peft,
     PruneNet,
@@ -294,6 +295,15 @@ ROWS = {
     "isomorphic split": Row(
         Isomorphic(targets=SPLIT, head_dims=0.0, width=False), False, isomorphic_sizes(48), ("tiny_vit",)
     ),
+    "modegpt": Row(Modegpt(), False, None, ("tiny_vit", "tiny_swin", "tiny_llama"), same_shape=False),
+    "modegpt split": Row(
+        Modegpt(targets=SPLIT, ratio=0.7, allocation="blocks", query_key="select", intercept=False),
+        False,
+        None,
+        ("tiny_vit", "tiny_swin", "tiny_llama"),
+        same_shape=False,
+    ),
+    "modegpt neurons": Row(Modegpt(targets=("up", "down", "gate?"), ratio=0.2), False, mlp_sizes(0.2)),
     "wecolora": Row(WeCoLora(rank=5), False, wecolora_sizes(5), same_shape=False),
     "pc_lora": Row(PcLora(ratio=0.4), True, pc_lora_sizes(0.4)),
     "full": Row(Full(targets=ALL), True, lambda layers: (dense(layers), dense(layers))),

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recombine.core.method import Site, need
+from recombine.core.method import Method, Site, need
 from recombine.errors import UsageError
 from recombine.methods.pruning.base import Structural, reconfigure
 from recombine.models import roles
@@ -58,15 +58,7 @@ class MlpPruning(Structural, abstract=True):
         need(self.ratio >= least, self, "ratio", f"must be at least {least}: one neuron an MLP, other targets whole")
 
     def before_budget(self, model: nn.Module, sites: list[Site], losses) -> None:
-        parts = roles.find(model, ("up", "down", "gate?"), nn.Module)
-        if missing := parts.keys() - {site.name for site in sites}:
-            role = parts[min(missing)]
-            raise UsageError(f"method.targets={list(self.targets)}: a neuron is cut out of {role} too, name it as well")
-        known = {id(p) for name in parts for p in model.get_submodule(name).parameters()}
-        holders = {name.rpartition(".")[0] for name, role in parts.items() if role == "up"}
-        if any(id(p) not in known for name in holders for p in model.get_submodule(name).parameters()):
-            owner = f"{type(self).__name__}: the MLPs of this {type(model).__name__}"
-            raise UsageError(f"{owner} hold more than up, down and gate: take a compressor that leaves their width")
+        require_whole(self, model, sites)
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         return [i / 1000 for i in range(math.ceil(1000 * self.least(sites)), 1001)]
@@ -106,6 +98,23 @@ class MlpPruning(Structural, abstract=True):
                 cut(mlp.down, kept, 1)
         if hasattr(model, "config") and len(set(counts)) == 1:
             reconfigure(model, intermediate_size=counts[0])
+
+
+def require_whole(method: Method, model: nn.Module, sites: list[Site]) -> None:
+    """Checks that MLPs are named as a whole, and hold nothing else.
+
+    Raises:
+        UsageError: they are not.
+    """
+    parts = roles.find(model, ("up", "down", "gate?"), nn.Module)
+    if missing := parts.keys() - {site.name for site in sites}:
+        role = parts[min(missing)]
+        raise UsageError(f"method.targets={list(method.targets)}: a neuron is cut out of {role} too, name it as well")
+    known = {id(p) for name in parts for p in model.get_submodule(name).parameters()}
+    holders = {name.rpartition(".")[0] for name, role in parts.items() if role == "up"}
+    if any(id(p) not in known for name in holders for p in model.get_submodule(name).parameters()):
+        owner = f"{type(method).__name__}: the MLPs of this {type(model).__name__}"
+        raise UsageError(f"{owner} hold more than up, down and gate: take a compressor that leaves their width")
 
 
 def cut(linear: nn.Linear, kept: Tensor, dim: int) -> None:
