@@ -55,10 +55,6 @@ class Attention(NamedTuple):
         least = min(step, self.width)
         return least, least
 
-    def largest(self, goal: float, round_to: int) -> int:
-        """The largest width whose weights are no more than the goal, the least width where none is."""
-        return largest(self, goal, round_to)
-
 
 class Neurons(NamedTuple):
     """up, gate where there is one, and down of one MLP, whose `width` is the number of its neurons."""
@@ -88,10 +84,6 @@ class Neurons(NamedTuple):
         """(least width, what widths are multiples of)."""
         least = min(round_to, self.width)
         return least, least
-
-    def largest(self, goal: float, round_to: int) -> int:
-        """The largest width whose weights are no more than the goal, the least width where none is."""
-        return largest(self, goal, round_to)
 
 
 Part = Attention | Neurons

@@ -59,11 +59,11 @@ def attention(part: Attention, moments: Moments, width: int, select: bool, inter
     found = {f"{role}.weight": affine.weight.to(o.weight) for role, affine in new.items()}
     found |= {f"{role}.bias": affine.bias.to(o.weight) for role, affine in new.items()}
     found["o.weight"] = torch.cat(columns, 1).to(o.weight)
-    return (
-        found
-        | ({} if shift is None else {"o.bias": shift.to(o.weight)})
-        | ({"turns": torch.stack(turns)} if turns else {})
-    )
+    if shift is not None:
+        found["o.bias"] = shift.to(o.weight)
+    if turns:
+        found["turns"] = torch.stack(turns)
+    return found
 
 
 def batches(parts: list, size: int) -> list[list]:

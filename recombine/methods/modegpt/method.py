@@ -15,7 +15,7 @@ function. Here: without rotary positions the best product of rank k is taken, wh
 Paper: second moments alone. Here: with `intercept` moments are centred where a bias takes the rest, as in CORP's MLP.
 Keys are centred too, since softmax drops what a query adds to all its logits.
 Paper's code: a group of heads that share v truncates v alone. Here: the group's output matrices count, stacked.
-Paper: all parts of a block lose the same share. Here: heads take whole dimensions, and the neurons make up for the rest.
+Paper: all parts of a block lose the same share. Here: heads take whole dimensions, neurons make up for it.
 Paper's code: the ridges are absolute. Here: they are shares of the mean of the diagonal.
 """
 
@@ -33,7 +33,6 @@ from recombine.methods.modegpt.allocation import sparsities, turns
 from recombine.methods.modegpt.blocks import Attention, Part
 from recombine.methods.pruning.base import Structural, comes_first, reconfigure
 from recombine.methods.pruning.compensation import Moments
-from recombine.models import roles
 from recombine.runtime import progress
 from recombine.runtime.kinds import Count, Positive, PositiveShare, Weight
 
@@ -70,8 +69,7 @@ class Modegpt(Structural):
     def __post_init__(self):
         super().__post_init__()
         self.known: blocks.Known | None = None  # of `survey`
-        self.sparsities: Tensor | None = None  # as a function of the ratio they come from these scores of the blocks
-        self.scores: Tensor | None = None
+        self.scores: Tensor | None = None  # of the blocks, for the allocation by them
 
     @property
     def sizes_need_statistics(self) -> bool:
@@ -150,7 +148,7 @@ class Modegpt(Structural):
             left = share * sum(part.weights for part in here)
             for i, part in enumerate(here):  # attentions come first
                 goal = left * part.weights / sum(other.weights for other in here[i:])
-                found[part.name] = part.largest(goal, self.round_to)
+                found[part.name] = blocks.largest(part, goal, self.round_to)
                 left -= part.unit * found[part.name]
         return found
 
