@@ -51,7 +51,13 @@ LATER = {  # keys that came after the first results, with what they were by then
 } | {
     f"{slot}.{key}": value
     for slot in ("method", "compressor")
-    for key, value in {"loss": "plain", "mimicry.factor": 1.0, "mimicry.noise": 0.0, "mimicry.clip": None}.items()
+    for key, value in {
+        "compensate": "none",
+        "loss": "plain",
+        "mimicry.factor": 1.0,
+        "mimicry.noise": 0.0,
+        "mimicry.clip": None,
+    }.items()
 }
 
 

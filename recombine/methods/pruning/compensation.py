@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+RIDGE = 1e-6  # lambda, as a share of the mean of the diagonal, where a method has no field for it
 TINY = 1e-30  # keeps a matrix of zeros invertible
 
 
