@@ -289,6 +289,7 @@ ROWS = {
     "linear_probe": Row(LinearProbe(targets=ALL), True, lambda layers: (dense(layers), 0), CLASSIFIERS),
     "dgmr": Row(Dgmr(), False, mlp_sizes(0.5)),
     "dgmr beside attention": Row(Dgmr(targets=ALL, ratio=0.6), False, mlp_sizes(0.6)),
+    "dgmr ridge": Row(Dgmr(compensate="ridge", ratio=0.2), False, mlp_sizes(0.2)),
     "prunenet": Row(PruneNet(ratio=0.3, episodes=2), False, mlp_sizes(0.3)),
     "prunenet paper": Row(PruneNet(ratio=0.3, episodes=2, estimator="paper"), False, mlp_sizes(0.3)),
     "isomorphic": Row(Isomorphic(head_dims=0.0), False, isomorphic_sizes(24), ("tiny_vit",)),

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from recombine.methods.modegpt.blocks import Attention, Neurons, Part
 from recombine.methods.modegpt.closed_forms import Affine, largest, leverage, query_key, stacked, value_output
 from recombine.methods.pruning.compensation import Moments, compensated
+from recombine.models import fused_qkv
 from recombine.models.attention import narrow
 from recombine.models.fused_qkv import Layout, SplitLinear
 
@@ -113,6 +114,12 @@ def select(model: nn.Module, turns: dict[str, list[list[int]]]) -> None:
 
         for name, columns in turns.items():
             rotary.select(model, name, columns)
+
+
+def fuse(model: nn.Module) -> list[str]:
+    """Fuses q, k and v where one layer was split into them; returns the names of those layers."""
+    others = (n for n, m in model.named_modules() if isinstance(m, SplitLinear) and m.parts != ("q", "k", "v"))
+    return fused_qkv.fuse(model, frozenset(others))
 
 
 def rejoin(model: nn.Module) -> None:

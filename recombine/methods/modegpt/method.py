@@ -33,6 +33,7 @@ from recombine.methods.modegpt.allocation import sparsities, turns
 from recombine.methods.modegpt.blocks import Attention, Part
 from recombine.methods.pruning.base import Structural, comes_first, reconfigure
 from recombine.methods.pruning.compensation import Moments
+from recombine.models import fused_qkv
 from recombine.runtime import progress
 from recombine.runtime.kinds import Count, Positive, PositiveShare, Weight
 
@@ -77,6 +78,7 @@ class Modegpt(Structural):
         return self.allocation == "blocks"
 
     def survey(self, model: nn.Module, sites: list[Site]) -> None:
+        comes_first(self, model)
         self.known = blocks.survey(self, model, sites)
 
     def check(self, sites: list[Site]) -> None:
@@ -121,7 +123,6 @@ class Modegpt(Structural):
         return cutting.mlp(part, moments, width, self.leverage, self.ridge, self.intercept)
 
     def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
-        comes_first(self, model)
         if self.allocation == "blocks":
             need_losses(self, losses)
             self.scores = turns(model, losses)
@@ -165,6 +166,8 @@ class Modegpt(Structural):
         return said
 
     def prune(self, model: nn.Module, sites: list[Site]) -> None:
+        fused_qkv.split(model, self.split)
+        sites = [site._replace(module=model.get_submodule(site.name)) for site in sites]
         parts, widths = self.parts(sites), self.widths(sites)
         self.rotary: dict[str, list[list[int]]] = {}
         for part in progress.of(parts, "cutting", "parts"):
@@ -177,15 +180,20 @@ class Modegpt(Structural):
                     self.rotary[part.name] = tensors["turns"].tolist()
         cutting.select(model, self.rotary)
         cutting.rejoin(model)
+        cutting.fuse(model)
         neurons = {widths[part.name] for part in parts if not isinstance(part, Attention)}
         if hasattr(model, "config") and len(neurons) == 1 and hasattr(model.config, "intermediate_size"):
             reconfigure(model, intermediate_size=neurons.pop())
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses: Losses | None = None) -> None:
+        self.split = cutting.fuse(model)  # the description is of fused layers
         super().rewrite(model, sites)
         self.structure["rotary"] = self.rotary
+        fused_qkv.split(model, self.split)
 
     def from_spec(self, model: nn.Module, layers: dict[str, dict]) -> None:
         cutting.select(model, layers["structure"]["rotary"])
+        split = cutting.fuse(model)
         super().from_spec(model, layers)
         cutting.rejoin(model)
+        fused_qkv.split(model, split)
