@@ -82,5 +82,5 @@ def select(model: nn.Module, name: str, turns: list[list[int]]) -> None:
         vars(new)[key] = vars(old)[key].copy()
     weight = old.q_proj.weight
     device = "cpu" if weight.is_meta else weight.device
-    new.register_buffer("turns", torch.tensor(turns, device=device), persistent=False)
+    new.register_buffer("turns", torch.tensor(turns, device=device))
     model.set_submodule(name, new)

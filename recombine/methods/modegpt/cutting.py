@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from recombine.core.sites import parent
 from recombine.methods.modegpt.blocks import Attention, Neurons, Part
 from recombine.methods.modegpt.closed_forms import Affine, largest, leverage, query_key, stacked, value_output
+from recombine.methods.pruning.base import say_neurons
 from recombine.methods.pruning.compensation import Moments, compensated
 from recombine.models import fused_qkv
 from recombine.models.attention import narrow
@@ -85,6 +87,7 @@ def put(model: nn.Module, part: Part, tensors: dict[str, Tensor], width: int) ->
     out = part.out.module
     if isinstance(part, Neurons):
         kept = tensors["kept"]
+        say_neurons(model.get_submodule(parent(part.name)), part.width, width)
         for site in part.into:
             layer, rows = site.module, kept.to(site.module.weight.device)
             replace(layer, layer.weight.detach()[rows], None if layer.bias is None else layer.bias.detach()[rows])

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from recombine.core.method import Method, Site, need
+from recombine.core.sites import parent
 from recombine.errors import UsageError
-from recombine.methods.pruning.base import Structural, reconfigure
+from recombine.methods.pruning.base import Structural, reconfigure, say_neurons
 from recombine.methods.pruning.compensation import RIDGE, Moments, compensated
 from recombine.models import roles
 
@@ -123,6 +124,7 @@ class MlpPruning(Structural, abstract=True):
         chosen = [self.chosen[site.name] for site in downs] if ridge else self.choose(mlps, counts)
         for mlp, kept, site in zip(mlps, chosen, downs, strict=True):
             if len(kept) < mlp.up.out_features:
+                say_neurons(model.get_submodule(parent(site.name)), mlp.up.out_features, len(kept))
                 for linear in mlp.into:
                     cut(linear, kept, 0)
                 cut(mlp.down, kept, 1)
