@@ -59,6 +59,7 @@ LATER = {  # keys that came after the first results, with what they were by then
         "factor": "plain",
         "loss": "plain",
         "multiple_of": 8,
+        "compensate": "none",
         "mimicry.factor": 1.0,
         "mimicry.noise": 0.0,
         "mimicry.clip": None,

@@ -181,16 +181,13 @@ def normalise(stats: dict[str, Stats], backward: bool) -> None:
             raise UsageError(f"calibration: no gradient reached {name}: {why}")
     for inputs in {id(layer.inputs): layer.inputs for layer in stats.values()}.values():
         count = max(inputs.tokens, 1)
-        inputs.xx, inputs.x4, inputs.absolute = (
-            over(mirrored(inputs.xx), count),
-            inputs.x4 / count,
-            over(inputs.absolute, count),
-        )
+        inputs.xx, inputs.x4 = over(mirrored(inputs.xx), count), inputs.x4 / count
+        inputs.mean, inputs.absolute = over(inputs.mean, count), over(inputs.absolute, count)
     for name, layer in stats.items():
         count = max(layer.tokens, 1)
         layer.gg, layer.g4, layer.gx = over(mirrored(layer.gg), count), layer.g4 / count, over(layer.gx, count)
         layer.fisher = over(layer.fisher, max(layer.batches, 1))
-        for value in (layer.inputs.xx, layer.inputs.absolute, layer.gg, layer.gx, layer.fisher):
+        for value in (layer.inputs.xx, layer.inputs.mean, layer.inputs.absolute, layer.gg, layer.gx, layer.fisher):
             if isinstance(value, Tensor) and not all(end.isfinite() for end in value.aminmax()):
                 raise UsageError(f"calibration: the statistics of {name} are not finite; use float32 or other batches")
 

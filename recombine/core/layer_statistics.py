@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 KINDS = {  # what a method can ask for -> the fields of Inputs and Stats that it fills
     "inputs": "xx, x4",
+    "mean": "mean",
     "magnitudes": "absolute",
     "outputs": "gg, g4",
     "clipped": "none; the gradients of outputs are clipped",
@@ -33,6 +34,7 @@ class Inputs:
     tokens: int = 0
     xx: Tensor | float = 0.0  # (n, n): E[x x^T]
     x4: float = 0.0  # E[|x|^4]
+    mean: Tensor | float = 0.0  # (n,): E[x]
     absolute: Tensor | float = 0.0  # (n,): E[|x_j|]
     layers: int = 1  # how many hold it
     version: int = field(default_factory=VERSIONS.__next__)  # of these sums; no two are the same
@@ -89,7 +91,7 @@ def statistics_hook(stats: Stats, wanted: set[str], mask: list, seen: dict, anch
     def hook(layer: nn.Module, args: tuple, y: Tensor):
         stats.calls += 1
         source, keep = args[0], valid(mask, args[0])
-        if wanted & {"inputs", "magnitudes"}:
+        if wanted & {"inputs", "mean", "magnitudes"}:
             key = stats.inputs.version, id(source)  # the sums are shared for as long as the layers read the same
             if key not in seen or seen[key][0]() is not source:
                 seen[key] = (ref(source), add_inputs(stats.inputs, tokens(source, keep), wanted))
@@ -133,13 +135,15 @@ def add_inputs(inputs: Inputs, x: Tensor, wanted: set[str]) -> Inputs:
     """The sums with the inputs x (tokens, n) added: the same ones, or new ones where other layers hold these."""
     if inputs.layers > 1:
         inputs.layers -= 1
-        copies = {k: v.clone() for k in ("xx", "absolute") if isinstance(v := getattr(inputs, k), Tensor)}
+        copies = {k: v.clone() for k in ("xx", "mean", "absolute") if isinstance(v := getattr(inputs, k), Tensor)}
         inputs = replace(inputs, layers=1, **copies)
     inputs.version = next(VERSIONS)
     inputs.tokens += len(x)
     if "inputs" in wanted:
         inputs.xx = gram_added(inputs.xx, x)
         inputs.x4 += x.double().square().sum(1).square().sum().item()
+    if "mean" in wanted:
+        inputs.mean = added(inputs.mean, x.double().sum(0))
     if "magnitudes" in wanted:
         inputs.absolute = added(inputs.absolute, x.abs().double().sum(0))
     return inputs

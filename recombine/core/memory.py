@@ -109,7 +109,7 @@ def sums(sites: list[Site], kinds: set[str]) -> int:
     """Bytes of the layers' running sums in float64."""
     total = 0
     for n in {source(site): site.module.weight.shape[1] for site in sites}.values():
-        total += ("inputs" in kinds) * n * n + ("magnitudes" in kinds) * n
+        total += ("inputs" in kinds) * n * n + len(kinds & {"mean", "magnitudes"}) * n
     for m, n in (site.module.weight.shape for site in sites):
         total += ("outputs" in kinds) * m * m + bool(kinds & {"cross", "fisher"}) * m * n  # dL/dW of a batch
         total += ("cross" in kinds) * m * n + ("fisher" in kinds) * m * n

@@ -27,7 +27,8 @@ class Method:
 
     The hooks are called in this order:
 
-        apply                   check                       the fields, against the target layers
+        apply                   survey                      what the layers do not say, such as the number of heads
+                                check                       the fields, against the target layers
                                 statistics_needed           then the statistics are collected into `self.stats`
                                 groups, digest              they are worked off group by group, and dropped
                                 before_budget               learns what the sizes depend on
@@ -87,12 +88,11 @@ class Method:
         given = [f"{key}.{n}={value}" for n in self.conflicting_fields if (value := getattr(self, n)) is not None]
         return f"{' and '.join(given)} both set the size: drop one of them" if len(given) > 1 else None
 
-    def check(self, sites: list[Site]) -> None:
-        """Checks the fields against the target layers.
+    def survey(self, model: nn.Module, sites: list[Site]) -> None:
+        """Notes what the layers alone do not say, such as the number of heads; refuses modules that it cannot cut."""
 
-        Raises:
-            UsageError: a field is out of range for these layers.
-        """
+    def check(self, sites: list[Site]) -> None:
+        """Checks the fields against the target layers; raises UsageError for one that is out of range."""
 
     def statistics_needed(self) -> set[str]:
         """Kinds of statistics to collect into `self.stats`, out of `calibration.KINDS`: {"inputs"}, for example."""

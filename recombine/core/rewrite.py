@@ -182,6 +182,7 @@ def find_sites(model: nn.Module, method: Method) -> list[Site]:
     sites = [Site(name, role, roles.layer_at(model, name)) for name, role in roles_by_name.items()]
     check_layers(model, method, sites)
     with fields_as_typed(method):
+        method.survey(model, sites)
         method.check(sites)
     return sites
 

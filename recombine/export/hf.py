@@ -20,6 +20,7 @@ from torch import nn
 
 from recombine.errors import UsageError
 from recombine.export import hf_layers
+from recombine.export.cut import rotary_text
 from recombine.export.plan import Plan, planned
 from recombine.models import rebuild, roles
 from recombine.runtime.atomic import atomic_write
@@ -86,7 +87,7 @@ def code(model: nn.Module, timm: bool) -> str:
     from recombine.export import hf_models  # imports transformers, which is slow
 
     name, own = type(model).__name__, type(model).__module__.startswith("recombine.")
-    base = inspect.getsource(hf_models.OfTimm if timm else hf_models.OfTransformers)
+    base = rotary_text(model) + inspect.getsource(hf_models.OfTimm if timm else hf_models.OfTransformers)
     if timm:
         imports = "import timm\nfrom transformers import PretrainedConfig, PreTrainedModel\n"
         imports += "from transformers.modeling_outputs import ImageClassifierOutput\n"
@@ -144,7 +145,7 @@ def configuration(model: nn.Module, architecture: dict, plan: Plan, module: Modu
         skipped = {*rebuild.NOT_BUILT_FROM, "use_cache"}
         values = {k: v for k, v in model.config.to_diff_dict().items() if k not in skipped}
         config = module.RecombinedConfig.from_dict(values)
-    config.recombined = {"layers": plan.layers, "shared": plan.shared, "attributes": plan.attributes}
+    config.recombined = plan.told()
     named = f"{CODE}.{cls.__name__}"
     config.architectures = [cls.__name__]
     config.auto_map = {"AutoConfig": f"{CODE}.RecombinedConfig", "AutoModel": named, task_class(cls.__name__): named}

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from recombine.export.hf_layers import put_layers
+from recombine.models.rotary import select
 
 
 class OfTransformers:
@@ -25,6 +26,8 @@ class OfTransformers:
             if code is not None:
                 config.auto_map = code
         put_layers(self, config.recombined)
+        for name, turns in config.recombined.get("turns", {}).items():
+            select(self, name, turns)
 
 
 class OfTimm(PreTrainedModel):

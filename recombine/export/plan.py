@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recombine.core.checkpoint.merging import merged
 from recombine.errors import UsageError
+from recombine.export.cut import structures
 from recombine.layers import DeltaLinear, FactoredLinear, RecombinedLinear, ScaleShift, SharedBasisLinear
 from recombine.models.fused_qkv import OPENED, READS, TRANSPOSED, SplitLinear
 
@@ -20,7 +21,7 @@ from recombine.models.fused_qkv import OPENED, READS, TRANSPOSED, SplitLinear
 class Plan:
     """layers: entry by module name. shared: (inputs, outputs) by key. tensors: by the names of the exported model.
 
-    attributes: what else differs from the plain model, by module name.
+    attributes: what else differs from the plain model, by module name. turns: of `models.rotary`, likewise.
 
     keys: of the shared matrices, by identity.
     """
@@ -28,8 +29,14 @@ class Plan:
     layers: dict[str, dict] = field(default_factory=dict)
     attributes: dict[str, dict] = field(default_factory=dict)
     shared: dict[str, list[int]] = field(default_factory=dict)
+    turns: dict[str, list[list[int]]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[int, str] = field(default_factory=dict)
+
+    def told(self) -> dict[str, dict]:
+        """What stands under `recombined` in config.json."""
+        told = {"layers": self.layers, "shared": self.shared, "attributes": self.attributes}
+        return told | ({"turns": self.turns} if self.turns else {})
 
     def share(self, matrix: Tensor) -> str:
         """The key of a matrix that several layers use; it is taken up once."""
@@ -67,7 +74,27 @@ def planned(model: nn.Module) -> Plan:
             inside += (f"{name}.",)
     kept = dict(model.named_parameters()) | {k: b for k, b in model.named_buffers() if k in model.state_dict()}
     plan.tensors |= {name: tensor for name, tensor in kept.items() if not name.startswith(inside)}
+    plan_cuts(model, plan)
     return plan
+
+
+def plan_cuts(model: nn.Module, plan: Plan) -> None:
+    """Adds the smaller linear layers, the numbers of modules and the selected turns to a plan.
+
+    What else was cut, such as norms or whole blocks, is left: the comparison with the file's tensors refuses it.
+    """
+    modules = dict(model.named_modules())
+    split = tuple(f"{name}." for name, module in modules.items() if isinstance(module, SplitLinear))
+    for structure in structures(model):
+        for name, module in modules.items():
+            cut = f"{name}.weight" in structure["shapes"] and type(module) is nn.Linear
+            if cut and name not in plan.layers and not name.startswith(split or ("\0",)):
+                plan.layers[name] = linear_spec(module)
+        for path, value in structure["attributes"].items():
+            name, _, key = path.rpartition(".")
+            if name not in plan.layers and not isinstance(value, list):
+                plan.attributes.setdefault(name, {})[key] = value
+        plan.turns |= structure.get("rotary") or {}
 
 
 def split(module: SplitLinear) -> dict:

@@ -12,7 +12,7 @@ from recombine.core.rewrite import find_sites
 from recombine.models import roles
 from zoo import ARCHS, batch, build, loss, losses
 
-EVERYTHING = {"inputs", "magnitudes", "outputs", "cross", "fisher"}
+EVERYTHING = {"inputs", "mean", "magnitudes", "outputs", "cross", "fisher"}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -48,6 +48,7 @@ def test_statistics_are_the_plain_means(arch):
         x, g, one = np.concatenate(xs), np.concatenate(gs), stats[site.name]
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12 * abs(np.asarray(b)).max())  # noqa: E731
         close(one.inputs.xx.numpy(), x.T @ x / len(x))
+        close(one.inputs.mean.numpy(), x.mean(0))
         close(one.inputs.absolute.numpy(), abs(x).mean(0))
         close(one.inputs.x4, ((x**2).sum(1) ** 2).mean())
         close(one.gg.numpy(), g.T @ g / len(g))

@@ -92,6 +92,33 @@ def test_the_exported_model_is_the_same(arch, method, tmp_path):
     assert torch.equal(logits(again(tmp_path / "again", arch), x), logits(model, x))
 
 
+CUT = {
+    "modegpt": recombine.Modegpt(ratio=0.6),
+    "modegpt by block": recombine.Modegpt(targets=("q", "k", "v", "o", "up", "down", "gate?"), allocation="blocks"),
+    "dgmr": recombine.Dgmr(),
+    "isomorphic": recombine.Isomorphic(width=False),
+}
+
+
+@pytest.mark.parametrize("adapter", [None, recombine.Peft(), recombine.Ssf()], ids=["alone", "lora", "ssf"])
+@pytest.mark.parametrize("method", CUT)
+@pytest.mark.parametrize("arch", ["tiny_vit", "tiny_swin", "tiny_llama"])
+def test_a_cut_model_is_the_same(arch, method, adapter, tmp_path):
+    """Smaller layers, narrower heads and selected turns; alone, and under an adapter."""
+    if method == "isomorphic" and arch != "tiny_vit":
+        pytest.skip("a ViT only")
+    model = build(arch)
+    recombine.apply(model, CUT[method], losses=losses(model))
+    if adapter is not None:
+        recombine.apply(model, adapter)
+    recombine.export(model.eval(), tmp_path / "hf")
+    x, found = batch(model), again(tmp_path / "hf", arch)
+    assert torch.equal(logits(found, x), logits(model, x))
+    assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in model.parameters())
+    found.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again(tmp_path / "again", arch), x), logits(model, x))
+
+
 def test_the_parts_are_linear_layers(tmp_path):
     """Adapters and quantisers find the factors, and a layer that they have changed is called, not read."""
     model = made("tiny_llama", "shared_basis")

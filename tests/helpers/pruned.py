@@ -3,10 +3,10 @@
 import torch
 
 import recombine
-from recombine import Dgmr, Isomorphic, Peft, PruneNet, WeCoLora
+from recombine import Dgmr, Isomorphic, Modegpt, Peft, PruneNet, WeCoLora
 from zoo import batch, build, outputs
 
-CUTTERS = [Dgmr(ratio=0.4), PruneNet(ratio=0.4, episodes=2), Isomorphic(), WeCoLora(rank=4)]
+CUTTERS = [Dgmr(ratio=0.4), PruneNet(ratio=0.4, episodes=2), Isomorphic(), WeCoLora(rank=4), Modegpt()]
 LORA = Peft(rank=3, options={"lora_alpha": 3})
 
 

@@ -62,7 +62,9 @@ def test_attention_keeps_no_matrix_of_tokens_by_tokens():
         assert (watch.peak > 2 * 512 * 512 * 4) is least
 
 
-@pytest.mark.parametrize("kinds", [{"inputs"}, {"inputs", "outputs"}, {"magnitudes"}, {"fisher"}, {"inputs", "cross"}])
+@pytest.mark.parametrize(
+    "kinds", [{"inputs"}, {"inputs", "outputs"}, {"magnitudes"}, {"inputs", "mean"}, {"fisher"}, {"inputs", "cross"}]
+)
 def test_statistics_in_closed_form_are_those_that_calibration_holds(kinds):
     model = models.build(**conf.load("model", "tiny_llama"))
     sites = rewrite.find_sites(model, from_name("svd", {}, "method"))
@@ -70,7 +72,7 @@ def test_statistics_in_closed_form_are_those_that_calibration_holds(kinds):
     stats = collect(model, sites, lambda: [loss.loss(model, BATCH)[0]], kinds)
     held = {}
     for layer in stats.values():
-        for value in (layer.gg, layer.gx, layer.fisher, layer.inputs.xx, layer.inputs.absolute):
+        for value in (layer.gg, layer.gx, layer.fisher, layer.inputs.xx, layer.inputs.mean, layer.inputs.absolute):
             held |= {id(value): value.nbytes} if isinstance(value, torch.Tensor) else {}
     batch = sum(site.module.weight.numel() for site in sites) * bool(kinds & {"cross", "fisher"})  # of one batch, gone
     assert memory.sums(sites, kinds) - 8 * batch == sum(held.values())

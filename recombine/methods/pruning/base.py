@@ -137,6 +137,12 @@ def keep_blocks(model: nn.Module, kept: Collection[int]) -> None:
         reconfigure(model, num_hidden_layers=len(kept))
 
 
+def say_neurons(owner: nn.Module, old: int, new: int) -> None:
+    """Sets what an MLP says of its width, such as LlamaMLP."""
+    if getattr(owner, "intermediate_size", None) == old:
+        owner.intermediate_size = new
+
+
 def reconfigure(model: nn.Module, **values: int) -> None:
     """Sets entries of a Hugging Face model's config, such as num_hidden_layers=6.
 

@@ -18,11 +18,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from recombine.core.calibration import Losses
 from recombine.core.method import Site, need, need_losses
 from recombine.methods.pruning.base import Structural, comes_first
+from recombine.methods.pruning.compensation import RIDGE, Moments, compensated
 from recombine.methods.pruning.isomorphic_graph import Kept, attentions, find_parts
 from recombine.models import fused_qkv
 
@@ -42,6 +43,7 @@ class Isomorphic(Structural):
         round_to: the number of neurons, head dimensions or channels that stays is rounded down to a multiple of this.
         width: cut the embedding too, as the paper does. Block outputs of teacher and student then differ in width, so
             a distillation cannot compare them.
+        compensate: none; or ridge, down and o make up for the neurons and heads that are cut (`compensation.py`).
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down")
@@ -51,6 +53,7 @@ class Isomorphic(Structural):
     head_dims: float = 0.25
     round_to: int = 1
     width: bool = True
+    compensate: str = "none"
 
     budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
     needs_trained_head: ClassVar[bool] = True
@@ -62,12 +65,39 @@ class Isomorphic(Structural):
             need(0 <= getattr(self, name) < 1, self, name, "is a share that is cut, so it must lie in [0, 1)")
         need(self.channels + self.heads + self.head_dims > 0, self, "channels", "one of the shares must be more than 0")
         need(self.round_to >= 1, self, "round_to", "must be at least 1")
+        need(self.compensate in ("none", "ridge"), self, "compensate", "must be none or ridge")
         named = {site.role for site in sites}
         whole = {"o", "up", "down"} <= named and ("qkv" in named or {"q", "k", "v"} <= named)
         need(whole, self, "targets", "whole blocks of linear layers are cut, and first: name qkv, o, up and down")
         up = [site.module.out_features for site in sites if site.role == "up"]
         down = [site.module.in_features for site in sites if site.role == "down"]
         need(up == down, self, "targets", "up is not as wide as down here: gate and up are in one layer")
+
+    def statistics_needed(self) -> set[str]:
+        return set() if self.compensate == "none" else {"inputs", "mean"}
+
+    def groups(self, sites: list[Site]) -> list[list[Site]]:
+        """Each layer by itself that reads what is compensated."""
+        return [[site] for site in sites if site.role in ("o", "down")]
+
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        """The moments of a layer's input: what is cut is not known yet."""
+        inputs = self.stats[group[0].name].inputs
+        return {"second": inputs.xx, "mean": inputs.mean}
+
+    def fold(self, sites: list[Site], kept: Kept) -> None:
+        """Writes into every o and down, in place, what they need once their other inputs are cut."""
+        stay = {"o": iter(self.parts.inner(kept)), "down": iter(kept.neurons)}
+        for site in sites:
+            if site.role in stay and len(inputs := next(stay[site.role])) < site.module.in_features:
+                found, layer = self.digested([site]), site.module
+                moments = Moments(found["second"], found["mean"])
+                weight, bias = compensated(layer.weight, layer.bias, moments, inputs, RIDGE)
+                whole = layer.weight.detach().clone()
+                whole[:, inputs] = weight.to(whole)
+                layer.weight.data = whole  # torch-pruning's graph knows the parameter
+                if bias is not None:
+                    layer.bias.data = bias.to(layer.bias)
 
     def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         comes_first(self, model)
@@ -108,6 +138,8 @@ class Isomorphic(Structural):
 
     def prune(self, model: nn.Module, sites: list[Site]) -> None:
         kept = self.plan(sites)
+        if self.compensate == "ridge":
+            self.fold(sites, kept)
         self.parts.prune(kept)
         for attention, heads, dims in zip(attentions(model), kept.heads, kept.dims, strict=True):
             attention.num_heads, attention.head_dim = len(heads), len(dims)

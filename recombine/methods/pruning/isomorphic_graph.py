@@ -62,14 +62,17 @@ class Parts(NamedTuple):
             best([score.mean(0) for score in scores], dims, multiple),
         )
 
-    def prune(self, kept: Kept) -> None:
-        """Cuts everything else out of the layers, in place."""
-        inner = [
+    def inner(self, kept: Kept) -> list[Tensor]:
+        """The inputs of each block's o that stay."""
+        return [
             (heads[:, None] * form[1] + dims).flatten()
             for heads, dims, form in zip(kept.heads, kept.dims, self.forms, strict=True)
         ]
+
+    def prune(self, kept: Kept) -> None:
+        """Cuts everything else out of the layers, in place."""
         parts = [self.stem, *self.mlps, *self.attentions]
-        for part, stay in zip(parts, [kept.channels, *kept.neurons, *inner], strict=True):
+        for part, stay in zip(parts, [kept.channels, *kept.neurons, *self.inner(kept)], strict=True):
             if gone := sorted(set(range(len(part.score))) - set(stay.tolist())):
                 self.graph.get_pruning_group(part.layer, part.pruner, gone).prune()
 

@@ -7,9 +7,11 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recombine.core.method import Site, need
+from recombine.core.method import Method, Site, need
+from recombine.core.sites import parent
 from recombine.errors import UsageError
-from recombine.methods.pruning.base import Structural, reconfigure
+from recombine.methods.pruning.base import Structural, reconfigure, say_neurons
+from recombine.methods.pruning.compensation import RIDGE, Moments, compensated
 from recombine.models import roles
 
 
@@ -38,10 +40,12 @@ class MlpPruning(Structural, abstract=True):
     Args:
         ratio: share of all target layers' weights that is kept. Targets outside of the MLPs stay as they are, so the
             MLPs lose more: with ViT-B's q, k, v, o, up and down at 0.5, a quarter of the neurons is left.
+        compensate: none; or ridge, down makes up for what is cut, which needs calibration data (`compensation.py`).
     """
 
     targets: tuple[str, ...] = ("up", "down", "gate?")
     ratio: float = 0.5
+    compensate: str = "none"
 
     budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
 
@@ -49,7 +53,13 @@ class MlpPruning(Structural, abstract=True):
         """The indices of the neurons that stay, counts[i] of them in MLP i, ascending."""
         raise NotImplementedError(type(self).__name__)
 
+    @property
+    def sizes_need_statistics(self) -> bool:
+        """Never: what is compensated is known first."""
+        return self.compensate == "none"
+
     def check(self, sites: list[Site]) -> None:
+        need(self.compensate in ("none", "ridge"), self, "compensate", "must be none or ridge")
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
         need({"up", "down"} <= {site.role for site in sites}, self, "targets", "a neuron is cut out of up and down")
         whole = all(mlp.up.out_features == mlp.down.in_features for mlp in self.mlps(sites))
@@ -57,16 +67,26 @@ class MlpPruning(Structural, abstract=True):
         least = math.ceil(1000 * self.least(sites)) / 1000
         need(self.ratio >= least, self, "ratio", f"must be at least {least}: one neuron an MLP, other targets whole")
 
+    def statistics_needed(self) -> set[str]:
+        return set() if self.compensate == "none" else {"inputs", "mean"}
+
+    def groups(self, sites: list[Site]) -> list[list[Site]]:
+        """Each down by itself; which neurons stay is chosen by then."""
+        downs = [site for site in sites if site.role == "down"]
+        chosen = self.choose(self.mlps(sites), self.counts(sites))
+        self.chosen = {site.name: kept for site, kept in zip(downs, chosen, strict=True)}
+        return [[site] for site in downs]
+
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        """The new weight (m, k) of a down and its bias, where it has one."""
+        (site,) = group
+        down, inputs = site.module, self.stats[site.name].inputs
+        moments = Moments(inputs.xx, inputs.mean)
+        weight, bias = compensated(down.weight, down.bias, moments, self.chosen[site.name], RIDGE)
+        return {"weight": weight.to(down.weight)} | ({} if bias is None else {"bias": bias.to(down.bias)})
+
     def before_budget(self, model: nn.Module, sites: list[Site], losses) -> None:
-        parts = roles.find(model, ("up", "down", "gate?"), nn.Module)
-        if missing := parts.keys() - {site.name for site in sites}:
-            role = parts[min(missing)]
-            raise UsageError(f"method.targets={list(self.targets)}: a neuron is cut out of {role} too, name it as well")
-        known = {id(p) for name in parts for p in model.get_submodule(name).parameters()}
-        holders = {name.rpartition(".")[0] for name, role in parts.items() if role == "up"}
-        if any(id(p) not in known for name in holders for p in model.get_submodule(name).parameters()):
-            owner = f"{type(self).__name__}: the MLPs of this {type(model).__name__}"
-            raise UsageError(f"{owner} hold more than up, down and gate: take a compressor that leaves their width")
+        require_whole(self, model, sites)
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         return [i / 1000 for i in range(math.ceil(1000 * self.least(sites)), 1001)]
@@ -99,13 +119,36 @@ class MlpPruning(Structural, abstract=True):
 
     def prune(self, model: nn.Module, sites: list[Site]) -> None:
         mlps, counts = self.mlps(sites), self.counts(sites)
-        for mlp, kept in zip(mlps, self.choose(mlps, counts), strict=True):
+        ridge = self.compensate == "ridge"
+        downs = [site for site in sites if site.role == "down"]
+        chosen = [self.chosen[site.name] for site in downs] if ridge else self.choose(mlps, counts)
+        for mlp, kept, site in zip(mlps, chosen, downs, strict=True):
             if len(kept) < mlp.up.out_features:
+                say_neurons(model.get_submodule(parent(site.name)), mlp.up.out_features, len(kept))
                 for linear in mlp.into:
                     cut(linear, kept, 0)
                 cut(mlp.down, kept, 1)
+                for key, tensor in self.digested([site]).items() if ridge else ():
+                    setattr(mlp.down, key, nn.Parameter(tensor, requires_grad=False))
         if hasattr(model, "config") and len(set(counts)) == 1:
             reconfigure(model, intermediate_size=counts[0])
+
+
+def require_whole(method: Method, model: nn.Module, sites: list[Site]) -> None:
+    """Checks that MLPs are named as a whole, and hold nothing else.
+
+    Raises:
+        UsageError: they are not.
+    """
+    parts = roles.find(model, ("up", "down", "gate?"), nn.Module)
+    if missing := parts.keys() - {site.name for site in sites}:
+        role = parts[min(missing)]
+        raise UsageError(f"method.targets={list(method.targets)}: a neuron is cut out of {role} too, name it as well")
+    known = {id(p) for name in parts for p in model.get_submodule(name).parameters()}
+    holders = {name.rpartition(".")[0] for name, role in parts.items() if role == "up"}
+    if any(id(p) not in known for name in holders for p in model.get_submodule(name).parameters()):
+        owner = f"{type(method).__name__}: the MLPs of this {type(model).__name__}"
+        raise UsageError(f"{owner} hold more than up, down and gate: take a compressor that leaves their width")
 
 
 def cut(linear: nn.Linear, kept: Tensor, dim: int) -> None:

@@ -5,7 +5,7 @@ import torch
 
 import recombine
 from helpers.pruned import CUTTERS, LORA, ids, reload
-from recombine import Isomorphic, Peft, Ssf, Svft, WeCoLora
+from recombine import Isomorphic, Modegpt, Peft, Ssf, Svft, WeCoLora
 from recombine.core.account import layer_report
 from recombine.core.rewrite import finish
 from zoo import ARCHS, batch, build, losses, outputs, train
@@ -38,6 +38,8 @@ def test_zero_and_duplicate_weights_make_no_nan(method):
 def test_any_method_adapts_what_is_left(method, second, arch, tmp_path):
     if isinstance(method, Isomorphic) and arch != "tiny_vit":
         pytest.skip("a ViT only")
+    if isinstance(method, Modegpt) and arch == "tiny_deberta":
+        pytest.skip("its attention also reads keys of positions")
     model = pruned(arch, method)
     dense = model.recombined.dense
     finish(model, method, alone=False)
