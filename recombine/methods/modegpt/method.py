@@ -160,9 +160,9 @@ class Modegpt(Structural):
     def notes(self, sites: list[Site]) -> list[str]:
         parts, said = self.parts(sites), []
         if self.query_key == "svd" and any(isinstance(p, Attention) and p.heads.rotary for p in parts):
-            said.append("method.query_key=svd: positions turn queries and keys here, so pairs are selected")
+            said.append(f"{self.key}.query_key=svd: positions turn queries and keys here, so pairs are selected")
         if self.intercept and (bare := [p for p in parts if p.out.module.bias is None]):
-            said.append(f"method.intercept=true: {bare[0].out.name} has no bias, so nothing takes the means there")
+            said.append(f"{self.key}.intercept=true: {bare[0].out.name} has no bias, so nothing takes the means there")
         return said
 
     def prune(self, model: nn.Module, sites: list[Site]) -> None:
