@@ -18,7 +18,10 @@ WIDTH = {  # class of timm or transformers -> the attribute that holds the dimen
     "MistralAttention": "head_dim",
     "Qwen2Attention": "head_dim",
 }
-TIMM = ("Attention", "WindowAttention")
+TIMM = {  # modules that the class is timm's plain one in; others have classes of the same name
+    "Attention": ("timm.layers.attention", "timm.models.vision_transformer"),
+    "WindowAttention": ("timm.models.swin_transformer",),
+}
 ROTARY = ("LlamaAttention", "MistralAttention", "Qwen2Attention")  # turn pairs (i, i + width / 2) by the position
 FIX = "give targets=[up,down,gate?], which leaves the attention as it is"
 
@@ -45,8 +48,8 @@ def heads(name: str, module: nn.Module) -> Heads:
     Raises:
         UsageError: its heads cannot be made narrower.
     """
-    kind, library = type(module).__name__, type(module).__module__.partition(".")[0]
-    if kind not in WIDTH or library != ("timm" if kind in TIMM else "transformers"):
+    kind, home = type(module).__name__, type(module).__module__
+    if kind not in WIDTH or not (home in TIMM[kind] if kind in TIMM else home.startswith("transformers.")):
         raise UsageError(f"{name} is a {kind}, whose heads cannot be made narrower: {FIX}")
     normed = [key for key, part in module.named_children() if "norm" in key and not isinstance(part, nn.Identity)]
     if normed:

@@ -49,11 +49,9 @@ class Attention(NamedTuple):
         """Weights of one dimension of all heads."""
         return self.weights // self.width
 
-    def steps(self, round_to: int) -> tuple[int, int]:
-        """(least width, what widths are multiples of)."""
-        step = math.lcm(2, round_to) if self.heads.rotary else round_to
-        least = min(step, self.width)
-        return least, least
+    def step(self, round_to: int) -> int:
+        """What smaller widths are multiples of, and so the least."""
+        return min(math.lcm(2, round_to) if self.heads.rotary else round_to, self.width)
 
 
 class Neurons(NamedTuple):
@@ -80,10 +78,9 @@ class Neurons(NamedTuple):
         """Weights of one neuron."""
         return self.weights // self.width
 
-    def steps(self, round_to: int) -> tuple[int, int]:
-        """(least width, what widths are multiples of)."""
-        least = min(round_to, self.width)
-        return least, least
+    def step(self, round_to: int) -> int:
+        """What smaller widths are multiples of, and so the least."""
+        return min(round_to, self.width)
 
 
 Part = Attention | Neurons
@@ -91,9 +88,8 @@ Part = Attention | Neurons
 
 def largest(part: Part, goal: float, round_to: int) -> int:
     """The largest width of a part whose weights are no more than the goal, the least width where none is."""
-    least, step = part.steps(round_to)
-    most = int(goal / part.unit + 1e-9)
-    return part.width if most >= part.width else max(least, most // step * step)
+    step, most = part.step(round_to), int(goal / part.unit + 1e-9)
+    return part.width if most >= part.width else max(step, most // step * step)
 
 
 def survey(method: Method, model: nn.Module, sites: list[Site]) -> Known:

@@ -90,9 +90,7 @@ class Modegpt(Structural):
         need(self.leverage > 0, self, "leverage", "must be more than 0, or no neuron scores more than another")
         need(self.ridge >= 0, self, "ridge", "must be 0 or more")
         need(self.round_to >= 1, self, "round_to", "must be at least 1")
-        parts = self.parts(sites)
-        total = sum(part.weights for part in parts)
-        least = math.ceil(1000 * sum(part.unit * part.steps(self.round_to)[0] for part in parts) / total) / 1000
+        least = math.ceil(1000 * self.least(sites)) / 1000
         need(self.ratio >= least, self, "ratio", f"must be at least {least}: one dimension and one neuron a block")
 
     def parts(self, sites: list[Site]) -> list[Part]:
@@ -128,9 +126,12 @@ class Modegpt(Structural):
             self.scores = turns(model, losses)
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
+        return [i / 1000 for i in range(math.ceil(1000 * self.least(sites)), 1001)]
+
+    def least(self, sites: list[Site]) -> float:
+        """The ratio at which every part has its least width."""
         parts = self.parts(sites)
-        least = sum(part.unit * part.steps(self.round_to)[0] for part in parts) / sum(part.weights for part in parts)
-        return [i / 1000 for i in range(math.ceil(1000 * least), 1001)]
+        return sum(part.unit * part.step(self.round_to) for part in parts) / sum(part.weights for part in parts)
 
     def shares(self, parts: list[Part]) -> dict[int, float]:
         """The share of its weights that each block keeps, by its place."""

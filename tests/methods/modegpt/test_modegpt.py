@@ -275,6 +275,12 @@ def test_heads_that_are_normalised_or_unknown_are_refused():
     assert "q_norm normalises what would be cut: give targets=[up,down,gate?]" in refusal(
         recombine.apply, normed, Modegpt(), losses=lambda: [normed(torch.randn(1, 3, 32, 32)).sum()]
     )
+    for arch in ("swinv2_tiny_window8_256", "beit_base_patch16_224"):  # their classes have the plain ones' names
+        other = timm.create_model(
+            arch, embed_dim=24 if "swin" in arch else 48, num_heads=(2, 2, 2, 2) if "swin" in arch else 4
+        )
+        line = refusal(recombine.apply, other, Modegpt(), losses=lambda: [])
+        assert "ttention, whose heads cannot be made narrower" in line
     deberta = made("tiny_deberta")
     line = refusal(recombine.apply, deberta, Modegpt(), losses=losses(deberta))
     assert "DisentangledSelfAttention, whose heads cannot be made narrower" in line
