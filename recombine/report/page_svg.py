@@ -26,23 +26,29 @@ def svg(text: str, name: str, label: str) -> Markup:
         label: what a reader who sees no picture hears.
     """
     drawn = text[text.index("<svg") : text.rindex("</svg>") + len("</svg>")]
-    drawn = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>", "", drawn, flags=re.S)  # would hold for the whole page
-    drawn = re.sub(r'(?<= id=")(figure_1)(?=")', thumb_id(name), drawn)
+    drawn = re.sub(
+        r"<style.*?</style>|<metadata>.*?</metadata>", "", drawn, flags=re.S
+    )  # would hold for the whole page
+    drawn = drawn.replace(' id="figure_1"', "")
     drawn = re.sub(r' id="[\w.]+_\d+"', "", drawn)  # axes_1 and its like, in every figure
     ids = dict.fromkeys(re.findall(r' id="([^"]+)"', drawn))
-    hashed = "|".join(re.escape(one) for one in ids if one not in ("halo", thumb_id(name)))
+    hashed = "|".join(re.escape(one) for one in ids if one != "halo")
     if hashed:  # clips and markers of two plots may be called the same
         drawn = re.sub(rf'( id="|"#|url\(#)({hashed})(?=[")])', rf"\1{thumb_id(name)}-\2", drawn)
     drawn = drawn.replace(' id="halo"', ' class="halo"')
     drawn = re.sub(r' transform="rotate\(-0 [^"]*"|(?<=style=")[^"]*', lambda match: themed(match[0]), drawn)
     shape = "wide" if viewed(drawn)[0] > 440 else "narrow"  # of several panels, or of one
-    return Markup(drawn.replace("<svg ", f'<svg class="{shape}" role="img" aria-label="{escape(label)}" ', 1))
+    return Markup(
+        drawn.replace(
+            "<svg ", f'<svg id="{thumb_id(name)}" class="{shape}" role="img" aria-label="{escape(label)}" ', 1
+        )
+    )
 
 
 def thumb(drawn: Markup, name: str) -> Markup:
     """The same plot small, drawn by reference to the large one, so that it takes no room. For eyes only."""
     width, height = viewed(drawn)
-    use = Markup(f'<use href="#{thumb_id(name)}"/>')
+    use = Markup(f'<use href="#{thumb_id(name)}" width="100%" height="100%"/>')
     return tag("svg", use, viewBox=f"0 0 {width:g} {height:g}", class_="thumb", aria_hidden="true")
 
 

@@ -25,7 +25,7 @@ bar; a seed counts only with all its runs, as a mean over what happens to be the
 import io
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -42,8 +42,9 @@ plt.switch_backend("Agg")  # files, no windows
 
 def save(spec: Mapping[str, Mapping], runs: Runs, folder: Path) -> list[Path]:
     """Writes every plot as <folder>/<name>.svg; one that no record has numbers for is left out."""
+    kept = replace(runs, records=[replace(record, result=record.data) for record in runs.records])  # as it is committed
     written = []
-    for name, figure in figures(spec, runs).items():
+    for name, figure in figures(spec, kept).items():
         text = f"{as_svg(figure, name)}{drawn.closing(drawn.digest(name, spec[name], runs))}\n"
         (path := folder / f"{name}.svg").write_text(text, encoding="utf-8")
         written.append(path)

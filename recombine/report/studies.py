@@ -2,16 +2,16 @@
 
 A folder `experiments/<name>/` is a study once it has a README.md. The page reads of it
 
-    # Title                                # the first heading
-    ![what it shows](figure.svg)           # the first SVG, with the sentence that it proves as its text; or else
-    figure.csv                             # the first CSV, by name, with the columns `method` and `accuracy`, and if there
-                                           # is an interval `low` and `high`: drawn as bars
-    ## Findings                            # its list; the first three stand on the first screen
+    # Title                     # the first heading
+    ![what it shows](x.svg)     # the first SVG, whose text is the sentence that it proves; or else
+    x.csv                       # the first CSV with the columns `method` and `accuracy`, and `low` and `high` if there
+                                # are intervals: drawn as bars
+    ## Findings                 # its list; the first three stand on the first screen
     - A sentence. More.
 
-The first of `LEADS` that has a figure and findings leads the page; every other study is a card. Of the experiments with
-tables, a paragraph or an item of a list that links to a file of their evidence is what is known of them, and the sentence
-that links to a plot is that plot's caption.
+The first of `LEADS` that has a picture and findings leads the page; the other studies are folded below. Of an
+experiment with a table, a paragraph or an item of a list that links to a file of its evidence says what is known of it,
+and the sentence that links to a plot is the plot's caption.
 """
 
 import csv
