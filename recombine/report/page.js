@@ -168,7 +168,9 @@ function located(nav) {
     for (const { target, isIntersecting } of entries) {
       if (!isIntersecting) continue;
       nav.querySelector("[aria-current]")?.removeAttribute("aria-current");
-      links.get(target.id).setAttribute("aria-current", "true");
+      const link = links.get(target.id);
+      link.setAttribute("aria-current", "true");
+      nav.scrollTo({ left: link.offsetLeft - 20, top: link.offsetTop - nav.clientHeight / 2 });
     }
   }, { rootMargin: "-10% 0px -85% 0px" });
   for (const name of links.keys()) seen.observe(document.getElementById(name));

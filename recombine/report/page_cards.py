@@ -12,6 +12,11 @@ from recombine.report.render import ours
 from recombine.report.table_data import Table
 from recombine.report.ties import level, main, margin
 
+LEVEL = (
+    "Level, = in the tables: not told apart from the best, as the means differ by no more than both standard "
+    "deviations over the seeds and both standard errors of the test sets together."
+)
+
 
 def index(started: Sequence[Report], lead: bool) -> Markup:
     """Links to every section, which stay in sight. lead: there is a first screen."""
@@ -27,9 +32,13 @@ def index(started: Sequence[Report], lead: bool) -> Markup:
 def cards(started: Sequence[Report], thumbs: Mapping[str, tuple[Markup, str] | None]) -> Markup:
     """A card an experiment. thumbs: name of an experiment -> its plot in small and what that shows; others get bars."""
     items = [card(report, thumbs.get(report.table.name)) for report in started]
-    title = tag("h2", "Experiments", id="experiments-title")
     return tag(
-        "section", title, tag("ul", *items, class_="cards"), id="experiments", aria_labelledby="experiments-title"
+        "section",
+        tag("h2", "Experiments", id="experiments-title"),
+        tag("p", LEVEL, class_="about"),
+        tag("ul", *items, class_="cards"),
+        id="experiments",
+        aria_labelledby="experiments-title",
     )
 
 
@@ -38,9 +47,8 @@ def card(report: Report, small: tuple[Markup, str] | None) -> Markup:
     table = report.table
     about, what = short(table)
     picture, shows = small or (bars(table), "")
-    lines = [
-        tag("p", spoken(line), class_=kind) for kind, line in (("best", best(table) or shows), ("order", order(table))) if line
-    ]
+    said = (("best", best(table) or shows), ("order", order(table)))
+    lines = [tag("p", spoken(line), class_=kind) for kind, line in said if line]
     if table.done < table.total or report.runs.failed:
         failed = f", {len(report.runs.failed)} failed" if report.runs.failed else ""
         lines.append(tag("p", f"{table.done} of {table.total} runs{failed}", class_="runs"))
@@ -74,13 +82,16 @@ def best(table: Table) -> str:
 
 
 def order(table: Table) -> str:
-    """How many pairs of rows come in the paper's order, beside what chance gives."""
-    j = main(table)
-    found = agreement.of_column(table, j) if j is not None else None
-    if not found or not found.pairs:
-        return ""
-    chance = f"chance gives {found.mean:g} ± {found.deviation:.1f}"
-    return f"{found.same:g} of {found.pairs} pairs in the paper's order; {chance}."
+    """How many pairs of rows come in the paper's order, beside what chance gives: in the column that says most, or else
+    in the first that the paper has numbers for."""
+    first = main(table)
+    for j in dict.fromkeys([*([] if first is None else [first]), *range(len(table.columns))]):
+        found = agreement.of_column(table, j)
+        if found.pairs:
+            where = "" if j == first else f" ({table.columns[j].title})"
+            chance = f"chance gives {found.mean:g} ± {found.deviation:.1f}"
+            return f"{found.same:g} of {found.pairs} pairs in the paper's order{where}; {chance}."
+    return ""
 
 
 def bars(table: Table) -> Markup | None:

@@ -115,16 +115,16 @@ def said(found: Iterable[Study]) -> dict[str, Said]:
 def note(about: dict[str, Said], block: str, base: Path) -> None:
     """Adds a paragraph to what is said of the experiments that it links to."""
     block = block.removeprefix("- ")
-    intro = LEAD_IN.match(block)
+    begin = found.end() if (found := LEAD_IN.match(block)) else 0
+    parts = sentences(block[begin:])
+    places = [(parts[0], block[:begin]), *((part, part) for part in parts)]  # (caption, where its link stands)
     for name in dict.fromkeys(filter(None, (linked(target, base)[0] for _, _, target in LINK.findall(block)))):
         one = about.setdefault(name, Said(base=base))
         one.texts.append(block)
-        parts = sentences(block[intro.end() :] if intro else block)
-        for part, where in [(parts[0], block[: intro.end()])] * bool(intro) + [(part, part) for part in parts]:
-            for _, _, target in LINK.findall(where):
-                experiment, plot = linked(target, base)
+        for caption, where in places:
+            for experiment, plot in (linked(target, base) for _, _, target in LINK.findall(where)):
                 if experiment == name and plot:
-                    one.captions[plot] = LINK.sub(r"\2", part)
+                    one.captions[plot] = LINK.sub(r"\2", caption)
 
 
 def linked(target: str, base: Path) -> tuple[str | None, str | None]:

@@ -11,34 +11,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from browser import CHROMIUM, browser
 from helpers import ROOT
-from helpers.report_runs import METHODS, SCORES, SPEC, TAB07, runs
-from recombine import report
+from helpers.report_runs import EVIL, METHODS, PLOTS, SCORES, one, runs
 from recombine.errors import UsageError
-from recombine.report import page, page_svg, records, table
+from recombine.report import page, page_svg, records
 from recombine.report.records import Runs
 from recombine.runner import grid
-from recombine.runner.grid import Experiment
 
-EVIL = '<img src=x onerror="document.title=1"> & "quoted"'
-PAPER = {"file": TAB07, "where": {"metric": "top1"}, "columns": {"a": "CIFAR-100", "b": "DTD"}}
-PLOTS = {
-    "losses": {"kind": "curves", "y": "curves.train/loss", "line": "method"},
-    "memory": {"kind": "xy", "x": "account.memory_mib", "y": "test.acc", "point": "method", "xlabel": EVIL},
-    "subspaces": {"kind": "heat", "y": "similarity", "where": {"method": "LoRA"}},
-}
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
-
-
-def one(name: str, found: Runs, **more) -> report.Report:
-    """A report of fabricated runs."""
-    axes = {axis: list(dict.fromkeys(cell[axis] for cell in found.cells)) for axis in found.cells[0]}
-    spec = SPEC | {"plots": PLOTS, "paper": PAPER} | more
-    experiment = Experiment(name, OmegaConf.create({"grid": axes, "report": spec, "only": None}))
-    return report.Report(experiment, found, table.build(name, spec, found))
 
 
 @pytest.fixture(scope="module")
