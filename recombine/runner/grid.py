@@ -53,12 +53,12 @@ class Experiment:
     config: DictConfig
     overrides: tuple[str, ...] = ()  # further ones, which every cell gets
 
-    @property
+    @cached_property
     def grid(self) -> dict[str, Any]:
         """The axes as plain values, as `cells` takes them."""
         return plain_axes(self.config)
 
-    @property
+    @cached_property
     def report(self) -> dict[str, Any]:
         """What `python -m recombine.report` shows, as plain values."""
         return OmegaConf.to_container(self.config.report, resolve=True) if self.config.report else {}
@@ -96,9 +96,11 @@ def read(name: str) -> Experiment:
     Raises:
         UsageError: there is no such experiment.
     """
-    if (own := conf.load("experiment", name)) is None:
+    if (own := conf.merged("experiment", name)) is None:
         raise UsageError(f"experiment={name}: there is none in conf/experiment")
-    return Experiment(name, OmegaConf.create({"grid": None, "report": None, "only": None} | own))
+    for key in ("grid", "report", "only"):
+        own.setdefault(key, None)
+    return Experiment(name, own)
 
 
 def jobs(config: DictConfig, arguments: Sequence[str]) -> list[list[str]]:

@@ -60,7 +60,14 @@ def load(group: str, name: str) -> dict | None:
     >>> load("data", "offline")["batch_size"]
     32
     """
+    found = merged(group, name)
+    return None if found is None else OmegaConf.to_container(found)
+
+
+def merged(group: str, name: str) -> DictConfig | None:
+    """A choice as OmegaConf has it, interpolations and all; None: there is no such file."""
     if not (files := parts(group, name)):
         return None
-    merged = OmegaConf.merge(*map(read, files))
-    return {key: value for key, value in OmegaConf.to_container(merged).items() if key != "defaults"}
+    found = OmegaConf.merge(*map(read, files))
+    found.pop("defaults", None)
+    return found

@@ -149,8 +149,14 @@ def test_the_index_stays_in_sight(tab, width):
     title = tab.js("document.getElementById('x-second-title').getBoundingClientRect().top")
     bar = tab.js("document.querySelector('.contents').offsetHeight") if width < 1200 else 0
     assert abs(top) < 2 and title > bar
-    tab.js("new Promise(done => setTimeout(done, 100))")
-    assert tab.js("document.querySelector('.contents [aria-current]').textContent") == "Second"
+    marked = "document.querySelector('.contents [aria-current]')?.textContent"
+    assert (
+        tab.js(
+            f"(async () => {{ for (let i = 0; i < 300 && {marked} !== 'Second'; i++) "
+            f"await new Promise(done => setTimeout(done, 10)); return {marked}; }})()"
+        )
+        == "Second"
+    )
 
 
 @needs_browser
