@@ -118,10 +118,10 @@ function comparable(section) {
     const [a, b] = [one.value, other.value];
     const counts = { better: 0, level: 0, worse: 0, unknown: 0 };
     const rows = both(a, b).map((place) => {
-      const [[x, mx, sx, nx], [y, my, sy, ny]] = [place.rows[a], place.rows[b]];
+      const [[x, mx, sx, nx, kx], [y, my, sy, ny, ky]] = [place.rows[a], place.rows[b]];
       const gain = (place.best === "max" ? 1 : -1) * (x - y);
-      const known = mx !== null && my !== null;
-      const word = !known ? "unknown" : gain === 0 || Math.abs(gain) <= mx + my ? "level" : gain > 0 ? "better" : "worse";
+      const same = gain === 0 || Math.abs(gain) <= mx + my;
+      const word = same ? "level" : !(kx && ky) ? "unknown" : gain > 0 ? "better" : "worse";
       counts[word] += 1;
       const row = make("tr", {});
       const link = make("a", { href: `#${place.of}`, textContent: place.where.replace(" in small", "") });

@@ -10,7 +10,7 @@ from recombine.report.page_inline import spoken
 from recombine.report.page_markup import Markup, command, link, tag
 from recombine.report.render import ours
 from recombine.report.table_data import Table
-from recombine.report.ties import level, main, margin
+from recombine.report.ties import level, main
 
 LEVEL = (
     "Level, = in the tables: not told apart from the best, as the means differ by no more than both standard "
@@ -74,7 +74,7 @@ def best(table: Table) -> str:
         named = ", ".join(same[:3]) + (f" and {len(same) - 3} more" if len(same) > 3 else "")
         return line + ("level with all others." if len(same) == len(others) > 1 else f"level with it: {named}.")
     seeds = min(row.entries[j].n for row in rows)
-    if None in [margin(row.entries[j]) for row in rows]:
+    if None in [row.entries[j].spread for row in rows]:
         return line + "of one run each, so what is level is not known."
     return line + (
         "clear of the others." if seeds >= agreement.SEEDS else f"outside the others' errors, of {seeds} seeds."

@@ -24,7 +24,7 @@ def short(table: Table) -> tuple[str, str]:
 
 def places(started: Sequence[Report]) -> list[dict]:
     """A place is a column of a table whose rows are methods: {of, where, what, best, rows:
-    {name: [mean, margin as in ties.py, text, seeds]}}."""
+    {name: [mean, margin as in ties.py, text, seeds, whether the seeds' deviation is known]}}."""
     found = []
     for report in started:
         table = report.table
@@ -35,7 +35,8 @@ def places(started: Sequence[Report]) -> list[dict]:
                 continue
             entries = {row.name: row.entries[j] for row in table.rows if row.entries[j].mean is not None}
             rows = {
-                name: [round(e.mean, 6), margin(e), ours(table, column, e, str), e.n] for name, e in entries.items()
+                name: [round(e.mean, 6), round(margin(e), 6), ours(table, column, e, str), e.n, e.spread is not None]
+                for name, e in entries.items()
             }
             if len(rows) > 1:
                 found.append({"of": table.name, "where": short(table)[0], "what": column.title, "rows": rows})

@@ -1,5 +1,6 @@
-"""Which rows of a table are level with its best: their means differ by no more than both standard deviations and both
-standard errors of the test sets together. Of a single seed that is not known, so there equal prints alone are level.
+"""Which rows of a table are level with its best: their means differ by no more than both standard deviations over the
+seeds and both standard errors of the test sets together, as far as they are known. Of a single seed a larger difference
+says nothing.
 """
 
 import itertools
@@ -7,15 +8,14 @@ import itertools
 from recombine.report.table_data import Entry, Table
 
 
-def margin(entry: Entry) -> float | None:
-    """The standard deviation over the seeds and the test set's standard error, if known; None: of one seed."""
-    return None if entry.spread is None else entry.spread + (entry.error or 0.0)
+def margin(entry: Entry) -> float:
+    """What is known of an entry's error: standard deviation over the seeds plus the test set's standard error."""
+    return (entry.spread or 0.0) + (entry.error or 0.0)
 
 
 def level(one: Entry, other: Entry) -> bool:
     """Whether two entries with numbers cannot be told apart."""
-    margins = margin(one), margin(other)
-    return one.text == other.text or None not in margins and abs(one.mean - other.mean) <= sum(margins)
+    return one.text == other.text or abs(one.mean - other.mean) <= margin(one) + margin(other)
 
 
 def ties(table: Table, j: int) -> set[int]:

@@ -143,7 +143,9 @@ def test_an_experiment_read_without_hydra_is_the_composed_one(name):
 def test_level_is_what_errors_do_not_tell_apart():
     best = Entry(60.0, 1.0, 2, 2, error=0.5, digits=1)
     assert level(Entry(57.1, 1.0, 2, 2, error=0.5), best) and not level(Entry(56.9, 1.0, 2, 2, error=0.5), best)
-    assert not level(Entry(59.9, None, 1, 1, error=5.0), best) and level(Entry(60.04, None, 1, 1), best)  # equal prints
+    assert level(Entry(55.0, None, 1, 1, error=5.0), best) and not level(Entry(50.0, None, 1, 1, error=5.0), best)
+    alone = Entry(60.0, None, 1, 1)
+    assert level(Entry(60.04, None, 1, 1), alone) and not level(Entry(60.06, None, 1, 1), alone)  # as printed
 
 
 def test_a_card_says_what_is_level_and_what_chance_gives():
