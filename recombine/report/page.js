@@ -128,7 +128,7 @@ function comparable(section) {
       const head = make("th", { scope: "row" });
       head.append(link, `: ${place.what}`);
       const better = word === "better" ? a : b;
-      const said = { unknown: "one run, not known", level: "level" }[word] ?? `${better} better, ${Math.min(nx, ny)} seeds`;
+      const said = { unknown: "not known", level: "level" }[word] ?? `${better} better, ${Math.min(nx, ny)} seeds`;
       row.append(head, cell("td", sx), cell("td", sy), cell("td", said));
       return row;
     });

@@ -75,7 +75,9 @@ def best(table: Table) -> str:
         return line + ("level with all others." if len(same) == len(others) > 1 else f"level with it: {named}.")
     seeds = min(row.entries[j].n for row in rows)
     if None in [row.entries[j].spread for row in rows]:
-        return line + "of one run each, so what is level is not known."
+        return line + "of one run each."
+    if None in [row.entries[j].error for row in rows]:
+        return line + "outside the seeds' deviations, but the test set's error is not known."
     return line + (
         "clear of the others." if seeds >= agreement.SEEDS else f"outside the others' errors, of {seeds} seeds."
     )

@@ -11,8 +11,8 @@ from recombine.report.ties import margin
 
 RULE = (
     "One is better where the means differ by more than both standard deviations over the seeds and both standard "
-    "errors of the test sets together; else the two are level. With two seeds chance alone does that too often, so "
-    "nothing of two seeds is called clear."
+    "errors of the test sets together; else the two are level. Where one of these is not known, larger differences say "
+    "nothing. With two seeds chance alone exceeds them too often, so nothing of two seeds is called clear."
 )
 
 
@@ -24,7 +24,7 @@ def short(table: Table) -> tuple[str, str]:
 
 def places(started: Sequence[Report]) -> list[dict]:
     """A place is a column of a table whose rows are methods: {of, where, what, best, rows:
-    {name: [mean, margin as in ties.py, text, seeds, whether the seeds' deviation is known]}}."""
+    {name: [mean, margin as in ties.py, text, seeds, whether all of that is known]}}."""
     found = []
     for report in started:
         table = report.table
@@ -35,7 +35,13 @@ def places(started: Sequence[Report]) -> list[dict]:
                 continue
             entries = {row.name: row.entries[j] for row in table.rows if row.entries[j].mean is not None}
             rows = {
-                name: [round(e.mean, 6), round(margin(e), 6), ours(table, column, e, str), e.n, e.spread is not None]
+                name: [
+                    round(e.mean, 6),
+                    round(margin(e), 6),
+                    ours(table, column, e, str),
+                    e.n,
+                    None not in (e.spread, e.error),
+                ]
                 for name, e in entries.items()
             }
             if len(rows) > 1:

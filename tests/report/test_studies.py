@@ -159,7 +159,7 @@ def test_a_card_says_what_is_level_and_what_chance_gives():
         [cell for cell in found.runs.cells if cell["seed"] == "0"],
         {},
     )
-    assert "of one run each, so what is level is not known" in page_cards.best(one("x/one", alone).table)
+    assert "; of one run each." in page_cards.best(one("x/one", alone).table)
 
 
 def test_bars_start_from_zero():
