@@ -206,10 +206,11 @@ def write_tables(path: Path, rows: Sequence[dict], totals: Sequence[dict], swap:
     """Replaces what follows the mark in the README."""
     shown = [f"{n} tasks" for n in (1, 4, 8)]
     mb = [{"way": row["way"], **{f"{key} (MB)": f"{row[key] / MB:.1f}" for key in shown}} for row in totals]
+    takes = ", ".join(f"{row['8 tasks'] / MB:.0f} MB as {row['way']}" for row in totals)
     said = [
         f"Swapping takes {swap:.2g} ms (median of 400, one thread of a busy machine). In a batch of all eight tasks "
         f"each sample's outputs differ from those of its adapter alone by at most {difference:.1g} of the largest.",
-        "![bytes against tasks](bytes.svg)",
+        f"![Files of eight tasks take {takes}.](bytes.svg)",
     ]
     text = path.read_text().partition(MARK)[0] if path.is_file() else ""
     parts = [text.rstrip(), MARK, table(rows), *said, table(mb)]

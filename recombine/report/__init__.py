@@ -34,6 +34,12 @@ class Report:
         """The folder of its committed evidence."""
         return records.EVIDENCE / self.experiment.name
 
+    @property
+    def committed(self) -> bool:
+        """Whether these runs are those of the committed evidence, which the READMEs speak of."""
+        path = self.folder / RUNS
+        return path.is_file() and path.read_text() == records.dump(self.runs.records)
+
 
 def load(name: str, overrides: Sequence[str] = ()) -> Report:
     """The report of an experiment, from what has been run so far.

@@ -13,6 +13,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from math import sqrt
+from typing import NamedTuple
 
 from recombine.report.table_data import Column, Entry, Row, Table
 
@@ -20,27 +21,46 @@ SEEDS = 3  # from which on a difference is called clear
 Pair = tuple[float, float]  # our number as printed, the paper's
 
 
+class Agreement(NamedTuple):
+    """Of a column: pairs in the paper's order, pairs that the paper tells apart, and what chance gives."""
+
+    same: float
+    pairs: int
+    mean: float
+    deviation: float
+
+
 def agreement(table: Table) -> list[str]:
     """A line with the pairs of every column, and one with what keeps pairs from being called clear."""
     counts, doubts = [], defaultdict(list)
     for j, column in enumerate(table.columns):
-        both = [(row, e) for row in table.rows if (e := row.entries[j]).paper and e.mean is not None]
-        blocks = [list(block) for _, block in itertools.groupby(both, key=lambda side: side[0].labels[:-1])]
-        same, pairs, mean, deviation = count([[(float(e.text), e.paper.value) for _, e in block] for block in blocks])
+        blocks = with_paper(table, j)
+        same, pairs, mean, deviation = of_column(table, j)
         if not pairs:
             continue
         line = f"{column.title} {same:g} of {pairs}, by chance {mean:g} ± {deviation:.1f}"
         if against := [names for block in blocks for names in clear(block)]:
             line += f" (clearly not: {', '.join(against[:3])}{', ...' if len(against) > 3 else ''})"
         counts.append(line)
-        if why := unclear(column, [e for _, e in both]):
+        if why := unclear(column, [e for block in blocks for _, e in block]):
             doubts[why].append(column.title)
     lines = [f"Pairs of rows in the paper's order, equal ones half: {'; '.join(counts)}."] if counts else []
     return lines + [f"No pair of {' or '.join(titles)} is called clear: {why}." for why, titles in doubts.items()]
 
 
-def count(blocks: Iterable[Sequence[Pair]]) -> tuple[float, int, float, float]:
-    """(pairs in the paper's order, pairs that the paper tells apart, mean and standard deviation by chance)."""
+def with_paper(table: Table, j: int) -> list[list[tuple[Row, Entry]]]:
+    """The rows of a column that have our number and the paper's, by block."""
+    both = [(row, e) for row in table.rows if (e := row.entries[j]).paper and e.mean is not None]
+    return [list(block) for _, block in itertools.groupby(both, key=lambda side: side[0].labels[:-1])]
+
+
+def of_column(table: Table, j: int) -> Agreement:
+    """How far a column comes in the paper's order."""
+    return count([[(float(e.text), e.paper.value) for _, e in block] for block in with_paper(table, j)])
+
+
+def count(blocks: Iterable[Sequence[Pair]]) -> Agreement:
+    """How many pairs of rows come in the paper's order."""
     same, pairs, variance = 0.0, 0, 0.0
     for block in blocks:
         for (ours, theirs), (other, paper) in itertools.combinations(block, 2):
@@ -48,7 +68,7 @@ def count(blocks: Iterable[Sequence[Pair]]) -> tuple[float, int, float, float]:
                 pairs += 1
                 same += 0.5 if ours == other else (ours > other) == (theirs > paper)
         variance += kendall_variance(block) / 4
-    return same, pairs, pairs / 2, sqrt(variance)
+    return Agreement(same, pairs, pairs / 2, sqrt(variance))
 
 
 def kendall_variance(block: Sequence[Pair]) -> float:

@@ -1,5 +1,5 @@
 "use strict";
-// What a reader without scripts does not need: the theme, sorting, filtering, copying.
+// What a reader without scripts does not need: the theme, sorting, filtering, comparing, copying.
 
 function make(name, properties) {
   return Object.assign(document.createElement(name), properties);
@@ -68,26 +68,112 @@ function sortable(table) {
   });
 }
 
-// Shows the rows that hold every word; in the index also only their experiments.
-function filterable(table) {
-  const rows = [...table.tBodies[0].rows];
-  if (rows.length < 3) return;
-  const name = table.caption.textContent;
-  const input = make("input", { type: "search", placeholder: "Filter rows", ariaLabel: `Filter the rows of ${name}` });
+// A box that calls `show` with a test of texts: whether they hold every word in it.
+function box(placeholder, label, show) {
+  const input = make("input", { type: "search", placeholder, ariaLabel: label });
   const count = make("output", { ariaLive: "polite" });
   const tools = make("div", { className: "tools" });
   input.oninput = () => {
     const words = input.value.toLocaleLowerCase().split(/\s+/).filter(Boolean);
-    for (const row of rows) {
-      const text = [...row.cells].map((cell) => cell.textContent).join(" ").toLocaleLowerCase();
-      row.hidden = !words.every((word) => text.includes(word));
-      const target = row.querySelector('a[href^="#"]');
-      if (target) document.getElementById(decodeURIComponent(target.hash.slice(1))).hidden = row.hidden;
-    }
-    count.textContent = words.length ? `${rows.filter((row) => !row.hidden).length} of ${rows.length}` : "";
+    const [some, all] = show((text) => words.every((word) => text.toLocaleLowerCase().includes(word)));
+    count.textContent = words.length ? `${some} of ${all}` : "";
   };
   tools.append(input, count);
-  table.closest(".sheet").before(tools);
+  return tools;
+}
+
+// Of a long table, the rows that hold every word.
+function filterable(table) {
+  const rows = [...table.tBodies[0].rows];
+  if (rows.length < 8) return;
+  table.closest(".sheet").before(box("Filter rows", `Filter the rows of ${table.caption.textContent}`, (fits) => {
+    for (const row of rows) row.hidden = !fits([...row.cells].map((cell) => cell.textContent).join(" "));
+    return [rows.filter((row) => !row.hidden).length, rows.length];
+  }));
+}
+
+// The experiments whose card holds every word; of the others nothing is shown.
+function searchable(cards) {
+  const all = [...cards.children];
+  cards.before(box("Filter experiments", "Filter the experiments", (fits) => {
+    const kept = new Map(all.map((card) => [card.dataset.of, fits(`${card.dataset.of} ${card.textContent}`)]));
+    document.querySelectorAll("[data-of]").forEach((part) => {
+      part.hidden = !(kept.get(part.dataset.of) ?? fits(`${part.dataset.of} ${part.textContent}`));
+    });
+    return [[...kept.values()].filter(Boolean).length, all.length];
+  }));
+}
+
+// Two methods over every place that has both. A difference beyond both margins counts, as in the tables.
+function comparable(section) {
+  const places = JSON.parse(document.getElementById("places").textContent);
+  const names = [...new Set(places.flatMap((place) => Object.keys(place.rows)))];
+  const [one, other] = ["first", "second"].map((which) => make("select", { ariaLabel: `The ${which} method` }));
+  const both = (a, b) => places.filter((place) => a !== b && a in place.rows && b in place.rows);
+  const fill = (select, options) => select.replaceChildren(...options.map(([value, words]) => new Option(words, value)));
+  const verdict = make("p", { className: "verdict", ariaLive: "polite" });
+  const holder = make("div", { className: "sheet", tabIndex: 0 });
+  const cell = (name, text) => make(name, { textContent: text });
+  const show = () => {
+    const [a, b] = [one.value, other.value];
+    const counts = { better: 0, level: 0, worse: 0, unknown: 0 };
+    const rows = both(a, b).map((place) => {
+      const [[x, mx, sx, nx, kx], [y, my, sy, ny, ky]] = [place.rows[a], place.rows[b]];
+      const gain = (place.best === "max" ? 1 : -1) * (x - y);
+      const same = gain === 0 || Math.abs(gain) <= mx + my;
+      const word = same ? "level" : !(kx && ky) ? "unknown" : gain > 0 ? "better" : "worse";
+      counts[word] += 1;
+      const row = make("tr", {});
+      const link = make("a", { href: `#${place.of}`, textContent: place.where.replace(" in small", "") });
+      const head = make("th", { scope: "row" });
+      head.append(link, `: ${place.what}`);
+      const better = word === "better" ? a : b;
+      const said = { unknown: "not known", level: "level" }[word] ?? `${better} better, ${Math.min(nx, ny)} seeds`;
+      row.append(head, cell("td", sx), cell("td", sy), cell("td", said));
+      return row;
+    });
+    const head = make("tr", {});
+    head.append(...["Task", a, b, "Told apart?"].map((text) => Object.assign(cell("th", text), { scope: "col" })));
+    const table = make("table", {});
+    const caption = Object.assign(cell("caption", `${a} against ${b}`), { className: "unseen" });
+    table.append(caption, make("thead", {}), make("tbody", {}));
+    table.tHead.append(head);
+    table.tBodies[0].append(...rows);
+    holder.replaceChildren(table);
+    verdict.textContent = `${a} is better than ${b} in ${counts.better}, level in ${counts.level}, `
+      + `worse in ${counts.worse} of ${rows.length} places${counts.unknown ? `, and in ${counts.unknown} it is not known` : ""}.`;
+  };
+  const second = () => {
+    const kept = other.value;
+    const met = names.map((name) => [name, both(one.value, name).length]).filter(([, n]) => n).sort((a, b) => b[1] - a[1]);
+    fill(other, met.map(([name, n]) => [name, `${name} (${n} in common)`]));
+    if (met.some(([name]) => name === kept)) other.value = kept;
+    show();
+  };
+  const met = (name) => places.filter((place) => name in place.rows).length;
+  fill(one, names.toSorted((a, b) => met(b) - met(a)).map((name) => [name, `${name} (${met(name)} places)`]));
+  one.onchange = second;
+  other.onchange = show;
+  const pick = make("div", { className: "pick" });
+  pick.append(one, "against", other);
+  section.append(pick, verdict, holder);
+  section.hidden = false;
+  second();
+}
+
+// Marks in the index where the reader is.
+function located(nav) {
+  const links = new Map([...nav.querySelectorAll("a")].map((link) => [decodeURIComponent(link.hash.slice(1)), link]));
+  const seen = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (!isIntersecting) continue;
+      nav.querySelector("[aria-current]")?.removeAttribute("aria-current");
+      const link = links.get(target.id);
+      link.setAttribute("aria-current", "true");
+      nav.scrollTo({ left: link.offsetLeft - 20, top: link.offsetTop - nav.clientHeight / 2 });
+    }
+  }, { rootMargin: "-10% 0px -85% 0px" });
+  for (const name of links.keys()) seen.observe(document.getElementById(name));
 }
 
 function copyable(code) {
@@ -113,3 +199,6 @@ document.querySelectorAll("table").forEach((table) => {
   filterable(table);
 });
 document.querySelectorAll("code.command").forEach(copyable);
+document.querySelectorAll(".cards").forEach(searchable);
+document.querySelectorAll("#compare").forEach(comparable);
+document.querySelectorAll(".contents").forEach(located);

@@ -19,7 +19,9 @@ def tag(name: str, /, *inside: str, **attributes: Any) -> Markup:
     if name in ("meta", "br"):
         return Markup(opening)
     content = "".join(part if isinstance(part, Markup) else escape(part, quote=False) for part in inside)
-    return Markup(f"{opening}{content}</{name}>" + ("\n" if name in ("tr", "li", "table", "figure", "section") else ""))
+    return Markup(
+        f"{opening}{content}</{name}>" + ("\n" if name in ("tr", "li", "table", "figure", "section", "nav") else "")
+    )
 
 
 def sheet(name: str, heads: Sequence[Markup], rows: Sequence[Markup], kind: str) -> Markup:

@@ -1,34 +1,45 @@
-"""What the page shows of one experiment: its table, notes, plots, failures and runs."""
+"""What the page shows of one experiment: what is known of it, its table beside its plots, notes, failures and runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from recombine.errors import UsageError, one_line
 from recombine.report import Report, words
+from recombine.report.page_inline import inline
 from recombine.report.page_markup import Markup, command, link, relative, sheet, tag
-from recombine.report.page_svg import svg
 from recombine.report.records import RUNS, Record
 from recombine.report.render import MISSING, ours, theirs
+from recombine.report.studies import Said
 from recombine.report.table_data import Column, Entry, Measure, Table, measures, shown
+from recombine.report.ties import ties
 from recombine.runner.grid import CONF
 
 
-def section(report: Report, folder: Path) -> Markup:
-    """An experiment of which something has been run."""
+def section(report: Report, plots: Sequence[Markup], said: Said | None, folder: Path) -> Markup:
+    """An experiment of which something has been run.
+
+    Args:
+        plots: its figures.
+        said: what the READMEs say of these very runs.
+        folder: where the page will lie.
+    """
     table, name = report.table, report.table.name
     anchor = name.replace("/", "-")
+    texts = [tag("p", *inline(line, said.base, folder), class_="said") for line in said.texts] if said else []
+    beside = [tag("div", *plots, class_="plots")] if plots else []
     return tag(
         "section",
         tag("h2", table.title, id=f"{anchor}-title"),
         tag("p", name, *(part for file in files(report, folder) for part in (" · ", file)), class_="about"),
         tag("p", command(f"python run.py experiment={name}"), class_="line"),
-        results(table),
+        *texts,
+        tag("div", results(table), *beside, class_="both"),
         tag("ul", *(tag("li", note) for note in table.notes), class_="notes"),
-        *plots(report),
         *failures(report),
         *details(report, folder),
+        tag("p", link("#experiments", "↑ All experiments"), class_="about"),
         id=name,
         aria_labelledby=f"{anchor}-title",
+        data_of=name,
     )
 
 
@@ -38,47 +49,33 @@ def results(table: Table) -> Markup:
     for column in table.columns:
         best = column.measure.best if column.measure else None
         heads.append(tag("th", column.title, scope="col", class_=column.kind, data_best=best))
-    rows = []
-    for row in table.rows:
-        cells = [number(table, column, entry) for column, entry in zip(table.columns, row.entries, strict=True)]
+    rows, tied = [], [ties(table, j) for j in range(len(table.columns))]
+    for i, row in enumerate(table.rows):
+        cells = [number(table, table.columns[j], entry, i in tied[j]) for j, entry in enumerate(row.entries)]
         rows.append(tag("tr", *(tag("th", name, scope="row") for name in row.names), *cells))
     return sheet(table.title, heads, rows, "results")
 
 
-def number(table: Table, column: Column, entry: Entry) -> Markup:
-    """A cell of the table. A question mark explains itself where the paper's number is doubtful."""
-    printed = Markup(ours(table, column, entry, lambda best: tag("strong", best)))  # digits and signs
+def number(table: Table, column: Column, entry: Entry, tied: bool) -> Markup:
+    """A cell of the table. A question mark explains itself where the paper's number is doubtful. tied: level with the
+    best, or the best and not alone."""
+    printed = Markup(ours(table, column, entry, lambda best: best if tied else tag("strong", best)))  # digits and signs
     paper = theirs(table, entry)
     doubt = tag("abbr", "?", title=entry.paper.doubt) if paper and entry.paper.doubt else ""
-    below = tag("small", "paper ", paper, doubt) if paper else ""
+    far = (
+        {}
+        if table.compares
+        else {"class_": "far", "title": "another model and data: compare the order of the rows only"}
+    )
+    below = tag("small", "paper ", paper, doubt, **far) if paper else ""
     if entry.mean is None:
         why = "not run, not all of it, or without this number"
         return tag("td", tag("span", printed, title=why), below, class_=f"{column.kind} missing")
-    return tag(
-        "td",
-        printed,
-        below,
-        class_=f"{column.kind} best" if entry.best else column.kind,
-        data_value=f"{entry.mean:.6g}",
-    )
-
-
-def plots(report: Report) -> list[Markup]:
-    """The experiment's plots, or the line that says why they cannot be drawn."""
-    spec = report.experiment.report.get("plots")
-    if not spec or not report.runs.records:
-        return []
-    from recombine.report.plots import figures  # matplotlib takes a second
-
-    try:
-        drawn = figures(spec, report.runs)
-    except UsageError as error:
-        return [tag("p", one_line(error), class_="failed")]
-    boxes = [
-        tag("figure", tag("div", svg(figure, f"{report.table.name}/{name}")), tag("figcaption", words.caption(name)))
-        for name, figure in drawn.items()
-    ]
-    return [tag("div", *boxes, class_="plots")] if boxes else []
+    mark = "tied" if tied else "best" if entry.best else ""
+    why = "level with the best: within both standard deviations and test errors" if tied else None
+    equal = Markup('<abbr class="tie">=</abbr>') if tied else ""
+    kinds = f"{column.kind} {mark}".strip()
+    return tag("td", printed, equal, below, class_=kinds, title=why, data_value=f"{entry.mean:.6g}")
 
 
 def failures(report: Report) -> list[Markup]:
@@ -137,18 +134,6 @@ def source(report: Report, record: Record, folder: Path) -> Markup | str:
 def repeat(report: Report, record: Record) -> Markup:
     """A cell with the command that repeats the run."""
     return tag("td", command(record.result.get("command") or f"python run.py experiment={report.table.name}"))
-
-
-def todo(waiting: Sequence[Report]) -> Markup:
-    """The experiments that have not been started, with their commands."""
-    items = []
-    for report in waiting:
-        table = report.table
-        runs = f"{table.total} run{'s' if table.total > 1 else ''}: "
-        start = tag("p", runs, command(f"python run.py experiment={table.name}"), class_="line")
-        items.append(tag("li", table.title, start, id=table.name))
-    title = tag("h2", "Not run yet", id="not-run")
-    return tag("section", title, tag("ul", *items, class_="todo"), aria_labelledby="not-run")
 
 
 def files(report: Report, folder: Path) -> list[Markup]:

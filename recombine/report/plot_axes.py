@@ -56,7 +56,7 @@ def name_points(ax: Axes, dots: Sequence[Dot]) -> None:
     for dot in dots:
         tried = []
         for x, y in sides:
-            side = {"ha": "left" if x > 0 else "right" if x < 0 else "center", "va": "center", "fontsize": 7}
+            side = {"ha": "left" if x > 0 else "right" if x < 0 else "center", "va": "center", "fontsize": 8.5}
             text = ax.annotate(dot.label, (dot.x, dot.y), (x, y), textcoords="offset points", **side)
             box = text.get_window_extent(renderer)
             outside = box.x0 < ax.bbox.x0 or box.x1 > ax.bbox.x1

@@ -21,15 +21,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 ROLES = tuple(words.ROLES)
 SPEAKING = (None, "method", "model", "role", "value")  # axes whose labels need no title in a legend
-WIDTH, HEIGHT = 6.6, 2.1  # inches, of a figure and of one of several rows of panels
+WIDTH, HEIGHT = 6.8, 2.3  # inches, of a figure and of one of several rows of panels
 STYLE = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7.5,
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9.5,
+    "legend.fontsize": 9,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -168,12 +168,12 @@ class Drawing:
         options, names = self.options, list(self.split(self.items, self.options.panel))
         columns = min(len(names), options.columns)
         rows = math.ceil(len(names) / columns)
-        size = (WIDTH, 0.5 + HEIGHT * rows) if len(names) > 1 else (5.2, 3.0)
+        size = (WIDTH, 0.5 + HEIGHT * rows) if len(names) > 1 else (4.8, 3.3)
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=share)
         for spare in axes.flat[len(names) :]:
             spare.remove()
         if options.title:
-            figure.suptitle(options.title, fontsize=9)
+            figure.suptitle(options.title, fontsize=10)
         panels = dict(zip(names, axes.flat, strict=False))
         for i, (label, ax) in enumerate(panels.items()):
             ax.set_title(words.label(options.panel, label))
@@ -199,12 +199,11 @@ class Drawing:
             for label, height in self.options.hline.items():
                 handles[label] = ax.axhline(height, color="#555555", linestyle="--", linewidth=1)
         if handles:
-            fit = max(1, 100 // (max(map(len, handles)) + 7))
+            fit = max(1, int(figure.get_figwidth() * 13) // (max(map(len, handles)) + 7))
             across = math.ceil(len(handles) / math.ceil(len(handles) / fit))  # in rows of the same length
-            below = len(axes) > 1
-            place = {"loc": "outside lower center", "ncols": across} if below else {"loc": "outside right upper"}
+            place = {"loc": "outside lower center", "ncols": across}
             title = None if self.options.line in SPEAKING else words.heading(self.options.line)
-            figure.legend(handles.values(), handles.keys(), title=title, title_fontsize=7.5, **place)
+            figure.legend(handles.values(), handles.keys(), title=title, title_fontsize=9, **place)
         return figure
 
 

@@ -1,6 +1,6 @@
 """Plots of an experiment's records. A kind is one function; options in the YAML say what of the records it shows:
 
-    plots:                                                                # name of the PNG -> kind and options
+    plots:                                                                # name of the SVG -> kind and options
       ranks: {kind: ranks, y: rank, line: method, panel: role}
       memory: {kind: xy, x: account.memory_mib, y: test.acc, scale: 100, point: method, xlabel: MiB to train}
       budgets: {kind: xy, x: account.trained, xlog: true, y: test.acc, scale: 100, line: method, point: budget}
@@ -22,14 +22,17 @@ What no option names is averaged: first within a seed, then over the seeds, with
 bar; a seed counts only with all its runs, as a mean over what happens to be there would move with what is missing.
 """
 
+import io
+import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from recombine.errors import UsageError
+from recombine.report import drawn
 from recombine.report.plot_drawing import STYLE, Drawing, Options
 from recombine.report.plot_kinds import KINDS
 from recombine.report.records import Runs
@@ -38,12 +41,27 @@ plt.switch_backend("Agg")  # files, no windows
 
 
 def save(spec: Mapping[str, Mapping], runs: Runs, folder: Path) -> list[Path]:
-    """Writes every plot as <folder>/<name>.png; one that no record has numbers for is left out."""
+    """Writes every plot as <folder>/<name>.svg; one that no record has numbers for is left out."""
+    kept = replace(runs, records=[replace(record, result=record.data) for record in runs.records])  # as it is committed
     written = []
-    for name, figure in figures(spec, runs).items():
-        figure.savefig(path := folder / f"{name}.png", metadata={"Software": None})
+    for name, figure in figures(spec, kept).items():
+        text = f"{as_svg(figure, name)}{drawn.closing(drawn.digest(name, spec[name], runs))}\n"
+        (path := folder / f"{name}.svg").write_text(text, encoding="utf-8")
         written.append(path)
     return written
+
+
+def as_svg(figure: Figure, name: str) -> str:
+    """A figure as SVG: text as text, two digits behind the point, the same bytes for the same figure."""
+    out = io.StringIO()
+    for text in figure.findobj(lambda artist: artist.get_path_effects()):  # would be drawn as outlines
+        text.set_path_effects([])
+        text.set_gid("halo")
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", facecolor="white", metadata=nothing)
+    text = re.sub(r'(?<= (?:d|x|y)=")[^"]*', lambda match: re.sub(r"(\.\d\d)\d+|\s+$", r"\1", match[0]), out.getvalue())
+    return re.sub(r"[ \t]+$|^[ \t]+", "", text, flags=re.M)
 
 
 def figures(spec: Mapping[str, Mapping], runs: Runs) -> dict[str, Figure]:
@@ -52,14 +70,14 @@ def figures(spec: Mapping[str, Mapping], runs: Runs) -> dict[str, Figure]:
     Raises:
         UsageError: a plot names a kind, an option or an axis that does not exist.
     """
-    drawn = {}
+    made = {}
     for name, given in spec.items():
         drawing = Drawing(name, check(name, given, runs), runs)
         if drawing.items:
             with plt.rc_context(STYLE):
-                drawn[name] = KINDS[drawing.options.kind](drawing)
-                plt.close(drawn[name])
-    return drawn
+                made[name] = KINDS[drawing.options.kind](drawing)
+                plt.close(made[name])
+    return made
 
 
 def check(name: str, given: Mapping, runs: Runs) -> Options:

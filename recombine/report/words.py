@@ -108,6 +108,19 @@ VALUES = {  # other values of a configuration whose words are not the value with
     "temp": "the basis",
     "xavier": "Xavier",
 }
+METHODS = {  # as tables of our own CSVs call them
+    "asvd": "ASVD",
+    "balf": "BALF",
+    "basis_sharing": "Basis Sharing",
+    "crisp": "CRISP",
+    "dfjr": "DFJR",
+    "dobi_svd": "Dobi-SVD",
+    "fwsvd": "FWSVD",
+    "jactus": "JACTUS",
+    "original": "the original model",
+    "svd": "SVD",
+    "svd_llm": "SVD-LLM",
+}
 BUDGETS = {  # core.budget's words
     r"retained_([\d.]+)": r"\1 % kept",
     r"energy_([\d.]+)": r"\1 % of the energy",
@@ -140,6 +153,12 @@ def label(axis: str | None, name: str) -> str:
     if axis and "." in axis:
         return VALUES.get(name, name.replace("_", " "))
     return name
+
+
+def method(name: str) -> str:
+    """The words for a method, perhaps with what it was told: `crisp, aware` -> "CRISP, aware"."""
+    key, comma, rest = name.partition(",")
+    return METHODS.get(key, key) + comma + rest
 
 
 def budget(word: str) -> str:

@@ -1,8 +1,9 @@
 """The YAML files of conf/, read without Hydra: one choice of a group with the files that it builds on."""
 
+from functools import cache
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from recombine.errors import UsageError
 
@@ -23,7 +24,8 @@ def need_clone(what: str) -> None:
 
 
 def parts(group: str, name: str) -> list[Path]:
-    """The files of a choice in the order in which they merge: what its defaults list names, then its own.
+    """The files of a choice in the order in which they merge: what its defaults list names, then its own, or where the
+    list says `_self_`.
 
     Args:
         group: a folder of conf/, for example "data" or "hydra/launcher".
@@ -33,11 +35,23 @@ def parts(group: str, name: str) -> list[Path]:
     if not path.is_file():
         return []
     files: list[Path] = []
-    for entry in OmegaConf.load(path).get("defaults", []):
-        if isinstance(entry, str) and entry != "_self_":
-            where, _, base = f"{group}/{entry}".rpartition("/") if entry[0] != "/" else entry[1:].rpartition("/")
-            files += parts(where, base)
-    return [*files, path]
+    for entry in [e for e in read(path).get("defaults", []) if isinstance(e, str)]:
+        if entry == "_self_":
+            files.append(path)
+            continue
+        where, _, base = f"{group}/{entry}".rpartition("/") if entry[0] != "/" else entry[1:].rpartition("/")
+        files += parts(where, base)
+    return files if path in files else [*files, path]
+
+
+def read(path: Path) -> DictConfig:
+    """A YAML file as it stands; read again only once it has changed. The caller does not change it."""
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _read(path: Path, changed: int) -> DictConfig:
+    return OmegaConf.load(path)
 
 
 def load(group: str, name: str) -> dict | None:
@@ -46,7 +60,14 @@ def load(group: str, name: str) -> dict | None:
     >>> load("data", "offline")["batch_size"]
     32
     """
+    found = merged(group, name)
+    return None if found is None else OmegaConf.to_container(found)
+
+
+def merged(group: str, name: str) -> DictConfig | None:
+    """A choice as OmegaConf has it, interpolations and all; None: there is no such file."""
     if not (files := parts(group, name)):
         return None
-    merged = OmegaConf.merge(*(OmegaConf.load(path) for path in files))
-    return {key: value for key, value in OmegaConf.to_container(merged).items() if key != "defaults"}
+    found = OmegaConf.merge(*map(read, files))
+    found.pop("defaults", None)
+    return found

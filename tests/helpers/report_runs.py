@@ -3,9 +3,12 @@
 import itertools
 
 import numpy as np
+from omegaconf import OmegaConf
 
+from recombine import report
 from recombine.report import table, table_data
 from recombine.report.records import Record, Runs
+from recombine.runner.grid import Experiment
 
 TAB07 = "experiments/cersa/tab07_vitl_8datasets.csv"
 METHODS, TASKS, SEEDS = ("LoRA", "CERSA", "SVFit"), ("a", "b", "c"), ("0", "1", "2")
@@ -48,3 +51,20 @@ SPEC = {
 def entries(made: table.Table, row: str) -> dict[str, table_data.Entry]:
     (found,) = (r for r in made.rows if r.name == row)
     return dict(zip([c.title for c in made.columns], found.entries, strict=True))
+
+
+EVIL = '<img src=x onerror="document.title=1"> & "quoted"'
+PAPER = {"file": TAB07, "where": {"metric": "top1"}, "columns": {"a": "CIFAR-100", "b": "DTD"}}
+PLOTS = {
+    "losses": {"kind": "curves", "y": "curves.train/loss", "line": "method"},
+    "memory": {"kind": "xy", "x": "account.memory_mib", "y": "test.acc", "point": "method", "xlabel": EVIL},
+    "subspaces": {"kind": "heat", "y": "similarity", "where": {"method": "LoRA"}},
+}
+
+
+def one(name: str, found: Runs, **more) -> report.Report:
+    """A report of fabricated runs."""
+    axes = {axis: list(dict.fromkeys(cell[axis] for cell in found.cells)) for axis in found.cells[0]}
+    spec = SPEC | {"plots": PLOTS, "paper": PAPER} | more
+    experiment = Experiment(name, OmegaConf.create({"grid": axes, "report": spec, "only": None}))
+    return report.Report(experiment, found, table.build(name, spec, found))

@@ -73,7 +73,7 @@ def test_from_runs_to_evidence_and_back(here):
     assert made.table.notes[0] == "2 of 4 runs. 1 failed: the disk is full."
 
     written = report.save(made)
-    names = {"runs.jsonl", "config.json", "table.md", "table.tex", "table.csv", "ranks.png", "losses.png", "memory.png"}
+    names = {"runs.jsonl", "config.json", "table.md", "table.tex", "table.csv", "ranks.svg", "losses.svg", "memory.svg"}
     assert {p.name for p in written} == names == {p.name for p in (here / "experiments/tiny").iterdir()}
     slim = records.lines(here / "experiments/tiny/runs.jsonl")[0]
     dense = next(r for n, r in results.items() if slim["method"]["name"] == r["method"]["name"])
