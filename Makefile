@@ -4,6 +4,7 @@ ARGS ?= experiment=start
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+TWO := -n 2 --dist loadfile # tests of two files at the same time
 
 .PHONY: help setup run test slurm gpu check report clean
 
@@ -29,7 +30,7 @@ run: setup ## the packaged model, then python run.py $(ARGS): ARGS="method=lora 
 	$(BIN)/python run.py $(ARGS)
 
 test: setup ## the default tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 slurm: setup ## tests on a real Slurm of this machine: sudo scripts/local_slurm.sh install first
 	$(BIN)/python -m pytest -m slurm -rs
@@ -40,7 +41,7 @@ gpu: setup ## on a machine with a GPU: the gpu tests and the papers' tables, int
 check: setup ## what CI runs: lint, format, tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 report: setup ## one page over all results: outputs/report.html
 	$(BIN)/python -m recombine.report --page
