@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import recombine
 from recombine import Cersa, Crisp, Svd
 from recombine.core import account
-from recombine.methods.svd import truncated
+from recombine.methods.svd import spectral
 from recombine.stages.profile import turns
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -129,7 +129,7 @@ def random_factors() -> Iterator[None]:
         (m, n), k = weight.shape, min(weight.shape)
         return torch.randn(m, k) / m**0.5, torch.ones(k), torch.randn(k, n) / n**0.5
 
-    with mock.patch.object(truncated, "svd", factors):
+    with mock.patch.object(spectral, "svd", factors):
         yield
 
 
