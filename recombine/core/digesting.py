@@ -50,7 +50,7 @@ def streamed(model: nn.Module, method: Method, groups: list[list[Site]], losses:
     names = roles.block_names(model)
     inside = {site.name: next((n for n in names if site.name.startswith(f"{n}.")), "") for g in groups for site in g}
     by_block = [[site for group in groups for site in group if inside[site.name] == name] for name in names]
-    store = method.memory.store(device_of(model))
+    store = method.memory.store(device_of(model), "hidden")
     if "" in inside.values() or not method.memory.holds(waiting(groups, by_block), kinds, device_of(model)):
         return False
     left, method.stats = list(groups), {}

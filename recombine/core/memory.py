@@ -48,9 +48,9 @@ class Memory:
         """The limit in bytes."""
         return int(SHARE * memory.free(device)) if self.limit is None else self.limit
 
-    def store(self, device: torch.device) -> Kept:
-        """An empty store for what waits."""
-        return Kept(int(KEPT * self.bytes(device)), self.folder)
+    def store(self, device: torch.device, part: str = "") -> Kept:
+        """An empty store for what waits; another one, with files of its own, for each part."""
+        return Kept(int(KEPT * self.bytes(device)), self.folder and self.folder / part)
 
     def passes(self, groups: list[list[Site]], kinds: set[str], device: torch.device) -> list[list[list[Site]]]:
         """The groups of layers, pass by pass. Layers that read the same input are in one pass.

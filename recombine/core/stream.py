@@ -60,7 +60,8 @@ class Chain:
         store: for hidden states that wait; it is empty.
 
     Raises:
-        NoChain: a block gets something else than the output of the one before, or gives more than hidden states.
+        NoChain: a block gets something else than the output of the one before, or gives more than hidden states. That
+            a block writes into its input shows in the sweep, before any statistics of it.
     """
 
     def __init__(self, model: nn.Module, blocks: list[str], losses: Losses, store: Kept):
@@ -110,6 +111,8 @@ class Chain:
         if not args or not isinstance(args[0], Tensor) or not all(map(plain, [*args[1:], *kwargs.values()])):
             raise NoChain("a block gets something else than tensors and numbers")
         x = args[0]
+        if x.is_inference():
+            raise NoChain("what is written into a tensor of inference mode cannot be told")
         if index == 0:
             self.store[f"0 {len(self.calls)}"] = {"x": x}
             self.calls.append(Call(mask[0], []))
@@ -117,7 +120,7 @@ class Chain:
             raise NoChain("a block does not get the output of the one before it")
         self.calls[-1].beside.append((args[1:], kwargs))
         if len(self.calls) == 1 and index == 0:
-            given = type(self.blocks[0]).forward(self.blocks[0], *args, **kwargs)
+            given = type(self.blocks[0]).forward(self.blocks[0], x.clone(), *args[1:], **kwargs)
             self.more = given[1:] if isinstance(given, tuple) else None
             if any(value is not None for value in self.more or ()) or not isinstance(self.hidden(given), Tensor):
                 raise NoChain("a block gives more than hidden states")
@@ -133,9 +136,16 @@ class Chain:
         return given if self.more is None else given[0]
 
     def block(self, index: int, call: Call, x: Tensor) -> Tensor:
-        """The output of a block."""
-        args, kwargs = call.beside[index]
-        return self.hidden(self.blocks[index](x, *args, **kwargs))
+        """The output of a block.
+
+        Raises:
+            NoChain: the block writes into its input, which is needed again.
+        """
+        (args, kwargs), version = call.beside[index], x._version
+        y = self.hidden(self.blocks[index](x, *args, **kwargs))
+        if x._version != version:
+            raise NoChain("a block writes into its input")
+        return y
 
     def sweep(self, sites: list[list[Site]], wanted: set[str], done: Callable[[dict[str, Stats]], None]) -> None:
         """Collects statistics block by block.
@@ -151,8 +161,7 @@ class Chain:
         backward = bool(wanted & BACKWARD)
         with self.quiet():
             for index in progress.of(range(len(self.blocks)), "calibrating", "blocks"):
-                with torch.no_grad():
-                    self.forward(index, [] if backward else sites[index], wanted, done, keep=backward)
+                self.forward(index, [] if backward else sites[index], wanted, done, keep=backward)
             if backward:
                 self.gradients()
                 for index in progress.of(reversed(range(len(self.blocks))), "gradients", "blocks"):
@@ -161,7 +170,7 @@ class Chain:
     def forward(self, index: int, sites: list[Site], wanted: set[str], done: Callable, keep: bool) -> None:
         """Takes all batches through a block."""
         mask: list[Tensor | None] = [None]
-        with Sums(sites, wanted, mask) as sums:
+        with Sums(sites, wanted, mask) as sums, torch.no_grad():
             for batch in self.batches:
                 for number in batch:
                     mask[0] = self.calls[number].mask

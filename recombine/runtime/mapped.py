@@ -21,8 +21,9 @@ def release(tensors: Iterable[Tensor]) -> None:
 
     Elsewhere, and where the system cannot, nothing happens.
     """
-    files = [*of_files()]
-    for tensor in tensors:
+    mapped = [t for t in tensors if t.device.type == "cpu" and not t.untyped_storage().resizable()]  # or others' memory
+    files = [*of_files()] if mapped else []
+    for tensor in mapped:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
         if end - start >= PAGE and any(a <= start and end <= b for a, b in files):
             start -= start % PAGE

@@ -11,9 +11,10 @@ from filelock import FileLock
 import recombine
 from helpers import MIB
 from recombine import Asvd, Balf, BasisSharing, Cersa, Crisp, DobiSvd, Fwsvd, Jactus, KfacSvd, Rosa, Svd, SvdLlm
-from recombine.core import memory
+from recombine.core import memory, stream
 from recombine.core.memory import Memory, joined, sums
 from recombine.core.method import Site
+from recombine.core.rewrite import find_sites
 from recombine.runtime import memory as sizes
 from recombine.runtime.schema import typed
 from recombine.stages.settings import CalibrationSettings
@@ -87,6 +88,23 @@ def test_a_limit_changes_nothing(arch, name, tmp_path, monkeypatch):
     assert written and not folder.exists()
     if method.statistics_needed():
         assert several > once
+
+
+@pytest.mark.parametrize("name", [name for name, (method, _) in METHODS.items() if method.statistics_needed()])
+def test_block_by_block_changes_nothing(name, tmp_path, monkeypatch):
+    """Factors and hidden states all lie in files, side by side."""
+    method, budget = METHODS[name]
+    wanted, _ = applied("tiny_llama", method, budget)
+    monkeypatch.setattr(memory, "WORK", 0)
+    monkeypatch.setattr(memory, "KEPT", 1e-9)
+    swept, sweep = [], stream.Chain.sweep
+    monkeypatch.setattr(stream.Chain, "sweep", lambda chain, *given: (swept.append(chain), sweep(chain, *given)))
+    sites = find_sites(build("tiny_llama"), method)
+    folder = tmp_path / "spill"
+    limit = sums(sites, method.statistics_needed()) - 1
+    found, _ = applied("tiny_llama", method, budget, Memory(limit, folder))
+    assert swept and not folder.exists()
+    assert all(torch.allclose(found[n], p, rtol=1e-10, atol=1e-10) for n, p in wanted.items())
 
 
 def test_a_killed_run_goes_on_and_a_damaged_file_is_computed_again(tmp_path, monkeypatch, caplog):

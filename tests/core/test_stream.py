@@ -12,6 +12,7 @@ from recombine.core.calibration import collect
 from recombine.core.kept import Kept
 from recombine.core.layer_statistics import KINDS
 from recombine.core.rewrite import find_sites
+from recombine.core.sites import Site
 from recombine.models import roles
 from recombine.runtime import mapped
 from zoo import build, losses
@@ -70,6 +71,25 @@ def test_a_cache_of_keys_and_values_is_no_chain():
     cached = lambda: (model(input_ids=ids, labels=ids, use_cache=True).loss for _ in range(2))  # noqa: E731
     with pytest.raises(stream.NoChain, match="something else than tensors"):
         stream.Chain(model, roles.block_names(model), cached, Kept())
+
+
+@pytest.mark.parametrize("kinds", [{"inputs"}, {"outputs"}])
+def test_a_block_that_writes_into_its_input_is_no_chain(kinds):
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x.add_(self.up(x))
+
+    model = nn.Sequential(nn.Linear(8, 8), Adds(), Adds(), nn.Linear(8, 3))
+    given = lambda: (model(torch.ones(2, 8)).sum() for _ in range(2))  # noqa: E731
+    chain, found = stream.Chain(model, ["1", "2"], given, Kept()), []
+    sites = [[Site(f"{name}.up", "up", model.get_submodule(f"{name}.up"))] for name in ("1", "2")]
+    with pytest.raises(stream.NoChain, match="writes into its input"):
+        chain.sweep(sites, kinds, found.append)
+    assert not found
 
 
 def test_a_loss_of_several_calls_is_one_batch():
