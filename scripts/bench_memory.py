@@ -26,6 +26,7 @@ import recombine
 from recombine import models
 from recombine.core.budget import Budget
 from recombine.core.rewrite import apply
+from recombine.core.sites import block_of
 from recombine.methods.from_config import from_name
 from recombine.models import roles
 from recombine.runtime import conf
@@ -107,10 +108,11 @@ def write_random(known: dict, folder: Path) -> None:
     """Writes random weights as transformers does, one block in memory at a time."""
     with torch.device("meta"):
         model = models.build(**known)
+    blocks = roles.block_names(model)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, p in model.named_parameters():
-        block = next((b for b in roles.block_names(model) if name.startswith(f"{b}.")), "rest")
-        parts.setdefault(block, {})[name] = p
+        index = block_of(name, blocks)
+        parts.setdefault("rest" if index is None else blocks[index], {})[name] = p
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
     for block, tensors in parts.items():

@@ -76,6 +76,16 @@ def batch(model: nn.Module, count: int = 6, seed: int = 1):
     return {"input_ids": ids, "attention_mask": (torch.arange(7) < lengths).long()}
 
 
+def astray(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model in float64, with everything that trains moved away from where it starts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.double().parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model
+
+
 def outputs(model: nn.Module, x) -> torch.Tensor:
     """Logits; those at padding set to 0."""
     if isinstance(x, torch.Tensor):

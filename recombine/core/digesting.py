@@ -9,7 +9,7 @@ from recombine.core.calibration import Losses, collect
 from recombine.core.layer_statistics import Stats
 from recombine.core.memory import device_of
 from recombine.core.method import Method, need_losses
-from recombine.core.sites import Site
+from recombine.core.sites import Site, block_of
 from recombine.core.stream import Chain, NoChain
 from recombine.core.untouched import total
 from recombine.models import roles
@@ -48,10 +48,10 @@ def streamed(model: nn.Module, method: Method, groups: list[list[Site]], losses:
         UsageError: as `calibrate` does.
     """
     names = roles.block_names(model)
-    inside = {site.name: next((n for n in names if site.name.startswith(f"{n}.")), "") for g in groups for site in g}
-    by_block = [[site for group in groups for site in group if inside[site.name] == name] for name in names]
+    inside = {site.name: block_of(site.name, names) for group in groups for site in group}
+    by_block = [[site for group in groups for site in group if inside[site.name] == i] for i in range(len(names))]
     store = method.memory.store(device_of(model), "hidden")
-    if "" in inside.values() or not method.memory.holds(waiting(groups, by_block), kinds, device_of(model)):
+    if None in inside.values() or not method.memory.holds(waiting(groups, by_block), kinds, device_of(model)):
         return False
     left, method.stats = list(groups), {}
 
@@ -75,7 +75,7 @@ def streamed(model: nn.Module, method: Method, groups: list[list[Site]], losses:
 def waiting(groups: list[list[Site]], by_block: list[list[Site]]) -> list[list[Site]]:
     """For every block, in either direction, the layers whose statistics are there until their groups are complete."""
     place = {site.name: index for index, sites in enumerate(by_block) for site in sites}
-    spans = [(min(found), max(found), group) for group in groups if (found := [place.get(s.name, 0) for s in group])]
+    spans = [(min(found), max(found), group) for group in groups if (found := [place[site.name] for site in group])]
     return [[s for first, last, group in spans if first <= i <= last for s in group] for i in range(len(by_block))]
 
 

@@ -1,7 +1,7 @@
 """The layers that a method rewrites, and groups of them."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -20,6 +20,11 @@ class Site(NamedTuple):
 def parent(name: str) -> str:
     """The name of the module that holds this one."""
     return name.rpartition(".")[0]
+
+
+def block_of(name: str, blocks: Sequence[str]) -> int | None:
+    """The index of the block, of these module names, that holds the module of that name; None: none does."""
+    return next((index for index, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
 
 
 def source(site: Site) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from recombine.core.method import Method, Site, need
-from recombine.core.sites import parent
+from recombine.core.sites import block_of, parent
 from recombine.errors import UsageError
 from recombine.methods.pruning.mlp import require_whole
 from recombine.models import attention, roles
@@ -99,7 +99,7 @@ def survey(method: Method, model: nn.Module, sites: list[Site]) -> Known:
         UsageError: an attention's heads cannot be made narrower, or an MLP holds more than up, down and gate.
     """
     names = roles.block_names(model)
-    block = {site.name: i for site in sites for i, name in enumerate(names) if site.name.startswith(f"{name}.")}
+    block = {site.name: i for site in sites if (i := block_of(site.name, names)) is not None}
     owner, heads = {}, {}
     for site in sites:
         if site.role in ("q", "k", "v", "qkv"):
@@ -119,6 +119,8 @@ def parts(method: Method, sites: list[Site], known: Known) -> list[Part]:
     Raises:
         UsageError: an attention or MLP is not named as a whole.
     """
+    if missing := [site.name for site in sites if site.name not in known.block]:
+        raise UsageError(f"{missing[0]} lies in no block: leave its role out of targets")
     by_role = {role: [s for s in sites if s.role == role] for role in ("qkv", "q", "k", "v", "o", "up", "down", "gate")}
     other = next((site.role for site in sites if site.role not in by_role), None)
     need(other is None, method, "targets", f"{other} is no part of an attention or MLP: leave it out")
@@ -135,9 +137,7 @@ def parts(method: Method, sites: list[Site], known: Known) -> list[Part]:
         found.append(Attention(name, known.block[out.name], layers, out, known.heads[name]))
     for layers in zip(*into, by_role["down"], strict=True):
         *first, down = layers
-        need(all(s.module.out_features == down.module.in_features for s in first), method, "targets",
-             "up is not as wide as down here: gate and up are in one layer")  # fmt: skip
+        alike = all(site.module.out_features == down.module.in_features for site in first)
+        need(alike, method, "targets", "up is not as wide as down here: gate and up are in one layer")
         found.append(Neurons(down.name, known.block[down.name], (down,), tuple(first), down))
-    if missing := [site.name for site in sites if site.name not in known.block]:
-        raise UsageError(f"{missing[0]} lies in no block: leave its role out of targets")
     return sorted(found, key=lambda part: (part.block, isinstance(part, Neurons)))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from recombine.core.method import Site
+from recombine.core.sites import block_of
 from recombine.methods.allocation import lagrangian
 from recombine.models import roles
 
@@ -58,8 +59,7 @@ def steps(most: int, multiple: int) -> range:
 def blocks_of(model: nn.Module, sites: Sequence[Site]) -> tuple[list[int | None], int]:
     """The index of every layer's block, None outside of blocks, and the number of blocks."""
     names = roles.block_names(model)
-    inside = [[i for i, name in enumerate(names) if site.name.startswith(f"{name}.")] for site in sites]
-    return [found[-1] if found else None for found in inside], len(names)
+    return [block_of(site.name, names) for site in sites], len(names)
 
 
 def depths(count: int, alpha: float) -> Tensor:

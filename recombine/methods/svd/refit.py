@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from recombine.core.calibration import Losses, collect
 from recombine.core.method import Site
+from recombine.core.sites import block_of
 from recombine.layers import FactoredLinear
 from recombine.models import roles
 
@@ -32,12 +33,8 @@ def refit(model: nn.Module, sites: list[Site], layers: dict[str, FactoredLinear]
     Raises:
         UsageError: no calibration batch reached a layer.
     """
-    blocks = [f"{name}." for name in roles.block_names(model)]
-
-    def block(site: Site) -> str | None:
-        return next((name for name in blocks if site.name.startswith(name)), None)
-
-    for _, group in groupby(sites, key=block):
+    blocks = roles.block_names(model)
+    for _, group in groupby(sites, key=lambda site: block_of(site.name, blocks)):
         group = list(group)
         stats = collect(model, group, losses, {"inputs"})
         for site in group:
