@@ -71,13 +71,17 @@ def optimizer_groups(model: nn.Module, rates: Rates, key: str) -> list[dict[str,
         key: of `optim` in the configuration, for the error.
 
     Raises:
-        UsageError: lr_ratio is set, and of what trains outside the head nothing is such a B.
+        UsageError: lr_ratio is set, and of what trains outside the head nothing is such a B; or rates are relative, and
+            nothing is a factor.
     """
     groups, optim = grouped(model, rates), rates.optim
     body = [kind for kind in groups if not kind.head]
     if optim.lr_ratio != 1 and body and not any(kind.second for kind in body):
         why = "is for the B of pairs B A, as LoRA has them, and none trains here; set it to 1, or take method=lora"
         raise UsageError(f"{key}.lr_ratio={optim.lr_ratio:g}: {why}")
+    if optim.relative and body and not rates.movements:
+        why = "is for tensors of the layers that a method rewrote, and none of them trains here; drop it"
+        raise UsageError(f"{key}.relative=true: {why}")
     return [
         {
             "params": parameters,

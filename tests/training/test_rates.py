@@ -11,7 +11,7 @@ from helpers import CONF, refusal
 from recombine import Cersa, Crisp, Full, Jactus, Peft, Svd
 from recombine.core.rewrite import train_only
 from recombine.runner.config import resolve
-from recombine.training.groups import grouped
+from recombine.training.groups import grouped, optimizer_groups
 from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Classification
 from recombine.training.rates import movement, movements
@@ -90,6 +90,13 @@ def test_a_model_is_as_it_was():
     movements(model)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_where_no_factor_trains_it_is_refused():
+    model = recombine.apply(build("tiny_vit"), Svd())
+    model.get_parameter("norm.weight").requires_grad_(True)
+    rates = LitRecombine(model, Svd(), Classification(5), OptimizerSettings(relative=True)).rates
+    assert "optim.relative=true: is for tensors of the layers" in refusal(optimizer_groups, model, rates, "optim")
 
 
 def test_sgd_has_no_relative_rate():
