@@ -2,12 +2,13 @@
 
 A word means the same for every method:
     retained_50      the target layers hold at most 50% of their dense weights
+    bytes_50         the model without its head takes at most 50% of its dense bytes, adapter included
     trainable_150k   at most 150,000 weights train beside the head (k = 1e3, m = 1e6)
     energy_95        every factorisation keeps 95% of the sum of squared singular values
     memory_1200mb    weights, gradients and AdamW's state take at most 1200 MiB (2^20 bytes)
 
 Where a compressor comes before the adapter, a trainable budget limits the adapter and every other kind limits the
-compressor. What the adapter adds comes on top, and every account says how much that is.
+compressor. What the adapter adds comes on top, except for a budget of bytes, and every account says how much that is.
 """
 
 from collections.abc import Callable
@@ -28,8 +29,9 @@ class Budget:
     """A limit on the size of a method: its kind and its value.
 
     Args:
-        kind: none, retained, trainable, energy or memory.
-        value: a share in (0, 1] for retained and energy, weights for trainable, MiB for memory; None for none.
+        kind: none, retained, bytes, trainable, energy or memory.
+        value: a share in (0, 1] for retained, bytes and energy, weights for trainable, MiB for memory; None for none.
+        reserve: weights that another method will add to the model; a budget of bytes includes them.
 
     Raises:
         UsageError: an unknown kind, or a value that is out of range for it.
@@ -37,13 +39,14 @@ class Budget:
 
     kind: str = "none"
     value: float | None = None
+    reserve: int = 0
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise UsageError(f"budget.kind={self.kind!r}: must be one of {', '.join(KINDS)}")
         if self.kind == "none":
             return
-        share = self.kind in ("retained", "energy")
+        share = self.kind in budget_words.SHARES
         if not isinstance(self.value, int | float) or not 0 < self.value <= (1 if share else float("inf")):
             unit = {"trainable": "weights", "memory": "MiB"}.get(self.kind, "a share in (0, 1]")
             raise UsageError(f"budget.value={self.value!r}: budget.kind={self.kind} counts {unit}, more than 0")
@@ -75,6 +78,10 @@ class Budget:
     def __str__(self) -> str:
         return budget_words.word(self.kind, self.value)
 
+    def field(self, method: Method) -> str | None:
+        """The field of a method that such a budget sets; None: the method has none. Bytes set that of retained."""
+        return method.budget_fields.get("retained" if self.kind == "bytes" else self.kind)
+
 
 def solve(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -> Method:
     """Sets the method's size field to the largest value that meets the budget; returns the method.
@@ -82,9 +89,9 @@ def solve(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -
     Raises:
         UsageError: the method has no field for that kind of budget, or its smallest value is already too large.
     """
-    name, field = method.label, method.budget_fields.get(budget.kind)
+    name, field = method.label, budget.field(method)
     if field is None:
-        can = ", ".join(method.budget_fields) or "none"
+        can = ", ".join(kind for kind in KINDS if kind != "none" and Budget(kind, 1).field(method)) or "none"
         raise UsageError(f"budget={budget}: {name} cannot be held to a {budget.kind} budget; it knows: {can}")
     for other in method.conflicting_fields:
         if other != field and (value := getattr(method, other)) is not None:
@@ -131,8 +138,8 @@ def put(method: Method, field: str, value: Any) -> None:
 def measures(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -> Callable[[], float]:
     """What the budget limits, as a function that measures the method as it stands: a share, weights or MiB."""
     size, dense = sites[0].module.weight.element_size(), sum(site.module.weight.numel() for site in sites)
-    rest = sum(p.numel() for p in model.parameters()) - held(site.module for site in sites)
-    head = head_size(model)
+    total = sum(p.numel() for p in model.parameters())
+    rest, head = total - held(site.module for site in sites), head_size(model)
 
     def memory() -> float:
         stored, trained = method.sizes(sites)
@@ -140,6 +147,7 @@ def measures(method: Method, model: nn.Module, sites: list[Site], budget: Budget
 
     return {
         "retained": lambda: method.retained_weights(sites) / dense,
+        "bytes": lambda: (rest - head + method.retained_weights(sites) + budget.reserve) / (total - head),
         "trainable": lambda: method.sizes(sites)[1],
         "memory": memory,
     }[budget.kind]

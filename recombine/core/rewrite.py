@@ -77,7 +77,7 @@ def apply(
 
     Args:
         model: what torch.compile gave stands for the model inside it.
-        budget: a `Budget` or its word: "retained_50", "trainable_150k", "energy_95" or "memory_1200mb".
+        budget: a `Budget` or its word: "retained_50", "bytes_50", "trainable_150k", "energy_95" or "memory_1200mb".
         losses: for methods that calibrate. Each call yields one task loss per calibration batch, with its graph, and
             the same ones as every other call.
         memory: what statistics and factors may take at once, such as "8gb"; None: half of what is free. With less,

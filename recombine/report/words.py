@@ -123,6 +123,7 @@ METHODS = {  # as tables of our own CSVs call them
 }
 BUDGETS = {  # core.budget's words
     r"retained_([\d.]+)": r"\1 % kept",
+    r"bytes_([\d.]+)": r"\1 % of the bytes",
     r"energy_([\d.]+)": r"\1 % of the energy",
     r"trainable_([\d.]+[km]?)": r"\1 trained parameters",
     r"memory_([\d.]+)mb": r"\1 MiB to train",
@@ -162,7 +163,7 @@ def method(name: str) -> str:
 
 
 def budget(word: str) -> str:
-    """The words for a budget: `retained_50`, `energy_95`, `trainable_150k`, `memory_1200mb`. Others are unchanged."""
+    """The words for a budget, such as `retained_50`, `energy_95`, `trainable_150k`. Others are unchanged."""
     for pattern, words in BUDGETS.items():
         if match := re.fullmatch(pattern, word):
             return match.expand(words)

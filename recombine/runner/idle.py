@@ -45,7 +45,7 @@ def rates_beside(spec: RunSpec) -> dict[str, list[float | None]]:
 def overruled(method: Method, budget: Budget) -> set[str]:
     """The fields of a method that set its size, where another field or the budget does."""
     if budget.kind != "none":
-        return {f"{method.key}.{method.budget_fields.get(budget.kind)}"}
+        return {f"{method.key}.{budget.field(method)}"}
     given = any(getattr(method, name) is not None for name in method.conflicting_fields)
     sizes = {method.budget_fields[kind] for kind in SIZE if kind in method.budget_fields}
     return {f"{method.key}.{name}" for name in sizes - {*method.conflicting_fields}} if given else set()

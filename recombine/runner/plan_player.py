@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from recombine import data, models
 from recombine.core import footprint, memory, rewrite
-from recombine.core.budget import Budget
 from recombine.core.calibration import BACKWARD
 from recombine.core.footprint import Kernels, Watch
 from recombine.core.method import Method, Site
+from recombine.core.pair import budget_of
 from recombine.core.twin import shared_copy
 from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
@@ -128,10 +128,9 @@ class Player:
     def change(self, method: Method, teacher: nn.Module | None) -> None:
         """Calibrates and rewrites."""
         pair, model, first = self.spec.compressor is not None, self.model, method is not self.spec.method
-        mine = not pair or (method is self.spec.method) == (self.spec.budget.kind == "trainable")
-        budget = self.spec.budget if mine else Budget()
         if pair and not hasattr(model, "recombined"):
             roles.split_fused(model, self.spec.method.targets)
+        budget = budget_of(method, model, self.spec.budget, self.spec.compressor, self.spec.method)
         method, sites, mapped = method.copy(), rewrite.find_sites(model, method), self.mapped
         known, others = footprint.tensors(model), [] if teacher is None else footprint.tensors(teacher)
         kinds = method.statistics_needed()

@@ -7,10 +7,17 @@ from decimal import Decimal
 
 from recombine.errors import UsageError
 
-KINDS = ("none", "retained", "trainable", "energy", "memory")
-EXAMPLES = {"retained": "retained_50", "trainable": "trainable_150k", "energy": "energy_95", "memory": "memory_1200mb"}
+KINDS = ("none", "retained", "bytes", "trainable", "energy", "memory")
+SHARES = ("retained", "bytes", "energy")  # count per cent
+EXAMPLES = {
+    "retained": "retained_50",
+    "bytes": "bytes_50",
+    "trainable": "trainable_150k",
+    "energy": "energy_95",
+    "memory": "memory_1200mb",
+}
 NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
-WORD = re.compile(rf"(retained|energy)_({NUMBER})|(trainable)_({NUMBER})([km]?)|(memory)_({NUMBER})mb")
+WORD = re.compile(rf"({'|'.join(SHARES)})_({NUMBER})|(trainable)_({NUMBER})([km]?)|(memory)_({NUMBER})mb")
 THOUSANDS = {"": 1, "k": 1000, "m": 1_000_000}
 
 

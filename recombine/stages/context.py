@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recombine.core import adapters, checkpoint, rewrite
+from recombine.core import adapters, checkpoint, pair, rewrite
 from recombine.core.budget import Budget
 from recombine.core.memory import Memory
 from recombine.core.method import Method
@@ -117,12 +117,11 @@ class RunContext:
         """
         if not hasattr(self.model, "recombined"):
             finite.refuse_weights(self.model, "the model is not finite; take another model.checkpoint")
-        pair = self.compressor is not None
-        mine = not pair or (method is self.method) == (self.budget.kind == "trainable")
-        if pair and not hasattr(self.model, "recombined"):
+        if self.compressor is not None and not hasattr(self.model, "recombined"):
             roles.split_fused(self.model, self.method.targets)  # before the compressor sees a fused qkv
+        budget = pair.budget_of(method, self.model, self.budget, self.compressor, self.method)
         with self.timed("retrofit"):
-            rewrite.apply(self.model, method, self.budget if mine else Budget(), self.losses, self.memory(method))
+            rewrite.apply(self.model, method, budget, self.losses, self.memory(method))
         label = self.labels.get("method" if method is self.method else "compressor", type(method).__name__)
         finite.refuse_weights(self.model, f"{label} left a model that is not finite; change its fields")
 

@@ -1,13 +1,15 @@
 """Budgets are met and used; one that cannot be met names the nearest that can."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 
 import recombine
 from helpers import ALL, SPLIT
-from recombine import BasisSharing, Cersa, Crisp, Dfjr, Dgmr, Full, Peft, PruneNet, Recast, Rosa, Svd, Svfit, Svft
+from recombine import BasisSharing, Cersa, Crisp, Dfjr, Dgmr, Full, Peft, PruneNet, Recast, Rosa, Ssf, Svd, Svfit, Svft
 from recombine.core.budget import Budget
+from recombine.core.pair import budget_of
 from recombine.core.rewrite import find_sites
 from recombine.models import roles
 from zoo import build
@@ -80,3 +82,30 @@ def test_budget_that_cannot_be_met_names_the_nearest(method, word, says):
     with pytest.raises(recombine.UsageError) as error:
         recombine.apply(build("tiny_vit"), method, word)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+BYTES = [Svd(), Crisp(chunk=16), Dgmr(targets=ALL), Cersa(targets=SPLIT)]
+
+
+@pytest.mark.parametrize("method", BYTES, ids=lambda method: type(method).__name__)
+def test_bytes_are_those_of_the_whole_model_without_its_head(method):
+    before = recombine.count(build("tiny_vit")).stored_without_head
+    account = recombine.count(recombine.apply(build("tiny_vit"), method, "bytes_70"))
+    assert 0.66 < account.stored_without_head / before <= 0.70
+    assert account.retained < 0.69  # what is left as it is counts in full
+
+
+@pytest.mark.parametrize("adapter", [Peft(), Ssf()], ids=lambda method: type(method).__name__)
+def test_bytes_of_a_pair_include_the_adapter(adapter):
+    compressor, model = Svd(targets=SPLIT), build("tiny_vit")
+    roles.split_fused(model, SPLIT)
+    before = recombine.count(model).stored_without_head
+    alone = recombine.apply(copy.deepcopy(model), compressor, "bytes_80")
+    for method in (compressor, adapter):
+        recombine.apply(model, method, budget_of(method, model, Budget.parse("bytes_80"), compressor, adapter))
+    pair, one = (recombine.count(m).stored_without_head / before for m in (model, alone))
+    assert 0.76 < pair <= 0.80
+    without = recombine.count(model).stored_without_head - recombine.count(model).trained_without_head
+    assert without < recombine.count(alone).stored_without_head, (pair, one)
+    assert budget_of(adapter, model, Budget.parse("trainable_5k"), compressor, adapter).kind == "trainable"
+    assert budget_of(compressor, model, Budget.parse("trainable_5k"), compressor, adapter).kind == "none"
