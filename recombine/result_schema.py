@@ -199,6 +199,7 @@ class StagePart(TypedDict):
 
     val: Annotated[Scores, Key("scores on the validation set, of the kept epoch; as in test", (*TRAINING, *RUNNER))]
     test: Annotated[Scores, Key("scores on the test set, read once; shares, but for losses", TESTING)]
+    test_right: Annotated[NotRequired[str], Key("which test samples it tells right: a bit each, in base64", TESTING)]
     linear_probe: Annotated[Probe | None, Key("a linear probe on the pretrained features; null: none", RUNNER)]
     account: Annotated[AccountPart, Key("what the model costs after the stage", ("profile", *RUNNER))]
     layers: Annotated[list[Layer], Key("one entry a rewritten layer", RUNNER)]

@@ -41,6 +41,7 @@ SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "s
 LATER = {  # keys that came after the first results, with what they were by then
     "base": None,
     "calibration.memory": "auto",
+    "data.test_size": None,
     "export": None,
     "optim.lr_ratio": 1.0,
     "optim.name": "adamw",

@@ -1,7 +1,9 @@
 """The stages on a tiny ViT and generated pictures."""
 
+import base64
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,6 +43,9 @@ def test_the_test_set_sees_the_weights_that_validation_chose(tmp_path):
     result = execute(tmp_path, "method=full", "optim.lr=1e-3", "optim.schedule=constant", "trainer.epochs=4")
     best = f"stage.checkpoint={tmp_path}/best.safetensors"
     again = execute(tmp_path / "again", "method=full", "stage=evaluate", best)
+    assert again["test_right"] == result["test_right"]
+    right = np.unpackbits(np.frombuffer(base64.b64decode(result["test_right"]), np.uint8))[:64]
+    assert right.mean() == pytest.approx(result["test"]["acc"])
     assert again["test"]["acc"] == result["test"]["acc"]
     assert again["test"]["loss"] == pytest.approx(result["test"]["loss"], rel=1e-5)
 
