@@ -25,6 +25,7 @@ SCHEDULES = {  # share of the steps after the warm-up that is left -> factor of 
     "constant": lambda left: 1.0,
 }
 RELATIVE = 0.01  # the rate where none is given
+NO_MATRIX = ("norm", "embed")  # roles of layers that no input times a matrix is
 PROBES = 64  # random inputs by which a weight's norm is told
 
 
@@ -50,11 +51,11 @@ def movements(model: nn.Module) -> dict[str, float]:
         By parameter name, for every tensor that trains in a layer which a method rewrote, biases left out.
     """
     found: dict[int, list[float]] = {}
-    for name in model.recombined.targets:
+    for name, role in model.recombined.targets.items():
         layer = model.get_submodule(name)
-        bias = {id(module.bias) for module in layer.modules() if isinstance(getattr(module, "bias", None), Tensor)}
-        mine = {key: p for key, p in layer.named_parameters() if p.requires_grad and id(p) not in bias}
-        if not mine or not hasattr(layer, "in_features"):
+        trained = ((key, p) for key, p in layer.named_parameters() if p.requires_grad)
+        mine = {key: p for key, p in trained if not key.endswith(("bias", "beta"))}
+        if not mine or role in NO_MATRIX or not hasattr(layer, "in_features"):
             continue
         values = {id(p): movement(layer, key, p) for key, p in mine.items()}
         most = max(values.values())

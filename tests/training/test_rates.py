@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 
 import recombine
 from helpers import CONF, refusal
-from recombine import Cersa, Crisp, Full, Jactus, Peft, Svd
+from recombine import Cersa, Crisp, Full, Jactus, Peft, Ssf, Svd
 from recombine.core.rewrite import train_only
 from recombine.runner.config import resolve
 from recombine.training.groups import grouped, optimizer_groups
@@ -26,6 +26,7 @@ METHODS = {
     "jactus": Jactus(top_k=4),
     "svd": Svd(train_core=True),
     "full": Full(),
+    "ssf": Ssf(),
 }
 
 
