@@ -14,6 +14,7 @@ from recombine import data as data_sets
 from recombine import models, results
 from recombine.core.budget import Budget
 from recombine.core.method import Method
+from recombine.core.pair import settled
 from recombine.errors import UsageError
 from recombine.export.folder import require
 from recombine.methods.from_config import from_config, from_name
@@ -101,13 +102,13 @@ def resolve(cfg: DictConfig) -> RunSpec:
     plain = OmegaConf.to_container(cfg, resolve=True)
     stage, export = stage_settings(plain["stage"]), formats(plain.get("export"))
     method, compressor = resolve_methods(cfg)
-    labels = chosen_labels(cfg)
+    labels, budget = chosen_labels(cfg), Budget.parse(cfg.budget)
     method.label = labels["method"]
     if compressor is not None:
         compressor.label = labels["compressor"]
-    calibration = dict(plain["calibration"])
+    method, compressor = settled(method, compressor, budget.kind)
+    calibration, analyse = dict(plain["calibration"]), dict(plain["analyse"])
     chosen = calibration.pop("data")
-    analyse = dict(plain["analyse"])
     transfer_tasks = analyse.pop("elsewhere")
     if not isinstance(transfer_tasks, list) or not all(isinstance(task, str) for task in transfer_tasks):
         raise UsageError(
@@ -131,7 +132,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
         method=method,
         compressor=compressor,
         labels=labels,
-        budget=Budget.parse(cfg.budget),
+        budget=budget,
         data=data | {"seed": cfg.seed},
         model=plain["model"],
         calibration_data=calibration_data(chosen, cfg.seed),

@@ -42,7 +42,7 @@ def scheduled(optim: OptimizerSettings, steps: int) -> Callable[[int], float]:
 
 
 def movements(model: nn.Module) -> dict[str, float]:
-    """|dW| / |W| sqrt(P / mn) where every entry of one of a layer's tensors, P of them, moves by 1 up or down at random.
+    """|dW| / |W| sqrt(P / mn) where all P entries of one of a layer's tensors move by 1, up or down at random.
 
     Norms are Frobenius norms, told by random inputs. A tensor of several layers has the root mean square over them.
     One that moves no weight by itself, such as LoRA's A beside B = 0, has the largest value in its layer.
