@@ -42,15 +42,20 @@ def adapt(run: RunContext) -> StagePart:
     return part
 
 
-def train_and_test(run: RunContext) -> StagePart:
-    """The data's task with the run's optimizer, on the model as it stands."""
+def train_and_test(run: RunContext, whole: bool = False) -> StagePart:
+    """The data's task with the run's optimizer, on the model as it stands.
+
+    Args:
+        whole: a model that nothing trains in is saved with all its weights, as it was not made from the pretrained one.
+    """
     optim = run.settings.optim
     objective = run.objective(optim.label_smoothing)
     if not any(p.requires_grad for p in run.model.parameters()):  # compressed, without a head: there is nothing to fit
         path = run.out / "best.safetensors"
         if distributed.rank() == 0:
-            checkpoint.save(run.model, path, whole=False)
-        return test(run, LitRecombine(run.model, run.method, objective)) | {"checkpoint": str(path)}
+            checkpoint.save(run.model, path, whole=whole)
+        lit = LitRecombine(run.model, run.method, objective)
+        return {"val": validate(run, lit)} | test(run, lit) | {"checkpoint": str(path)}
     lit, best = fit(run, objective, optim, run.settings.trainer.epochs, "best", run.method)
     val = {} if run.data.val is None else {objective.metric: best.value}
     return {"best_epoch": best.epoch, "val": val, "checkpoint": str(best.path)} | test(run, lit)
@@ -97,6 +102,14 @@ def early_stopping(run: RunContext, monitor: str, mode: str) -> list[EarlyStoppi
             "set trainer.patience=null, or data.select=val"
         )
     return [EarlyStopping(monitor, mode=mode, patience=patience, check_finite=False)] if patience else []
+
+
+def validate(run: RunContext, lit: LitRecombine) -> dict[str, float]:
+    """The score on the validation set by which weights are chosen; empty without one."""
+    if run.data.val is None:
+        return {}
+    (scores,) = run_trainer(run, "validation", 1, [], None).validate(lit, run.data, verbose=False)
+    return {lit.objective.metric: scores[f"val/{lit.objective.metric}"]}
 
 
 def test(run: RunContext, lit: LitRecombine) -> StagePart:
