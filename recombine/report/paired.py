@@ -73,30 +73,29 @@ class Paired:
         self.cells: dict[tuple[str, int], dict[str, float]] = {
             key: {method: float(runs[method][key].mean()) for method in runs} for key in cells[first]
         }
-        means, resampled = [], []  # by task: (methods,), (draws, methods)
+        self.by_task: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # means (methods,) and resamples (draws, methods)
         for task, seeds in self.seeds.items():
             told = np.stack([[runs[method][task, seed] for seed in seeds] for method in runs]).astype(np.float32)
             count = told.shape[-1]
             samples = rng.multinomial(count, np.full(count, 1 / count), draws).astype(np.float32)  # (draws, N)
             drawn = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), draws)  # (draws, seeds)
             scores = told @ samples.T / count  # (methods, seeds, draws)
-            means.append(told.mean((1, 2)))
-            resampled.append(np.einsum("msd,ds->dm", scores, drawn) / len(seeds))
-        self.by_task = dict(zip(self.tasks, means, strict=True))
-        self.mean, self.resampled = np.mean(means, 0), np.mean(resampled, 0)
+            self.by_task[task] = told.mean((1, 2)), np.einsum("msd,ds->dm", scores, drawn) / len(seeds)
+        self.mean, self.resampled = (np.mean(parts, 0) for parts in zip(*self.by_task.values(), strict=True))
 
     def accuracy(self, method: str) -> Difference:
         """The mean over tasks and seeds, with its interval: how far it is above 0."""
         return self._interval(lambda scores: scores[..., self.methods.index(method)])
 
-    def difference(self, one: str, other: str) -> Difference:
-        """How much more accurate `one` is than `other`, in the mean over tasks and seeds."""
+    def difference(self, one: str, other: str, task: str | None = None) -> Difference:
+        """How much more accurate `one` is than `other`, on a task, or in the mean over the tasks."""
         i, j = self.methods.index(one), self.methods.index(other)
-        return self._interval(lambda scores: scores[..., i] - scores[..., j])
+        return self._interval(lambda scores: scores[..., i] - scores[..., j], task)
 
-    def _interval(self, of: Callable[[np.ndarray], np.ndarray]) -> Difference:
-        low, high = np.quantile(of(self.resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Difference(float(of(self.mean)), float(low), float(high))
+    def _interval(self, of: Callable[[np.ndarray], np.ndarray], task: str | None = None) -> Difference:
+        mean, resampled = (self.mean, self.resampled) if task is None else self.by_task[task]
+        low, high = np.quantile(of(resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return Difference(float(of(mean)), float(low), float(high))
 
     def level_with_best(self) -> list[str]:
         """The best method and those whose difference from it has 0 in its interval, the best first."""

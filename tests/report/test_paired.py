@@ -46,7 +46,8 @@ def test_a_paired_difference_is_told_where_single_intervals_overlap():
 
 def test_tasks_count_alike_whatever_their_size():
     cells = {("small", 0): np.ones(10, np.uint8), ("large", 0): np.zeros(1000, np.uint8)}
-    assert Paired({"a": cells, "b": cells}, draws=10).accuracy("a").mean == 0.5
+    paired = Paired({"a": cells, "b": cells}, draws=10)
+    assert paired.accuracy("a").mean == 0.5 and paired.difference("a", "b", "small").verdict == "tie"
 
 
 def test_ranks_share_ties():
