@@ -41,10 +41,11 @@ def test_a_step_moves_each_weight_alike_for_each_entry_that_trains(arch, name):
     assert moves and all(value > 0 for value in moves.values())
     rng = torch.Generator().manual_seed(1)
     counts = {n: sum(p.numel() for k, p in model.named_parameters() if k in moves and k.startswith(n)) for n in before}
+    rate = 1e-4 * sum(count > 0 for count in counts.values())
     with torch.no_grad():
         for key, p in model.named_parameters():
             if key in moves:
-                p += 1e-4 * sum(c > 0 for c in counts.values()) / moves[key] * (torch.randint(2, p.shape, generator=rng) * 2 - 1)
+                p += rate / moves[key] * (torch.randint(2, p.shape, generator=rng) * 2 - 1)
     moved = [
         float((w - before[key]).norm() / before[key].norm()) * (counts[key] / w.numel()) ** 0.5
         for key, w in weights(model).items()
