@@ -48,6 +48,7 @@ LATER = {  # keys that came after the first results, with what they were by then
     "optim.relative": False,
     "stage.distil.l1": 0.0,
     "stage.distil.relative": False,
+    "stage.order": "compress_first",
     "trainer.accumulate": 1,
     "trainer.compile": False,
     "trainer.gradient_checkpointing": False,

@@ -48,11 +48,12 @@ class Method:
         targets: roles of the layers to rewrite: q, k, v, o, up, down, gate, or qkv for the fused projection where
             there is one; or all-linear, ends of module names, globs or regular expressions. A target that ends in ?
             (gate?) is left out where the model has none.
-        lr: learning rate of the method's trainable weights, for runs that set no rate of the optimizer.
+        lr: learning rate of what trains, for runs that set no rate of the optimizer; None: a relative
+            rate (`training.rates`).
     """
 
     targets: tuple[str, ...] = ("q", "k", "v", "o", "up", "down", "gate?")
-    lr: Rate = 1e-3
+    lr: Rate | None = 1e-3
 
     # What a method can do
     abstract: ClassVar[bool] = False  # a base class of methods, none itself: `class Base(Method, abstract=True)`

@@ -1,16 +1,20 @@
 """The optimizer's groups of parameters: each kind has its own rate and weight decay."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.layers import DeltaLinear
 from recombine.models import roles
 from recombine.training.optimizers import takes_muon
+from recombine.training.rates import RELATIVE, movements
 from recombine.training.settings import OptimizerSettings
+
+PLAIN = 1e-3  # rate of what is no factor, where neither optimizer nor method has one
 
 
 class Kind(NamedTuple):
@@ -31,22 +35,43 @@ class Kind(NamedTuple):
 class Rates:
     """The peak rates of a training.
 
-    lr: of all but the head; where `optim.relative`, of the factors, relative. plain: of the others then.
-    movements: by name, where `optim.relative`.
+    lr: of all but the head; where rates are relative, of the factors. plain: of the others then.
+    movements: by name, where rates are relative; None: they are not.
     """
 
     optim: OptimizerSettings
     lr: float
     plain: float
-    movements: Mapping[str, float] = field(default_factory=dict)
+    movements: Mapping[str, float] | None = None
 
     def of(self, kind: Kind) -> float:
         """The peak rate of a group."""
         if kind.head:
             return self.optim.lr_head
-        if self.optim.relative:
+        if self.movements is not None:
             return self.plain if kind.movement is None else self.lr / kind.movement
         return self.lr * (self.optim.lr_ratio if kind.second else 1)
+
+
+def peak_rates(model: nn.Module, method: Method, optim: OptimizerSettings, key: str, slot: str) -> tuple[Rates, str]:
+    """The rates of a training, and the key of the configuration that sets them.
+
+    Args:
+        key: of `optim` in the configuration, and slot: of the method.
+
+    Raises:
+        UsageError: the method's own rate is relative, and the optimizer can have none.
+    """
+    lr, named = (method.lr, f"{slot}.lr") if optim.lr is None else (optim.lr, f"{key}.lr")
+    if lr is None and optim.name == "sgd":
+        why = "CRISP's own rate is relative, and a step of sgd is as large as the gradient"
+        raise UsageError(f"{key}.name=sgd: {why}; give {key}.lr, or say {key}.name=adamw")
+    if not (optim.relative or lr is None):
+        return Rates(optim, lr, lr), named
+    plain = PLAIN if method.lr is None else method.lr
+    if optim.lr is None:
+        lr, named = RELATIVE, f"{key}.lr"
+    return Rates(optim, lr, plain, movements(model)), named
 
 
 def grouped(model: nn.Module, rates: Rates) -> dict[Kind, list[nn.Parameter]]:
@@ -57,7 +82,7 @@ def grouped(model: nn.Module, rates: Rates) -> dict[Kind, list[nn.Parameter]]:
     groups: dict[Kind, list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = Kind(id(p) in head, p.ndim > 1, id(p) in muon, id(p) in second, rates.movements.get(name))
+            kind = Kind(id(p) in head, p.ndim > 1, id(p) in muon, id(p) in second, (rates.movements or {}).get(name))
             groups.setdefault(kind, []).append(p)
     return groups
 
@@ -79,7 +104,7 @@ def optimizer_groups(model: nn.Module, rates: Rates, key: str) -> list[dict[str,
     if optim.lr_ratio != 1 and body and not any(kind.second for kind in body):
         why = "is for the B of pairs B A, as LoRA has them, and none trains here; set it to 1, or take method=lora"
         raise UsageError(f"{key}.lr_ratio={optim.lr_ratio:g}: {why}")
-    if optim.relative and body and not rates.movements:
+    if body and rates.movements == {}:
         why = "is for tensors of the layers that a method rewrote, and none of them trains here; drop it"
         raise UsageError(f"{key}.relative=true: {why}")
     return [

@@ -10,10 +10,10 @@ from recombine.core.method import Method
 from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
 from recombine.training import distributed, finite, resume
-from recombine.training.groups import Rates, grouped, optimizer_groups
+from recombine.training.groups import grouped, optimizer_groups, peak_rates
 from recombine.training.objectives import Classification, Objective, Shard, labels_of, parts_of
 from recombine.training.optimizers import OPTIMIZERS, fusible, prepare, scale_gradients
-from recombine.training.rates import RELATIVE, SCHEDULES, movements, scheduled
+from recombine.training.rates import SCHEDULES, scheduled
 from recombine.training.settings import OptimizerSettings
 from recombine.training.sharding import Sharded, local, shard, whole
 
@@ -45,10 +45,8 @@ class LitRecombine(L.LightningModule):
         super().__init__()
         self.model, self.method, self.objective, self.seed = model, method, objective, seed
         self.optim, self.key = optim or OptimizerSettings(), key
-        self.lr, self.lr_key = (method.lr, f"{slot}.lr") if self.optim.lr is None else (self.optim.lr, f"{key}.lr")
-        if self.optim.relative and self.optim.lr is None:
-            self.lr, self.lr_key = RELATIVE, f"{key}.lr"
-        self.rates = Rates(self.optim, self.lr, method.lr, movements(model) if self.optim.relative else {})
+        self.rates, self.lr_key = peak_rates(model, method, self.optim, key, slot)
+        self.lr = self.rates.lr
         if self.optim.name not in OPTIMIZERS:
             raise UsageError(f"{key}.name={self.optim.name}: must be one of {', '.join(OPTIMIZERS)}")
         if self.optim.schedule not in SCHEDULES:

@@ -33,7 +33,7 @@ from recombine.methods.crisp.refinement import Refine, refine
 from recombine.methods.crisp.regularizers import PENALTIES
 from recombine.runtime import progress
 from recombine.runtime.budget_words import STORED
-from recombine.runtime.kinds import Steps, Weight
+from recombine.runtime.kinds import Rate, Steps, Weight
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ class Crisp(SharedBases):
     regulariser: str = "none"
     strength: Weight = 1e-3
     as_paper: bool = False
+    lr: Rate | None = None
 
     paper: ClassVar[dict[str, Any]] = {
         **LARGE,
