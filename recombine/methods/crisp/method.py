@@ -117,8 +117,8 @@ class Crisp(SharedBases):
             data).
         regulariser: of the mixers in training (Tab. 4): none, l2 |A|^2, orthogonal or spectral (top singular value).
         strength: the regulariser's factor in the loss.
-        as_paper: the fields that have their default take the paper's form: chunks of 32, groups of 2, truncated, and
-            Alg. 5 as printed.
+        as_paper: the fields that have their default take the paper's form: chunks of 32, groups of 2, mimicry, or the
+            truncation under a budget of what is stored, and Alg. 5 and its Stage 2 as printed.
     """
 
     gate: str = "silu"
@@ -136,6 +136,7 @@ class Crisp(SharedBases):
 
     paper: ClassVar[dict[str, Any]] = {
         **LARGE,
+        "fit": "mimicry",
         "cluster": {"printed": True},
         "refine": {"relative": False},
     }
@@ -149,6 +150,8 @@ class Crisp(SharedBases):
 
     def settled(self, kind: str, calibrates: bool) -> "Crisp":
         method = super().settled(kind, calibrates)
+        if method.as_paper and self.fit is None and kind in STORED:
+            method = method.copy(fit="closed")  # from which it distils
         known = SMALL if kind in STORED else LARGE
         changes = {name: value for name, value in known.items() if getattr(method, name) is None}
         if not calibrates and changes.get("fit") == "aware":

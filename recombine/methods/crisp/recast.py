@@ -34,7 +34,13 @@ class Recast(Crisp):
     gate: str = "none"
     lr: Rate = 2e-3
 
-    paper: ClassVar[dict[str, Any]] = {}
+    paper: ClassVar[dict[str, Any]] = {
+        "fit": "mimicry",
+        "mimicry": {
+            **{"basis": "template", "optimizer": "rmsprop"},
+            **{"lr": 0.1, "factor": 2.0, "noise": 1e-4, "clip": 1.0},
+        },
+    }
     budget_fields: ClassVar[dict[str, str]] = {
         "retained": "basis_rank",
         "memory": "basis_rank",

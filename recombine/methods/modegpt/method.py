@@ -67,7 +67,7 @@ class Modegpt(Structural):
     round_to: Count = 1
     as_paper: bool = False
 
-    paper: ClassVar[dict[str, Any]] = {"intercept": False}
+    paper: ClassVar[dict[str, Any]] = {"query_key": "select", "intercept": False, "allocation": "blocks"}
     budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
 
     def __post_init__(self):

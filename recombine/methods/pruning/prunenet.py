@@ -19,6 +19,7 @@ of singular values, and gradients are clipped to 1.
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,12 +40,16 @@ class PruneNet(MlpPruning):
         policy_lr: learning rate of the policy.
         seed: of the policy's weights and its draws.
         estimator: of the policy's gradient: exact (Plackett-Luce, with a baseline) or paper (the authors' code).
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     episodes: Epochs = 20
     policy_lr: Rate = 1e-3
     seed: Seed = 0
     estimator: str = "exact"
+    as_paper: bool = False
+
+    paper: ClassVar[dict[str, Any]] = {"estimator": "paper"}
 
     def check(self, sites: list[Site]) -> None:
         super().check(sites)

@@ -80,7 +80,7 @@ class DobiSvd(Whitened):
 
     paper: ClassVar[dict[str, Any]] = {
         **{"step_size": 5.0, "unit": "rank", "basis": "batch"},
-        **{"beta": 10.0, "weight": 200.0, "loss": "exp"},
+        **{"beta": 10.0, "weight": 200.0, "loss": "exp", "steps": 5120},
     }
     needs_trained_head: ClassVar[bool] = True
 
