@@ -22,7 +22,7 @@ def test_it_sets_what_differs(name):
     for key, value in cls.paper.items():
         groups = value.items() if isinstance(value, dict) else [(None, value)]
         for part, wanted in groups:
-            here, there = getattr(method, key), getattr(plain, key)
+            here = getattr(method, key)
             assert (here if part is None else getattr(here, part)) == wanted
     changed = {f.name for f in fields(cls) if getattr(method, f.name) != getattr(plain, f.name)} - {"as_paper"}
     assert changed and changed <= cls.paper.keys()
