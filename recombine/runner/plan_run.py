@@ -13,6 +13,7 @@ from recombine.runner.plan_player import Player
 from recombine.runtime import memory, progress
 
 FEW = 2  # blocks of a deep model that are rehearsed, and twice as many; times the layers that share a basis
+STREAMED = 4 / 3  # passes that a calibration block by block is worth
 
 
 def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
@@ -34,20 +35,26 @@ def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
                 told = Player(spec, device, None).play()
             else:
                 told = extended(player.play(), Player(spec, device, 2 * few).play(), (player.depth - few) / few)
-            return limited(told, spec, device) if told.digests else told
+            return limited(told, spec, device, player.depth or 1) if told.digests else told
     finally:
         logging.disable(before)
 
 
-def limited(told: Rehearsal, spec: RunSpec, device: Device) -> Rehearsal:
-    """What a run takes whose statistics and factors keep to calibration.memory: more passes, and less at once."""
+def limited(told: Rehearsal, spec: RunSpec, device: Device, depth: int) -> Rehearsal:
+    """What a run takes whose statistics and factors keep to calibration.memory: less at once, and more passes.
+
+    Where two blocks of so many have room, it is taken for granted that they form a chain: then calibration goes block
+    by block, and runs every block forward once more for its gradients.
+    """
     limit = memory.parse(spec.settings.calibration.memory, "calibration.memory")
     limit = int(SHARE * (device.memory - told.weights)) if limit is None else limit
     room, phases = max(1, int((1 - KEPT) * limit)), []
     for phase in told.phases:
         held, cost = dict(phase.held), phase.cost
         if "statistics" in held:
-            cost = cost * ceil(held["statistics"] / room) if phase.name == "calibrate" else cost
+            passes = ceil(held["statistics"] / room)
+            passes = min(passes, STREAMED) if 2 * held["statistics"] / depth <= room else passes
+            cost = cost * passes if phase.name == "calibrate" else cost
             held["statistics"] = min(held["statistics"], room)
         if "factors" in held:
             held["factors"] = min(held["factors"], max(0, limit - held.get("statistics", 0)))
