@@ -15,10 +15,10 @@ class Key(NamedTuple):
 
 
 RUNNER, ANALYSIS, TRAINING = ("runner",), ("analysis",), ("adapt", "compress", "joint")
-REWRITING = ("retrofit", "compress", "joint")
-TESTING = (*TRAINING, "evaluate", "retrofit", *RUNNER)
+REWRITING, TESTING = ("retrofit", "compress", "joint"), (*TRAINING, "evaluate", "retrofit", *RUNNER)
 Scores = dict[str, float | None]  # a score's name -> its value
 Weights = dict[str, str | dict[str, str]]
+Packed = dict[str, int | None | Scores]  # bits, group, tensors and choices
 Map = dict[str, dict[str, list[list[float]]]]
 Curves = dict[str, list[float | None]]  # a metric's name -> one value an epoch
 
@@ -203,6 +203,7 @@ class StagePart(TypedDict):
     account: Annotated[AccountPart, Key("what the model costs after the stage", ("profile", *RUNNER))]
     layers: Annotated[list[Layer], Key("one entry a rewritten layer", RUNNER)]
     notes: Annotated[NotRequired[list[str]], Key("fields of the method that were adapted to some layers", RUNNER)]
+    quantized: Annotated[NotRequired[Packed], Key("packed weights; choices: error by bits, of auto", RUNNER)]
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
     checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from recombine.core.packing import Packing, linear_layers
 from recombine.core.places import kept_around
 from recombine.core.rewrite import Record
 from recombine.core.rollback import unchanged_on_failure
@@ -11,13 +12,11 @@ from recombine.core.tied import declare_tied
 from recombine.core.untouched import remember
 from recombine.errors import UsageError
 from recombine.layers import PackedLinear, RecombinedLinear
-from recombine.layers.packed import BITS, PREFIX, Packed, entries
-from recombine.models import rebuild, roles
+from recombine.layers.packed import PREFIX, Packed, entries
+from recombine.models import rebuild
 from recombine.models.wrappers import unwrapped
 from recombine.runtime import progress
 from recombine.runtime.mapped import release
-
-GROUPS = range(8, 2**16 + 1, 8)  # entries that one scale may have
 
 
 def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
@@ -36,7 +35,7 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
         UsageError: bits or group are none of these, a tensor has fewer entries than one group, or nothing is frozen.
     """
     wrapped, model = model, unwrapped(model)
-    check(bits, group)
+    Packing(bits, group)  # refuses others
     found = [(name, p) for name, p in frozen_matrices(model) if p.is_floating_point()]
     if not found:
         raise UsageError("quantize: no linear layer of this model has a frozen weight; what trains stays in float")
@@ -48,28 +47,16 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
     packed: dict[int, Packed] = {}  # layers that share a tensor go on sharing it
     with unchanged_on_failure(model), kept_around(model):
         for name, p in progress.of(found, "quantizing", "tensors"):
-            if id(p) not in packed:
-                packed[id(p)] = Packed.of(p, bits, group)
+            if (key := id(p)) not in packed:
+                packed[key] = Packed.of(p, bits, group)
                 release([p])
-            put_packed(model, name, lambda _, new=packed[id(p)]: new)
+            put_packed(model, name, lambda _, key=key: packed[key])
         names = {name for name, _ in model.named_parameters()}
         record.untouched, record.trainable = record.untouched & names, record.trainable & names
         record.marks = {name: mark for name, mark in record.marks.items() if name in names}
         model.recombined = record
     declare_tied(model)
     return wrapped
-
-
-def check(bits: int, group: int) -> None:
-    """Refuses what is no number of bits or no length of a group.
-
-    Raises:
-        UsageError: names it.
-    """
-    if bits not in BITS:
-        raise UsageError(f"quantize.bits={bits}: weights are packed to 8 or 4 bits; say one of these, or null")
-    if group not in GROUPS:
-        raise UsageError(f"quantize.group={group}: must be a multiple of 8 from 8 to {GROUPS[-1]}; say 64")
 
 
 def plain_record(model: nn.Module) -> Record:
@@ -87,22 +74,8 @@ def plain_record(model: nn.Module) -> Record:
     return record
 
 
-def linear_layers(model: nn.Module) -> Iterator[str]:
-    """Names of the layers that are packed: what a method rewrote, and the linear layers of the blocks."""
-    record, blocks = getattr(model, "recombined", None), ()
-    try:
-        blocks = tuple(f"{name}." for name in roles.block_names(model))
-    except UsageError:  # a model without known blocks
-        if record is None:
-            raise
-    inside = tuple(f"{name}." for name in (record.targets if record else ()))
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear | RecombinedLinear) and f"{name}.".startswith((*inside, *blocks)):
-            yield name
-
-
 def frozen_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The frozen parameters with two dimensions or more of `linear_layers`, by all their names; all of a plain model."""
+    """The frozen matrices of `linear_layers`, by all their names; those that train too, of a plain model."""
     plain = not hasattr(model, "recombined")
     for owner in linear_layers(model):
         layer = model.get_submodule(owner)

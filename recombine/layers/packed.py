@@ -2,8 +2,9 @@
 
 The groups run through the flattened tensor, as in QLoRA (arXiv 2305.14314, Sec. 2): inside a row where the group
 divides it. With the range [-c, c] of a group, its scale is c over 7.5 or 127.5 and an integer is
-clamp(round(w / scale)). That is torchao's `IntxWeightOnlyConfig` with symmetric groups and a bfloat16 scale, bit for
-bit; torchao holds 4 bits in a byte each, and no safetensors file holds its tensors.
+clamp(round(w / scale)). The scales are those of torchao's `IntxWeightOnlyConfig` with symmetric groups. So are the
+integers, but for some halfway between two: torchao rounds 1 / scale to bfloat16. It holds 4 bits in a whole byte, and
+no safetensors file holds its tensors.
 """
 
 from math import prod

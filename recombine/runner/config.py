@@ -22,12 +22,13 @@ from recombine.runner.labels import chosen_labels
 from recombine.runtime import conf
 from recombine.runtime.kinds import Place, Seed, Word, shown
 from recombine.runtime.schema import annotations, checked, group, typed
-from recombine.stages import STAGES
+from recombine.stages import STAGES, mix
 from recombine.stages.settings import (
     STAGE_SETTINGS,
     AnalysisSettings,
     CalibrationSettings,
     HarnessSettings,
+    QuantizeSettings,
     RunSettings,
     StageSettings,
 )
@@ -35,7 +36,6 @@ from recombine.training.loggers import LoggerSettings
 from recombine.training.settings import OptimizerSettings, TrainerSettings
 
 Format = Literal["hf", "dense", "lora", "torch", "onnx", "openvino"]  # of recombine/export
-GROUPS = ("model", "data", "method", "stage", "optim", "trainer", "logger", "calibration", "harness", "analyse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,11 @@ NODES = {  # node -> the schema of its keys, where it is always the same
     "trainer": TrainerSettings,
     "calibration": CalibrationSettings,
     "analyse": AnalysisSettings,
+    "quantize": QuantizeSettings,
     "harness": HarnessSettings,
     "logger": LoggerSettings,
 }
+GROUPS = ("model", "data", "method", "stage", *filter(None, NODES))
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,13 @@ def resolve(cfg: DictConfig) -> RunSpec:
     method.label = labels["method"]
     if compressor is not None:
         compressor.label = labels["compressor"]
-    calibration = dict(plain["calibration"])
-    chosen = calibration.pop("data")
-    analyse = dict(plain["analyse"])
-    transfer_tasks = analyse.pop("elsewhere")
+    calibration, analyse = dict(plain["calibration"]), dict(plain["analyse"])
+    chosen, transfer_tasks = calibration.pop("data"), analyse.pop("elsewhere")
     if not isinstance(transfer_tasks, list) or not all(isinstance(task, str) for task in transfer_tasks):
-        raise UsageError(
-            f"analyse.elsewhere={shown(transfer_tasks)}: must be a list of tasks; say analyse.elsewhere=[task]"
-        )
+        why = "must be a list of tasks; say analyse.elsewhere=[task]"
+        raise UsageError(f"analyse.elsewhere={shown(transfer_tasks)}: {why}")
+    quantize, budget = typed(QuantizeSettings, plain["quantize"], "quantize"), Budget.parse(cfg.budget)
+    mix.require(quantize, stage, budget, plain.get("base"))
     data = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
     data_sets.check(**data | {"seed": cfg.seed})
     models.check(**plain["model"])
@@ -126,12 +127,13 @@ def resolve(cfg: DictConfig) -> RunSpec:
             calibration=typed(CalibrationSettings, calibration, "calibration"),
             analyse=typed(AnalysisSettings, analyse, "analyse"),
             harness=typed(HarnessSettings, plain["harness"], "harness"),
+            quantize=quantize,
             probe=cfg.probe,
         ),
         method=method,
         compressor=compressor,
         labels=labels,
-        budget=Budget.parse(cfg.budget),
+        budget=budget,
         data=data | {"seed": cfg.seed},
         model=plain["model"],
         calibration_data=calibration_data(chosen, cfg.seed),
@@ -218,9 +220,8 @@ def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
     if type(compressor) is type(method):
         bare = [replace(part, lr=0.0, targets=()) for part in (method, compressor, type(method)())]
         if bare[0] not in bare[1:]:
-            raise UsageError(
-                f"method={name} after itself trains the compressor's factors: set its fields as compressor.*"
-            )
+            what = f"method={name} after itself trains the compressor's factors"
+            raise UsageError(f"{what}: set its fields as compressor.*")
         return compressor.copy(lr=method.lr), None
     return method, compressor
 

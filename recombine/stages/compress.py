@@ -26,6 +26,7 @@ def compress(run: RunContext) -> StagePart:
     part, _ = distil(run)
     head = [] if (classifier := roles.head(run.model)) is None else list(classifier.parameters())
     train_only(run.model, {name for name, p in run.model.named_parameters() if any(p is q for q in head)})
+    run.quantize()
     return part | train_and_test(run)
 
 
@@ -35,6 +36,7 @@ def joint(run: RunContext) -> StagePart:
     if run.compressor is not None:
         run.checkpointed_step("adapted", lambda: run.rewrite(run.method), base=original)
     train_only(run.model, run.model.recombined.trainable)
+    run.quantize()
     return part | train_and_test(run)
 
 

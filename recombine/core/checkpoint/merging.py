@@ -14,9 +14,9 @@ from recombine.models.wrappers import unwrapped
 def merge(model: nn.Module) -> nn.Module:
     """Turns every recombined layer back into an ordinary linear one, in place; returns the model.
 
-    The outputs stay the same; packed weights are dense again. Of adapters the one that is on stays in them, and others are dropped. Afterwards every
-    parameter is trainable that was not frozen before the first method. Hooks of a layer stay. A layer of a subclass of
-    nn.Linear is of that class again, unless the subclass holds state.
+    The outputs stay the same; packed weights are dense again. Of adapters the one that is on stays in them, and others
+    are dropped. Afterwards every parameter is trainable that was not frozen before the first method. Hooks of a layer
+    stay. A layer of a subclass of nn.Linear is of that class again, unless the subclass holds state.
 
     Raises:
         UsageError: the model is not recombined.

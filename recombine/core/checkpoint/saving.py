@@ -27,8 +27,8 @@ def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
     torch.compile or DistributedDataParallel is saved as itself.
 
     Args:
-        whole: store all of the model; None: where it holds fewer parameters than before, or packed ones. A model that cannot be
-            built again without its weights is then saved as a difference, with a warning.
+        whole: store all of the model; None: where it holds fewer parameters than before, or packed ones. A model that
+            cannot be built again without its weights is then saved as a difference, with a warning.
 
     Raises:
         UsageError: the model is not recombined, or all of it is asked for and it cannot be built again.
