@@ -61,6 +61,13 @@ class FactoredLinear(RecombinedLinear):
         values = self.gate.sigmoid() * self.entries
         return block.index_put(tuple(self.index), values.to(block.dtype), accumulate=True), None
 
+    def inner(self) -> Tensor:
+        """K as a matrix (k, k), or its diagonal (k,) where it has no other entries; not where it is the identity."""
+        block, diagonal = self._inner()
+        if block is None or diagonal is None:
+            return diagonal if block is None else block
+        return torch.block_diag(block, torch.diag(diagonal))
+
     @property
     def is_plain(self) -> bool:
         """Whether K is the identity."""
