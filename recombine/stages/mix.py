@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -69,8 +70,12 @@ def settle(run: RunContext) -> None:
     run.budget = replace(run.budget, packing=packing(run, bits))
 
 
-def packing(run: RunContext, bits: int | None) -> Packing | None:
-    """How the run packs its weights to so many bits. What the first method trains is frozen where others follow."""
+def packing(run: Any, bits: int | None) -> Packing | None:
+    """How a run packs its weights to so many bits. What the first method trains is frozen where others follow.
+
+    Args:
+        run: with its `compressor` and `settings`, as a RunContext or a RunSpec has them.
+    """
     if bits is None:
         return None
     trains = run.compressor is None and run.settings.stage.name != "compress"
