@@ -18,7 +18,6 @@ RUNNER, ANALYSIS, TRAINING = ("runner",), ("analysis",), ("adapt", "compress", "
 REWRITING, TESTING = ("retrofit", "compress", "joint"), (*TRAINING, "evaluate", "retrofit", *RUNNER)
 Scores = dict[str, float | None]  # a score's name -> its value
 Weights = dict[str, str | dict[str, str]]
-Packed = dict[str, int | None | Scores]  # bits, group, tensors and choices
 Map = dict[str, dict[str, list[list[float]]]]
 Curves = dict[str, list[float | None]]  # a metric's name -> one value an epoch
 
@@ -199,11 +198,12 @@ class StagePart(TypedDict):
 
     val: Annotated[Scores, Key("scores on the validation set, of the kept epoch; as in test", (*TRAINING, *RUNNER))]
     test: Annotated[Scores, Key("scores on the test set, read once; shares, but for losses", TESTING)]
+    test_right: Annotated[NotRequired[str], Key("which test samples it tells right: a bit each, in base64", TESTING)]
     linear_probe: Annotated[Probe | None, Key("a linear probe on the pretrained features; null: none", RUNNER)]
     account: Annotated[AccountPart, Key("what the model costs after the stage", ("profile", *RUNNER))]
     layers: Annotated[list[Layer], Key("one entry a rewritten layer", RUNNER)]
     notes: Annotated[NotRequired[list[str]], Key("fields of the method that were adapted to some layers", RUNNER)]
-    quantized: Annotated[NotRequired[Packed], Key("packed weights; choices: error by bits, of auto", RUNNER)]
+    quantized: Annotated[NotRequired[dict[str, int | None | Scores]], Key("packed weights; choices: by bits", RUNNER)]
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
     checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recombine.errors import UsageError
 from recombine.result_schema import MethodPart, Result
-from recombine.runtime import budget_words
+from recombine.runtime import budget_words, open_fields
 from recombine.runtime.atomic import atomic_write
 from recombine.runtime.naming import aside
 from recombine.runtime.progress import wrapped
@@ -41,6 +41,7 @@ SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "s
 LATER = {  # keys that came after the first results, with what they were by then
     "base": None,
     "calibration.memory": "auto",
+    "data.test_size": None,
     "export": None,
     "optim.lr_ratio": 1.0,
     "optim.name": "adamw",
@@ -58,6 +59,7 @@ LATER = {  # keys that came after the first results, with what they were by then
     for slot in ("method", "compressor")
     for key, value in {
         "allocation": "uniform",
+        "as_paper": False,
         "factor": "plain",
         "loss": "plain",
         "multiple_of": 8,
@@ -166,6 +168,7 @@ def canonical(config: dict) -> dict:
     if "budget" in keys:
         kind, value = budget_words.parse(keys.pop("budget"))
         keys |= {"budget.kind": kind, "budget.value": value}
+        keys |= open_fields.decided(keys, kind in budget_words.STORED)
     return {key: value for key, value in keys.items() if key not in LATER or LATER[key] != value}
 
 

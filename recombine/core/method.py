@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recombine.core.calibration import Losses, Stats
 from recombine.core.kept import Kept
+from recombine.core.layer_kinds import layer_class
 from recombine.core.memory import Memory
 from recombine.core.sites import Site
 from recombine.errors import UsageError
@@ -27,7 +28,8 @@ class Method:
 
     The hooks are called in this order:
 
-        apply                   survey                      what the layers do not say, such as the number of heads
+        apply                   settled                     another with open fields decided
+                                survey                      what the layers do not say, such as the number of heads
                                 check                       the fields, against the target layers
                                 statistics_needed           then the statistics are collected into `self.stats`
                                 groups, digest              they are worked off group by group, and dropped
@@ -53,13 +55,13 @@ class Method:
     lr: Rate = 1e-3
 
     # What a method can do
-
     abstract: ClassVar[bool] = False  # a base class of methods, none itself: `class Base(Method, abstract=True)`
     budget_fields: ClassVar[dict[str, str]] = {}  # kind of budget -> the field, or field.entry, that it sets
     conflicting_fields: ClassVar[tuple[str, ...]] = ()  # optional fields that each set the size alone
     compresses: ClassVar[bool] = False  # can hold the target layers in fewer weights than they have
     target_types: ClassVar[tuple[type, ...]] = (nn.Linear,)  # the layers that it can rewrite
     sizes_need_statistics: ClassVar[bool] = True  # False: a budget is solved first, so `digest` knows the sizes
+    paper: ClassVar[dict[str, Any]] = {}  # fields -> values, or groups of them, where ours differs
     needs_trained_head: ClassVar[bool] = False  # looks at the task's loss, so a classifier must be fitted before it
 
     def __init_subclass__(cls, abstract: bool = False):
@@ -81,8 +83,20 @@ class Method:
         other.label, other.key = self.label, self.key
         return other
 
-    # Before the rewriting: fields and data
+    def settled(self, kind: str, calibrates: bool) -> Self:
+        """Another whose open fields are decided. With `as_paper`, those that have their default are as in `paper`.
 
+        Args:
+            kind: of the budget that limits the method.
+            calibrates: there is calibration data.
+        """
+        paper = self.paper if getattr(self, "as_paper", False) else {}
+        groups = {name: replace(getattr(self, name), **v) for name, v in paper.items() if isinstance(v, dict)}
+        plain = paper.keys() - groups.keys()
+        plain = {name: paper[name] for name in plain if getattr(self, name) == getattr(type(self), name)}
+        return self.copy(**groups, **plain)
+
+    # Before the rewriting: fields and data
     def contradiction(self, key: str) -> str | None:
         """Why the fields do not go together; None: they do. key: of the node that they stand in."""
         given = [f"{key}.{n}={value}" for n in self.conflicting_fields if (value := getattr(self, n)) is not None]
@@ -123,7 +137,6 @@ class Method:
         return []
 
     # Sizes, in closed form
-
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         """(stored, trained) weights of the rewritten target layers, without biases. Nothing is built."""
         raise NotImplementedError(type(self).__name__)
@@ -168,7 +181,6 @@ class Method:
             model.set_submodule(name, layer.share_bias_with(linear))
 
     # Training
-
     def penalty(self, model: nn.Module) -> Tensor | float:
         """A scalar that is added to the training loss at every step."""
         return 0.0
@@ -199,18 +211,6 @@ class Method:
         Args:
             alone: no other method is applied next.
         """
-
-
-def layer_class(kind: str) -> type[RecombinedLinear]:
-    """The subclass of RecombinedLinear with that name: "FactoredLinear", for example.
-
-    Raises:
-        UsageError: there is none.
-    """
-    known = {cls.__name__: cls for cls in RecombinedLinear.__subclasses__()}
-    if kind not in known:
-        raise UsageError(f"there is no layer {kind}; import the module that defines it")
-    return known[kind]
 
 
 def method_classes() -> dict[str, type[Method]]:

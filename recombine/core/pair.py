@@ -31,3 +31,11 @@ def added(method: Method, model: nn.Module) -> int:
     method, sites = method.copy(), find_sites(model, method)
     method.before_budget(model, sites, None)
     return max(0, method.sizes(sites)[0] - held(site.module for site in sites))
+
+
+def settled(method: Method, compressor: Method | None, kind: str) -> tuple[Method, Method | None]:
+    """Both with their open fields decided, for a budget of that kind."""
+    if compressor is None:
+        return method.settled(kind, calibrates=True), None
+    first, last = ("none", kind) if kind == "trainable" else (kind, "none")
+    return method.settled(last, calibrates=True), compressor.settled(first, calibrates=True)

@@ -91,12 +91,12 @@ def apply(
     Whatever is raised, Ctrl-C included, the model is as it was.
     """
     check_call(model, method)
-    inner, losses = unwrapped(model), checked(losses)
+    inner, losses, budget = unwrapped(model), checked(losses), Budget.of(budget)
     with unchanged_on_failure(inner):
-        method = method.copy()  # the caller's keeps its fields, and no factors of this model
+        method = method.settled(budget.kind, losses is not None)  # the caller's keeps its fields, and no factors
         done = False
         try:
-            rewritten(inner, method, Budget.of(budget), losses, Memory.of(memory))
+            rewritten(inner, method, budget, losses, Memory.of(memory))
             done = True
         finally:
             method.kept.close(done)

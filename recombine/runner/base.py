@@ -116,7 +116,8 @@ def same_method(path: Path, model: nn.Module, method: Method) -> Method:
         UsageError: the run gives it other fields.
     """
     step = model.recombined.steps[-1]
-    made, plain, file = type(method)(**step.fields), type(method)(), conf.load("method", method.label) or {}
+    made, file = type(method)(**step.fields), conf.load("method", method.label) or {}
+    plain = type(method)().settled("none", calibrates=True)
     for name in (f.name for f in fields(method) if f.name != "lr"):
         value = getattr(method, name)
         given = tuple(x) if isinstance(x := file.get(name), list) else x

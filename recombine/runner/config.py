@@ -14,6 +14,7 @@ from recombine import data as data_sets
 from recombine import models, results
 from recombine.core.budget import Budget
 from recombine.core.method import Method
+from recombine.core.pair import settled
 from recombine.errors import UsageError
 from recombine.export.folder import require
 from recombine.methods.from_config import from_config, from_name
@@ -103,16 +104,17 @@ def resolve(cfg: DictConfig) -> RunSpec:
     plain = OmegaConf.to_container(cfg, resolve=True)
     stage, export = stage_settings(plain["stage"]), formats(plain.get("export"))
     method, compressor = resolve_methods(cfg)
-    labels = chosen_labels(cfg)
+    labels, budget = chosen_labels(cfg), Budget.parse(cfg.budget)
     method.label = labels["method"]
     if compressor is not None:
         compressor.label = labels["compressor"]
+    method, compressor = settled(method, compressor, budget.kind)
     calibration, analyse = dict(plain["calibration"]), dict(plain["analyse"])
     chosen, transfer_tasks = calibration.pop("data"), analyse.pop("elsewhere")
     if not isinstance(transfer_tasks, list) or not all(isinstance(task, str) for task in transfer_tasks):
         why = "must be a list of tasks; say analyse.elsewhere=[task]"
         raise UsageError(f"analyse.elsewhere={shown(transfer_tasks)}: {why}")
-    quantize, budget = typed(QuantizeSettings, plain["quantize"], "quantize"), Budget.parse(cfg.budget)
+    quantize = typed(QuantizeSettings, plain["quantize"], "quantize")
     mix.require(quantize, stage, budget, plain.get("base"))
     data = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
     data_sets.check(**data | {"seed": cfg.seed})
@@ -190,10 +192,8 @@ def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:
     chosen = {"name": chosen} if not isinstance(chosen, dict) else chosen
     if (name := chosen.get("name")) is None:
         if lost := [key for key in chosen if key != "name"]:
-            raise UsageError(
-                f"calibration.data.{lost[0]}={shown(chosen[lost[0]])}: has no effect without calibration.data.name; "
-                "say data@calibration.data=<name> too"
-            )
+            why = "has no effect without calibration.data.name; say data@calibration.data=<name> too"
+            raise UsageError(f"calibration.data.{lost[0]}={shown(chosen[lost[0]])}: {why}")
         return None
     values = (conf.load("data", name) or {}) | chosen | {"seed": seed}
     data_sets.check(**values, key="calibration.data")

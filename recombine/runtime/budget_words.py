@@ -8,6 +8,7 @@ from decimal import Decimal
 from recombine.errors import UsageError
 
 KINDS = ("none", "retained", "bytes", "trainable", "energy", "memory")
+STORED = ("retained", "bytes", "energy", "memory")  # limit what is stored
 SHARES = ("retained", "bytes", "energy")  # count per cent
 EXAMPLES = {
     "retained": "retained_50",

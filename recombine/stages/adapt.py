@@ -1,10 +1,14 @@
 """Train what the method trains. Validation chooses the weights; the test set is read once, with those."""
 
+import base64
 import math
 import sys
 
 import lightning as L
+import numpy as np
+import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from torch import Tensor
 
 from recombine.core import adapters, checkpoint
 from recombine.core.method import Method
@@ -38,18 +42,23 @@ def adapt(run: RunContext) -> StagePart:
     return part
 
 
-def train_and_test(run: RunContext) -> StagePart:
-    """The data's task with the run's optimizer, on the model as it stands."""
+def train_and_test(run: RunContext, whole: bool = False) -> StagePart:
+    """The data's task with the run's optimizer, on the model as it stands.
+
+    Args:
+        whole: a model that nothing trains in is saved with all its weights, as it was not made from the pretrained one.
+    """
     optim = run.settings.optim
     objective = run.objective(optim.label_smoothing)
     if not any(p.requires_grad for p in run.model.parameters()):  # compressed, without a head: there is nothing to fit
         path = run.out / "best.safetensors"
         if distributed.rank() == 0:
-            checkpoint.save(run.model, path, whole=False)
-        return {"test": test(run, LitRecombine(run.model, run.method, objective)), "checkpoint": str(path)}
+            checkpoint.save(run.model, path, whole=whole)
+        lit = LitRecombine(run.model, run.method, objective)
+        return {"val": validate(run, lit)} | test(run, lit) | {"checkpoint": str(path)}
     lit, best = fit(run, objective, optim, run.settings.trainer.epochs, "best", run.method)
     val = {} if run.data.val is None else {objective.metric: best.value}
-    return {"best_epoch": best.epoch, "val": val, "test": test(run, lit), "checkpoint": str(best.path)}
+    return {"best_epoch": best.epoch, "val": val, "checkpoint": str(best.path)} | test(run, lit)
 
 
 def fit(
@@ -95,7 +104,15 @@ def early_stopping(run: RunContext, monitor: str, mode: str) -> list[EarlyStoppi
     return [EarlyStopping(monitor, mode=mode, patience=patience, check_finite=False)] if patience else []
 
 
-def test(run: RunContext, lit: LitRecombine) -> dict[str, float]:
+def validate(run: RunContext, lit: LitRecombine) -> dict[str, float]:
+    """The score on the validation set by which weights are chosen; empty without one."""
+    if run.data.val is None:
+        return {}
+    (scores,) = run_trainer(run, "validation", 1, [], None).validate(lit, run.data, verbose=False)
+    return {lit.objective.metric: scores[f"val/{lit.objective.metric}"]}
+
+
+def test(run: RunContext, lit: LitRecombine) -> StagePart:
     """Scores the model on the test set, and a language model on the harness's tasks that go with the data."""
     with run.timed("test"), engine.products(run.settings.trainer.matmul):
         (scores,) = run_trainer(run, "test", 1, [], None).test(lit, run.data, verbose=False)
@@ -103,7 +120,24 @@ def test(run: RunContext, lit: LitRecombine) -> dict[str, float]:
         raise lit.failure(f"test/loss={scores['test/loss']}", run.batch(run.data.test, [0]))
     scores = lit.objective.report({name.removeprefix("test/"): value for name, value in scores.items()})
     names = run.settings.harness.names(run.data.harness)
-    return scores | harness_scores(run, names) if names else scores
+    part = {"test": scores | harness_scores(run, names) if names else scores}
+    return part | ({"test_right": bits(lit.right)} if lit.right else {})
+
+
+def bits(right: list[Tensor]) -> str:
+    """Which test samples were told right, in the order of the test set: one bit each, in base64.
+
+    Args:
+        right: by batch this rank's samples, (B,) bool. Rank r has rows r, r + world, ... of a batch.
+    """
+    parts = distributed.gather([batch.cpu() for batch in right])
+    whole = []
+    for batch in zip(*parts, strict=True):
+        rows = torch.zeros(sum(map(len, batch)), dtype=torch.bool)
+        for rank, mine in enumerate(batch):
+            rows[rank :: len(batch)] = mine
+        whole.append(rows)
+    return base64.b64encode(np.packbits(torch.cat(whole).numpy()).tobytes()).decode()
 
 
 def harness_scores(run: RunContext, names: tuple[str, ...]) -> dict[str, float]:

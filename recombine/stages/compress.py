@@ -9,6 +9,7 @@ from torch import nn
 
 from recombine.core.account import count
 from recombine.core.budget import Budget
+from recombine.core.checkpoint.merging import merge
 from recombine.core.method import Method
 from recombine.core.rewrite import find_sites, finish, train_only
 from recombine.core.twin import sharing, unshare
@@ -31,13 +32,34 @@ def compress(run: RunContext) -> StagePart:
 
 
 def joint(run: RunContext) -> StagePart:
-    """Compress and distil, then adapt."""
+    """Compress and distil, then adapt; or the other way round."""
+    if run.settings.stage.order == "adapt_first":
+        return adapted_first(run)
     part, original = distil(run)
     if run.compressor is not None:
         run.checkpointed_step("adapted", lambda: run.rewrite(run.method), base=original)
     train_only(run.model, run.model.recombined.trainable)
     run.quantize()
     return part | train_and_test(run)
+
+
+def adapted_first(run: RunContext) -> StagePart:
+    """Adapt and merge, then compress and distil from the adapted model, with its head as it is.
+
+    Raises:
+        UsageError: there is no compressor.
+    """
+    if run.compressor is None:
+        raise UsageError("stage.order=adapt_first: nothing compresses after the method; add method@compressor=svd_llm")
+    run.checkpointed_step("adapted", lambda: run.rewrite(run.method))
+    objective = run.objective(run.settings.optim.label_smoothing)
+    _, best = fit(run, objective, run.settings.optim, run.settings.trainer.epochs, "best", run.method)
+    merge(run.model)
+    run.method, run.compressor = run.compressor, None
+    part, _ = distil(run)
+    train_only(run.model, set())
+    run.quantize()
+    return part | {"best_epoch": best.epoch} | train_and_test(run, whole=True)
 
 
 def distil(run: RunContext) -> tuple[StagePart, nn.Module]:

@@ -33,7 +33,7 @@ def evaluate(run: RunContext) -> StagePart:
         names = roles.find(run.model, run.method.targets) if record is None else record.targets
         quantize(map(run.model.get_submodule, names), bits)
     run.quantize()
-    return {"test": test(run, LitRecombine(run.model, run.method, run.objective())), "checkpoint": path}
+    return test(run, LitRecombine(run.model, run.method, run.objective())) | {"checkpoint": path}
 
 
 def require_head(model: nn.Module, data: DataModule) -> None:

@@ -78,8 +78,13 @@ def packing(run: Any, bits: int | None) -> Packing | None:
     """
     if bits is None:
         return None
-    trains = run.compressor is None and run.settings.stage.name != "compress"
+    trains = run.compressor is None and run.settings.stage.name != "compress" and not adapts_first(run)
     return Packing(bits, run.settings.quantize.group, trains)
+
+
+def adapts_first(run: Any) -> bool:
+    """Whether the adapter comes first, and is merged before the compressor. run: as in `packing`."""
+    return getattr(run.settings.stage, "order", None) == "adapt_first"
 
 
 def errors(run: RunContext) -> dict[str, float | None]:
@@ -89,7 +94,9 @@ def errors(run: RunContext) -> dict[str, float | None]:
         UsageError: none can.
     """
     found: dict[str, float | None] = {}
-    refused, budget = None, run.budget
+    refused, budget, pair = None, run.budget, (run.method, run.compressor)
+    if adapts_first(run):
+        run.method, run.compressor = run.first_method, None
     for bits in (None, *BITS):
         word = NONE if bits is None else str(bits)
         run.budget = replace(budget, packing=packing(run, bits))
@@ -97,7 +104,7 @@ def errors(run: RunContext) -> dict[str, float | None]:
             found[word] = error(run)
         except UsageError as reason:
             found[word], refused = None, reason
-    run.budget = budget
+    run.budget, (run.method, run.compressor) = budget, pair
     if refused is not None and not any(value is not None for value in found.values()):
         raise refused
     return found

@@ -38,7 +38,7 @@ def retrofit(run: RunContext) -> StagePart:
         logits, errors = objectives.call(run.model, batch), weight_errors(original, run.model)
     if not (reference.isfinite().all() and logits.isfinite().all()):
         raise UsageError(f"the outputs on training samples are not finite: {finite.blame(run.model, batch)}")
-    scores = {"test": test(run, LitRecombine(run.model, run.method, run.objective()))} if stage.test else {}
+    scores = test(run, LitRecombine(run.model, run.method, run.objective())) if stage.test else {}
     return scores | {
         "weight_error": errors,
         "logit_error": (logits - reference).abs().max().item(),

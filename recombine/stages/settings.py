@@ -34,10 +34,18 @@ class RetrofitSettings(StageSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressSettings(StageSettings):
-    """The keys of `compress` and `joint`. distil: the training that follows the original model."""
+    """The keys of `compress`. distil: the training that follows the original model."""
 
     name: str = "compress"
     distil: DistillationSettings = field(default_factory=DistillationSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointSettings(CompressSettings):
+    """The keys of `joint`. order: of compressor and adapter; adapt_first merges before it compresses."""
+
+    name: str = "joint"
+    order: Literal["compress_first", "adapt_first"] = "compress_first"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +163,7 @@ class RunSettings:
 STAGE_SETTINGS: dict[str, type[StageSettings]] = {  # of the stages that have keys of their own
     "compress": CompressSettings,
     "evaluate": EvaluateSettings,
-    "joint": CompressSettings,
+    "joint": JointSettings,
     "plan": PlanSettings,
     "profile": ProfileSettings,
     "retrofit": RetrofitSettings,

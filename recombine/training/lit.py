@@ -11,7 +11,7 @@ from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
 from recombine.training import distributed, finite, resume
 from recombine.training.groups import Rates, grouped, optimizer_groups
-from recombine.training.objectives import Objective, Shard, labels_of, parts_of
+from recombine.training.objectives import Classification, Objective, Shard, labels_of, parts_of
 from recombine.training.optimizers import OPTIMIZERS, fusible, prepare, scale_gradients
 from recombine.training.rates import RELATIVE, SCHEDULES, movements, scheduled
 from recombine.training.settings import OptimizerSettings
@@ -60,6 +60,7 @@ class LitRecombine(L.LightningModule):
         self.train_metrics.persistent(True)  # an epoch may be taken up in its middle
         self.last_good: str | None = None  # the checkpoint a user can go back to
         self.is_final_form = True  # the model has the form that it will be kept in
+        self.right: list[Tensor] = []  # of each test batch, which of this rank's samples are told right
         self.first, self.total = 0, 0.0  # of the batches that make one step: the first's weight, and all in units of it
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,6 +186,9 @@ class LitRecombine(L.LightningModule):
         loss, logits = self.objective.loss(self.model, batch, shard)
         self.log("test/loss", loss, batch_size=self.weight(batch, shard), sync_dist=True)
         self.score(self.test_metrics, logits, batch, shard)
+        if isinstance(self.objective, Classification):
+            right = logits.argmax(-1) == labels_of(batch)
+            self.right.append(right[:0] if shard.empty else right)
 
     def shard(self, loader, index: int) -> Shard:
         """What this rank has of the loader's batch with that index."""

@@ -22,8 +22,8 @@ class OptimizerSettings:
 
     name: adamw, adam, sgd (with a momentum of 0.9), adamw_8bit (by torchao), or muon (AdamW for what is no matrix).
     lr: peak learning rate of the method's weights; None: the method's own.
-    relative: lr is how far a step moves the weight of a layer, as a share of its norm, whatever its factors are
-        (`rates`); what is no factor of a layer has the method's own rate.
+    relative: lr is relative to the norm of each layer's weight, whatever its factors are (`rates`);
+        what is no factor of a layer has the method's own rate.
     lr_ratio: the rate of every B of the pairs B A that train, over lr (LoRA+: 16).
     lr_head: peak learning rate of the classification head.
     weight_decay: on matrices only.

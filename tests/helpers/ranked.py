@@ -30,6 +30,7 @@ def same(one: Path, two: Path) -> None:
         assert a[split].keys() == b[split].keys()
         for key, value in a[split].items():
             assert b[split][key] == pytest.approx(value, rel=1e-4), (split, key)
+    assert a["test_right"] == b["test_right"]  # in the order of the test set
     assert a["best_epoch"] == b["best_epoch"] and a["linear_probe"] == b["linear_probe"]
     a, b = (load_file(folder / "best.safetensors") for folder in (one, two))
     assert a.keys() == b.keys()

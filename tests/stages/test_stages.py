@@ -1,12 +1,15 @@
 """The stages on a tiny ViT and generated pictures."""
 
+import base64
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import recombine
+from helpers import refusal
 from helpers.command import CHUNK, config, execute
 from recombine.core.twin import shared_copy
 from recombine.data.vision.offline import Offline
@@ -41,6 +44,9 @@ def test_the_test_set_sees_the_weights_that_validation_chose(tmp_path):
     result = execute(tmp_path, "method=full", "optim.lr=1e-3", "optim.schedule=constant", "trainer.epochs=4")
     best = f"stage.checkpoint={tmp_path}/best.safetensors"
     again = execute(tmp_path / "again", "method=full", "stage=evaluate", best)
+    assert again["test_right"] == result["test_right"]
+    right = np.unpackbits(np.frombuffer(base64.b64decode(result["test_right"]), np.uint8))[:64]
+    assert right.mean() == pytest.approx(result["test"]["acc"])
     assert again["test"]["acc"] == result["test"]["acc"]
     assert again["test"]["loss"] == pytest.approx(result["test"]["loss"], rel=1e-5)
 
@@ -110,3 +116,18 @@ def test_suite_prints_group_means(tmp_path, monkeypatch, capsys):
     assert "\nlinear_probe on tiny_vit, data offline, test scores of 2 tasks in %\n" in out
     assert "mean of structured" in out
     assert (tmp_path / "dsprites_ori" / "result.json").exists()
+
+
+def test_adapting_first_merges_and_compresses_what_was_adapted(tmp_path):
+    pair = ["method=lora", "method@compressor=svd", "budget=retained_80", "stage.distil.epochs=1"]
+    result = execute(tmp_path / "a", *pair, "stage=joint", "stage.order=adapt_first", "trainer.epochs=3")
+    assert len(result["curves"]["train/loss"]) == 3 and list(result["seconds"]).index("train_best") > 0
+    assert 0.7 < result["account"]["retained"] <= 0.8 and result["account"]["trained_without_head"] == 0
+    assert result["distil"]["val_loss"] > 0 and "acc" in result["val"]
+    again = execute(tmp_path / "b", "stage=evaluate", f"stage.checkpoint={tmp_path}/a/best.safetensors")
+    assert again["test_right"] == result["test_right"]
+
+
+def test_adapting_first_needs_a_compressor(tmp_path):
+    said = refusal(execute, tmp_path, "method=svd", "stage=joint", "budget=retained_50", "stage.order=adapt_first")
+    assert said.startswith("stage.order=adapt_first: nothing compresses after the method")

@@ -1,4 +1,4 @@
-"""A relative rate moves the weight of every layer by that share of its norm, whatever its factors are."""
+"""A relative rate moves the weight of every layer alike, whatever its factors are."""
 
 import copy
 
@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 
 import recombine
 from helpers import CONF, refusal
-from recombine import Cersa, Crisp, Full, Jactus, Peft, Svd
+from recombine import Cersa, Crisp, Full, Jactus, Peft, Ssf, Svd
 from recombine.core.rewrite import train_only
 from recombine.runner.config import resolve
 from recombine.training.groups import grouped, optimizer_groups
@@ -26,12 +26,13 @@ METHODS = {
     "jactus": Jactus(top_k=4),
     "svd": Svd(train_core=True),
     "full": Full(),
+    "ssf": Ssf(),
 }
 
 
 @pytest.mark.parametrize("arch", ["tiny_vit", "tiny_llama"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_step_moves_each_weight_by_the_rates_share_of_its_norm(arch, name):
+def test_a_step_moves_each_weight_alike_for_each_entry_that_trains(arch, name):
     model = build(arch)
     method = METHODS[name]
     recombine.apply(model, method, losses=losses(model))
@@ -39,12 +40,17 @@ def test_a_step_moves_each_weight_by_the_rates_share_of_its_norm(arch, name):
     before, moves = weights(model), movements(model)
     assert moves and all(value > 0 for value in moves.values())
     rng = torch.Generator().manual_seed(1)
+    counts = {n: sum(p.numel() for k, p in model.named_parameters() if k in moves and k.startswith(n)) for n in before}
+    rate = 1e-4 * sum(count > 0 for count in counts.values())
     with torch.no_grad():
         for key, p in model.named_parameters():
             if key in moves:
-                p += 1e-4 / moves[key] * (torch.randint(2, p.shape, generator=rng) * 2 - 1)
-    moved = {key: float((w - before[key]).norm() / before[key].norm()) for key, w in weights(model).items()}
-    moved = [value for value in moved.values() if value > 0]
+                p += rate / moves[key] * (torch.randint(2, p.shape, generator=rng) * 2 - 1)
+    moved = [
+        float((w - before[key]).norm() / before[key].norm()) * (counts[key] / w.numel()) ** 0.5
+        for key, w in weights(model).items()
+        if counts[key]
+    ]
     assert moved and all(0.6e-4 < value < 1.5e-4 for value in moved), (min(moved), max(moved))
 
 
@@ -67,7 +73,7 @@ def test_a_basis_of_several_layers_has_their_root_mean_square():
     sharing = [other for other in layers.values() if getattr(other, "basis", None) is layer.basis]
     alone = [movement(other, "basis", other.basis) for other in sharing]
     assert len(alone) > 1 and movements(model)[f"{first}.basis"] == pytest.approx(
-        (sum(value**2 for value in alone) / len(alone)) ** 0.5
+        len(layers) * (sum(value**2 for value in alone) / len(alone)) ** 0.5
     )
 
 
@@ -81,7 +87,7 @@ def test_the_optimizer_has_a_group_for_each_movement_and_the_head_its_own():
     assert found == {name: pytest.approx(0.02 / value) for name, value in moves.items()}
     plain = LitRecombine(model, method, Classification(5), OptimizerSettings(lr=0.02)).rates
     assert sorted(plain.of(kind) for kind in grouped(model, plain)) == [5e-3, 5e-3, 0.02]
-    assert LitRecombine(model, method, Classification(5), OptimizerSettings(relative=True)).lr == 0.01
+    assert LitRecombine(model, method, Classification(5), OptimizerSettings(relative=True)).lr == 0.1
 
 
 def test_a_model_is_as_it_was():

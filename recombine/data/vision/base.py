@@ -84,6 +84,11 @@ class VisionData(CachedModule):
         self.mean, self.std = self.mean or source["mean"], self.std or source["std"]
 
     @property
+    def limits(self) -> dict[str, int | None]:
+        """Most pictures by split; None: all."""
+        return dict.fromkeys(SPLITS, self.limit)
+
+    @property
     def path(self) -> Path:
         if self.image_size is None:
             raise UsageError(
@@ -96,7 +101,7 @@ class VisionData(CachedModule):
         return cache.description(self.path)
 
     def build_cache(self) -> None:
-        cache.build(self.path, self.source(), self.image_size, self.limit, self.check, self.task or self.name)
+        cache.build(self.path, self.source(), self.image_size, self.limits, self.check, self.task or self.name)
 
     def setup(self, stage: str | None = None) -> None:
         """Maps the cached file, and says what differs from the papers and what train and test share."""

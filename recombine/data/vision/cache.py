@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -73,21 +73,26 @@ def description(path: Path) -> dict | None:
 
 
 def build(
-    path: Path, source: Source, size: int, limit: int | None, check: Callable[[dict[str, str]], None], title: str
+    path: Path,
+    source: Source,
+    size: int,
+    limits: Mapping[str, int | None],
+    check: Callable[[dict[str, str]], None],
+    title: str,
 ) -> None:
     """Decodes, resizes and writes all pictures of a source.
 
     Args:
         path: the .npy file.
         size: pixels of a side, S.
-        limit: pictures a split; None: all.
-        check: sees the sha256 of every split where there is no limit, and may refuse.
+        limits: most pictures by split; None: all.
+        check: sees the sha256 of every split that has no limit, and may refuse.
         title: of the progress bar.
 
     Raises:
         OSError: the disk is too small.
     """
-    splits = {split: (images, labels[:limit]) for split, (images, labels) in source.splits.items()}
+    splits = {split: (images, labels[: limits[split]]) for split, (images, labels) in source.splits.items()}
     shape = (sum(len(labels) for _, labels in splits.values()), 3, size, size)
     meta = {"classes": source.classes, "licence": source.licence, "note": source.note, "splits": {}}
     meta["differences"] = list(source.differences)
@@ -97,8 +102,7 @@ def build(
         scratch = path.with_name(f"{path.name}.{uuid4().hex}")
         try:
             digests = _write(scratch, splits, shape, meta, title)
-            if limit is None:
-                check({split: part["sha256"] for split, part in meta["splits"].items()})
+            check({split: part["sha256"] for split, part in meta["splits"].items() if limits[split] is None})
             meta["shared"] = {split: _shared(digests[split], digests["test"]) for split in ("train", "val")}
             os.replace(scratch, path)  # pictures first: the description says that they are whole
             scratch.write_text(json.dumps(meta))

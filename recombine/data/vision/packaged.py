@@ -208,7 +208,7 @@ def _fashion_hub(first: UsageError) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         raise UsageError(f"{first}; the hub's {FASHION_HUB} failed too ({reason})") from error
 
 
-def fashion_mnist(task: str) -> Source:
+def fashion_mnist(task: str, test: int = SIZES["test"]) -> Source:
     """Fashion-MNIST (arXiv 1708.07747)."""
     arrays = _fashion_arrays()
     images, labels = arrays["train"]
@@ -219,9 +219,10 @@ def fashion_mnist(task: str) -> Source:
     splits = {name: (images[r], labels[r]) for name, r in rows.items()}
     images, labels = arrays["test"]
     labels = labels.astype(np.int64)
-    test = stratified(labels, SIZES["test"], 2019)
-    splits["test"] = images[test], labels[test]
-    return Source(FASHION_CLASSES, ASSETS["fashion_mnist"].licence, splits, "1,000 + 1,000 of the 60,000 + 10,000")
+    chosen = stratified(labels, test, 2019)
+    splits["test"] = images[chosen], labels[chosen]
+    note = f"1,000 + {test:,} of the 60,000 + 10,000"
+    return Source(FASHION_CLASSES, ASSETS["fashion_mnist"].licence, splits, note)
 
 
 # ELPV

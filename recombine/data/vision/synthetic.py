@@ -26,6 +26,7 @@ import numpy as np
 from recombine.data.vision.ray_caster import Solid, cast, dot, view
 from recombine.data.vision.source import SIZES, Lazy, Source
 
+KNOWN = SIZES["train"] + SIZES["val"]
 LICENCE = "generated, free of rights"
 NOTE = "generated and VTAB-like: not comparable with published VTAB numbers"
 DISTANCES = (7.97, 8.34, 8.70, 9.10, 9.69)  # sextiles of the distance to the closest object
@@ -50,20 +51,19 @@ def _draw(grid: tuple[int, ...], count: int, seed: int) -> np.ndarray:
 
 
 def _split(rows: np.ndarray) -> dict[str, np.ndarray]:
-    cuts = np.cumsum(list(SIZES.values()))[:-1]
+    cuts = np.cumsum([SIZES["train"], SIZES["val"]])  # test has the rest
     return dict(zip(SIZES, np.split(rows, cuts), strict=True))
 
 
 # dSprites-like: factors (shape, scale, orientation, x, y)
 
-
 DSPRITES = (3, 6, 40, 32, 32)
 _TURNS = [(_cos(360 * i / 39), _sin(360 * i / 39)) for i in range(40)]  # first and last agree, as in dSprites
 
 
-def dsprites_factors(seed: int) -> dict[str, np.ndarray]:
+def dsprites_factors(seed: int, test: int = SIZES["test"]) -> dict[str, np.ndarray]:
     """split -> factors (N, 5); no two rows are alike."""
-    return _split(_draw(DSPRITES, sum(SIZES.values()), seed))
+    return _split(_draw(DSPRITES, KNOWN + test, seed))
 
 
 def dsprite(factors: np.ndarray) -> np.ndarray:
@@ -205,10 +205,10 @@ def toy(category: int, instance: int) -> tuple[Solid, ...]:
     return (body, roof, *(ball(x, y, 0.2, 0.2) for x in (-0.6, 0.6) for y in (-0.4, 0.4)))
 
 
-def snorb_factors(seed: int) -> dict[str, np.ndarray]:
+def snorb_factors(seed: int, test: int = SIZES["test"]) -> dict[str, np.ndarray]:
     """Train and val see toys 0..4 of each category, test sees 5..9, as smallNORB splits its ten."""
-    known = _draw(SNORB, SIZES["train"] + SIZES["val"], seed)
-    new = _draw(SNORB, SIZES["test"], seed + 1) + [0, 5, 0, 0, 0]
+    known = _draw(SNORB, KNOWN, seed)
+    new = _draw(SNORB, test, seed + 1) + [0, 5, 0, 0, 0]
     return _split(np.concatenate([known, new]))
 
 
@@ -224,16 +224,16 @@ def snorb(factors: np.ndarray) -> np.ndarray:
 # The tasks
 
 
-def build(task: str) -> Source:
+def build(task: str, test: int = SIZES["test"]) -> Source:
     """A task of the six: factors and labels now, pictures when they are asked for."""
     family, target = task.split("_")
     if family == "dsprites":
-        rows, make = dsprites_factors(2018 if target == "loc" else 2019), dsprite
+        rows, make = dsprites_factors(2018 if target == "loc" else 2019, test), dsprite
         labels = {s: r[:, 3] // 2 if target == "loc" else r[:, 2] * 2 // 5 for s, r in rows.items()}
         step, unit = ("2", "columns") if target == "loc" else ("2.5", "steps of 360/39 degrees")
         classes = [f"bin {i} of {step} {unit}" for i in range(16)]
     elif family == "clevr":
-        rows, make = _split(np.arange(sum(SIZES.values()))), clevr
+        rows, make = _split(np.arange(KNOWN + test)), clevr
         scenes = {s: [clevr_scene(int(i)) for i in r] for s, r in rows.items()}
         if target == "count":
             labels = {s: np.array([len(x.solids) - 3 for x in r]) for s, r in scenes.items()}
@@ -242,7 +242,7 @@ def build(task: str) -> Source:
             labels = {s: np.searchsorted(DISTANCES, [x.distance for x in r]) for s, r in scenes.items()}
             classes = [f"below {d} m" for d in DISTANCES] + [f"from {DISTANCES[-1]} m"]
     else:
-        rows, make = snorb_factors(2004 if target == "azim" else 2006), snorb
+        rows, make = snorb_factors(2004 if target == "azim" else 2006, test), snorb
         labels = {s: r[:, 3 if target == "azim" else 2] for s, r in rows.items()}
         angles = range(0, 360, 20) if target == "azim" else range(30, 75, 5)
         classes = [f"{angle} degrees" for angle in angles]

@@ -14,7 +14,7 @@ Paper: its decay share was not at hand. Here: 0.8 and the sine, as in a reimplem
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -41,6 +41,7 @@ class PcLora(Method):
         decay: share of the distillation's steps over which the base weights fade out, in (0, 1].
         schedule: of the factor f: sine, linear or cosine.
         fade_bias: the pretrained biases fade out too.
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?")
@@ -49,7 +50,9 @@ class PcLora(Method):
     decay: float = 0.8
     schedule: str = "sine"
     fade_bias: bool = False
+    as_paper: bool = False
 
+    paper: ClassVar[dict[str, Any]] = {"fade_bias": True}
     compresses: ClassVar[bool] = True
     budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
     conflicting_fields: ClassVar[tuple[str, ...]] = ("rank",)

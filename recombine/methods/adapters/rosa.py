@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +36,16 @@ class Rosa(Method):
         alpha: the low-rank delta is scaled by alpha / rank.
         density: share of the weight's entries that the sparse delta trains; 0: there is none, and no data is needed.
         warmup: steps that the low-rank delta trains alone before the entries are chosen; it starts anew afterwards.
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     rank: int = 8
     alpha: float = 16.0
     density: float = 0.003
     warmup: int = 0
+    as_paper: bool = False
 
+    paper: ClassVar[dict[str, Any]] = {"warmup": 64}
     sizes_need_statistics: ClassVar[bool] = False
     budget_fields: ClassVar[dict[str, str]] = {"trainable": "rank", "memory": "rank"}
 

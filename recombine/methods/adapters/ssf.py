@@ -11,7 +11,7 @@ A linear layer without a bias (Llama's, Swin's reduction) has one after merging.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -28,11 +28,14 @@ class Ssf(Method):
     Args:
         targets: roles of linear layers; also norm, embed (the patch embedding) and reduction (between Swin's stages).
         start: identity leaves the model as it was; normal draws gamma and beta as the paper does.
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?", "reduction?", "norm", "embed?")
     start: str = "identity"
+    as_paper: bool = False
 
+    paper: ClassVar[dict[str, Any]] = {"start": "normal"}
     target_types: ClassVar[tuple[type, ...]] = (nn.Module,)
 
     def check(self, sites: list[Site]) -> None:

@@ -14,6 +14,7 @@ paper's start, because it is not defined through a gate.
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,12 @@ from recombine.linalg import shrink
 from recombine.methods.crisp.activation_aware import fit_outputs
 from recombine.methods.crisp.closed_form import INVERSES, random_orthogonal, stack, truncate, ungate
 from recombine.methods.crisp.clustering import Cluster, merge
-from recombine.methods.crisp.groups import SharedBases
+from recombine.methods.crisp.groups import LARGE, SMALL, SharedBases
 from recombine.methods.crisp.mimicry import Mimicry, mimic
 from recombine.methods.crisp.refinement import Refine, refine
 from recombine.methods.crisp.regularizers import PENALTIES
 from recombine.runtime import progress
+from recombine.runtime.budget_words import STORED
 from recombine.runtime.kinds import Steps, Weight
 
 log = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ class Crisp(SharedBases):
             norm; balanced, by the square root of their singular value and one factor.
         fit: closed, the truncated SVD; aware, least squares on the layers' outputs (needs calibration data); cluster,
             Alg. 5; random, orthogonal factors at the weights' scale (Tab. 8, without SVD); mimicry, gradient descent
-            (Alg. 2).
+            (Alg. 2). None: aware where a budget limits what is stored and there is calibration data, else closed.
         alternations: of fit=aware: pairs of a step for the mixers and one for the basis.
         cluster: fields of fit=cluster.
         mimicry: fields of fit=mimicry.
@@ -115,18 +117,27 @@ class Crisp(SharedBases):
             data).
         regulariser: of the mixers in training (Tab. 4): none, l2 |A|^2, orthogonal or spectral (top singular value).
         strength: the regulariser's factor in the loss.
+        as_paper: the fields that have their default take the paper's form: chunks of 32, groups of 2, truncated, and
+            Alg. 5 as printed.
     """
 
     gate: str = "silu"
     placement: str = "pre"
     gauge: str = "svd"
-    fit: str = "closed"
+    fit: str | None = None
     alternations: Steps = 3
     cluster: Cluster = field(default_factory=Cluster)
     mimicry: Mimicry = field(default_factory=Mimicry)
     refine: Refine = field(default_factory=Refine)
     regulariser: str = "none"
     strength: Weight = 1e-3
+    as_paper: bool = False
+
+    paper: ClassVar[dict[str, Any]] = {
+        **LARGE,
+        "cluster": {"printed": True},
+        "refine": {"relative": False},
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -135,12 +146,21 @@ class Crisp(SharedBases):
             if isinstance(value := getattr(self, name), dict):  # from a YAML or a checkpoint
                 setattr(self, name, kind(**value))
 
+    def settled(self, kind: str, calibrates: bool) -> "Crisp":
+        method = super().settled(kind, calibrates)
+        known = SMALL if kind in STORED else LARGE
+        changes = {name: value for name, value in known.items() if getattr(method, name) is None}
+        if not calibrates and changes.get("fit") == "aware":
+            changes["fit"] = LARGE["fit"]
+        return method.copy(**changes)
+
     def check(self, sites: list[Site]) -> None:
         super().check(sites)
         for name, known in CHOICES.items():
-            need(getattr(self, name) in known, self, name, f"must be one of {', '.join(known)}")
-        if self.fit != "mimicry":
-            why = f"has no inverse that fit={self.fit} needs; set fit=mimicry, or gate=silu and placement=pre"
+            ok = getattr(self, name) in (*known, getattr(Crisp, name))
+            need(ok, self, name, f"must be one of {', '.join(known)}")
+        if (fit := self.fit or LARGE["fit"]) != "mimicry":
+            why = f"has no inverse that fit={fit} needs; set fit=mimicry, or gate=silu and placement=pre"
             need(self.gate in INVERSES, self, "gate", why)
             need(self.placement == "pre", self, "placement", why)
         for name in ("alternations", "strength"):
@@ -158,7 +178,9 @@ class Crisp(SharedBases):
     def digest(self, group: list[Site]) -> dict[str, Tensor]:
         """basis (m n / s, r) and mixers (r, g s) of a group, as they are stored."""
         chunk, weight = self.group_chunk(group), group[0].module.weight
-        basis, mixers = FITS[self.fit](group, stack(group, chunk), self.group_rank(group), self, self._rng)
+        basis, mixers = FITS[self.fit or LARGE["fit"]](
+            group, stack(group, chunk), self.group_rank(group), self, self._rng
+        )
         return {"basis": basis.to(weight), "mixers": mixers.to(weight)}
 
     def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:

@@ -11,7 +11,7 @@ descent, and what differs then, stand in mimicry.py.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from recombine.core.method import Site, need
 from recombine.methods.crisp.method import Crisp
@@ -29,9 +29,12 @@ class Recast(Crisp):
     """
 
     chunk: int = 1
+    group_size: int = 2
+    fit: str = "closed"
     gate: str = "none"
     lr: Rate = 2e-3
 
+    paper: ClassVar[dict[str, Any]] = {}
     budget_fields: ClassVar[dict[str, str]] = {
         "retained": "basis_rank",
         "memory": "basis_rank",

@@ -17,7 +17,7 @@ Paper: every layer is factored (`dense=none`). Here: a layer may stay dense wher
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -50,6 +50,7 @@ class Jactus(Subspaces):
         dense: what a layer that stays dense trains: frozen, nothing; full, itself; core_on_top_k, a core on its top
             directions. none: no layer stays dense.
         top_k: the size k of the core under core_on_top_k.
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     ratio: float = 0.8
@@ -58,7 +59,9 @@ class Jactus(Subspaces):
     relative: bool = False
     dense: str = "core_on_top_k"
     top_k: int = 32
+    as_paper: bool = False
 
+    paper: ClassVar[dict[str, Any]] = {"dense": "none"}
     compresses: ClassVar[bool] = True
     budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
 

@@ -21,7 +21,7 @@ Paper's code: the ridges are absolute. Here: they are shares of the mean of the 
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class Modegpt(Structural):
         leverage: ridge of the neurons' scores, as a share of their mean second moment.
         ridge: of the compensation, likewise.
         round_to: neurons and head dimensions stay in multiples of this, as far as they were.
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down", "gate?")
@@ -64,7 +65,9 @@ class Modegpt(Structural):
     leverage: Positive = 1e-2
     ridge: Weight = 1e-6
     round_to: Count = 1
+    as_paper: bool = False
 
+    paper: ClassVar[dict[str, Any]] = {"intercept": False}
     budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
 
     def __post_init__(self):

@@ -16,7 +16,7 @@ Paper's library, torch-pruning: a block that would lose all parts of a form stay
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ class Isomorphic(Structural):
         width: cut the embedding too, as the paper does. Block outputs of teacher and student then differ in width, so
             a distillation cannot compare them.
         compensate: none; or ridge, down and o make up for the neurons and heads that are cut (`compensation.py`).
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     targets: tuple[str, ...] = ("qkv", "o", "up", "down")
@@ -54,7 +55,9 @@ class Isomorphic(Structural):
     round_to: int = 1
     width: bool = True
     compensate: str = "none"
+    as_paper: bool = False
 
+    paper: ClassVar[dict[str, Any]] = {"round_to": 2}
     budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
     needs_trained_head: ClassVar[bool] = True
 

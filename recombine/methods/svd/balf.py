@@ -14,7 +14,7 @@ budgets differ only by the number of tokens that each layer sees.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -65,9 +65,13 @@ class Balf(Whitened):
 
     Args:
         fill: spend what one price for all layers leaves of the budget.
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     fill: bool = True
+    as_paper: bool = False
+
+    paper: ClassVar[dict[str, Any]] = {"fill": False}
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         return self.stored(sites, self.ranks(sites)), 0

@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class DobiSvd(Whitened):
         beta: sharpness of the truncation, per rank.
         weight: factor of the distance to the budget in the loss.
         loss: plain, the task's; or exp of it, which is a language model's perplexity.
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     steps: int = 30
@@ -75,7 +76,12 @@ class DobiSvd(Whitened):
     beta: float = 0.1
     weight: float = 10.0
     loss: str = "plain"
+    as_paper: bool = False
 
+    paper: ClassVar[dict[str, Any]] = {
+        **{"step_size": 5.0, "unit": "rank", "basis": "batch"},
+        **{"beta": 10.0, "weight": 200.0, "loss": "exp"},
+    }
     needs_trained_head: ClassVar[bool] = True
 
     def __post_init__(self):

@@ -18,7 +18,7 @@ layer loses as it is: an estimate of the loss, so layers compare.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,13 +39,16 @@ class KfacSvd(WeightedSvd):
         shrink_outputs: a of C_g, in (0, 1]; the paper's code has 0.3 for language models and 0.7 for vision.
         clip: scale the gradient of every token to a norm of 0.1 to 10 times the mean norm of its sequence.
         left: the factor A of C_g: cholesky, with A^T A = C_g; or chol_as_released, A A^T = C_g, as in the paper's code.
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     shrink_inputs: float = 0.1
     shrink_outputs: float = 0.3
     clip: bool = True
     left: str = "cholesky"
+    as_paper: bool = False
 
+    paper: ClassVar[dict[str, Any]] = {"left": "chol_as_released"}
     needs_trained_head: ClassVar[bool] = True
 
     def check(self, sites: list[Site]) -> None:

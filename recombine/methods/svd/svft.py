@@ -14,7 +14,7 @@ the model starts as it was.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,16 @@ class Svft(Spectral):
             entries as banded.
         band: diagonals on each side of the main one; plain does not read it.
         start: of M: zero leaves the model as it was; kaiming draws M as the paper's code does.
+        as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
     targets: tuple[str, ...] = ("q", "v")
     pattern: str = "banded"
     band: int = 3
     start: str = "zero"
+    as_paper: bool = False
 
+    paper: ClassVar[dict[str, Any]] = {"pattern": "top_k_signed", "start": "kaiming"}
     compresses: ClassVar[bool] = False
     budget_fields: ClassVar[dict[str, str]] = {"trainable": "band", "memory": "band"}
 

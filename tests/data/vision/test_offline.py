@@ -109,3 +109,18 @@ def test_bad_settings_are_one_line(cache):
     assert "image_size is not set" in refusal(sprites(image_size=None).prepare_data)
     assert "data.mean=None" in refusal(sprites(mean=None).normalise, torch.zeros(1, 3, 2, 2, dtype=torch.uint8))
     assert isinstance(data.build("offline", task="emoji"), Offline)
+
+
+@pytest.mark.parametrize("task", ["dsprites_loc", "clevr_count", "snorb_azim"])
+def test_more_test_pictures_follow_the_others(task, cache):
+    few, more = ready(sprites(task=task)), ready(sprites(task=task, test_size=60))
+    assert few.foreseen == {"train": 40, "val": 40, "test": 40} and more.foreseen["test"] == len(more.test) == 60
+    for split in ("train", "val", "test"):
+        known = range(len(getattr(few, split)))
+        assert torch.equal(getattr(few, split)[known][0], getattr(more, split)[known][0])
+    assert more.info["sha256"]["train"] == few.info["sha256"]["train"]
+
+
+def test_more_test_pictures_than_there_are(cache):
+    line = refusal(lambda: sprites(task="emoji", test_size=1001))
+    assert "data.test_size=1001" in line and "1000" in line

@@ -1,0 +1,159 @@
+"""experiments/leaderboard: its page and figures, from the committed runs of leaderboard/joint and leaderboard/adapt.
+
+    python -m recombine.report leaderboard/joint --save && python scripts/leaderboard.py
+
+Only cells of task and seed that every method of a budget has run are compared. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from recombine import report
+from recombine.report import words
+from recombine.report.paired import Paired, right
+from recombine.report.plot_drawing import COLOURS, STYLE
+from recombine.report.plots import as_svg
+from recombine.report.records import EVIDENCE, Record
+
+FOLDER = EVIDENCE / "leaderboard"
+AT_ONCE = ("CRISP", "JACTUS", "CERSA", "SVD + its values")
+COLUMNS = {  # what a table shows of a method beside its accuracy: heading -> (path in a record, factor, digits)
+    "MiB of weights": ("account.bytes_weights", 2**-20, 1),
+    "trained (k)": ("account.trained_without_head", 1e-3, 0),
+    "MiB to train": ("account.memory_mib", 1, 1),
+    "seconds": ("seconds.total", 1, 0),
+}
+
+
+@dataclass
+class Board:
+    """The methods of one budget, on the cells that all of them have."""
+
+    budget: str
+    records: dict[str, list[Record]]  # by method
+    paired: Paired
+
+    @property
+    def order(self) -> list[str]:
+        """The methods, the best first."""
+        return sorted(self.paired.methods, key=lambda method: -self.paired.accuracy(method).mean)
+
+    def best(self, at_once: bool) -> str | None:
+        """The best of those that work at once, or of the chains."""
+        return next((method for method in self.order if (method in AT_ONCE) == at_once), None)
+
+    def mean(self, method: str, path: str) -> float:
+        """The mean of a value over the method's runs."""
+        values = [record.get(path) for record in self.records[method]]
+        return sum(values) / len(values)
+
+
+def boards(name: str) -> list[Board]:
+    """A board for each budget of an experiment of which every method has a run in common."""
+    found: dict[str, dict[str, dict[tuple[str, int], Record]]] = defaultdict(lambda: defaultdict(dict))
+    loaded = report.load(name)
+    for record in loaded.runs.records:
+        cell = record.get("data.task"), record.get("seed")
+        found[record.get("budget")][record.labels["method"]][cell] = record
+    methods = list(dict.fromkeys(cell["method"] for cell in loaded.runs.cells))
+    made = []
+    for budget, runs in found.items():
+        run = [method for method in methods if method in runs]
+        common = sorted(set.intersection(*(set(runs[method]) for method in run)))
+        if len(run) > 1 and common:
+            told = {method: {cell: right(runs[method][cell]) for cell in common} for method in run}
+            records = {method: [runs[method][cell] for cell in common] for method in run}
+            made.append(Board(budget, records, Paired(told)))
+    return made
+
+
+def share(value: float) -> str:
+    """A share as per cent."""
+    return f"{100 * value:.1f}"
+
+
+def table(board: Board) -> str:
+    """The board as Markdown. What is level with the best is bold."""
+    paired, level = board.paired, board.paired.level_with_best()
+    ranks = paired.ranks()
+    head = ["method", *(words.label("data.task", task) for task in paired.tasks), "mean (95 %)", "mean rank", *COLUMNS]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for method in board.order:
+        i, found = paired.methods.index(method), paired.accuracy(method)
+        tasks = [share(paired.by_task[task][0][i]) for task in paired.tasks]
+        mean = share(found.mean)
+        mean = f"**{mean}**" if method in level else mean
+        costs = [f"{board.mean(method, path) * by:,.{digits}f}" for path, by, digits in COLUMNS.values()]
+        kind = "" if method in AT_ONCE else " (chain)"
+        cells = [
+            method + kind,
+            *tasks,
+            f"{mean} ({share(found.low)} to {share(found.high)})",
+            f"{ranks[method]:.1f}",
+            *costs,
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def verdicts(board: Board) -> str:
+    """How often each that works at once wins against the best chain, ties with it and loses, by task, as Markdown."""
+    chain = board.best(at_once=False)
+    rows = [
+        f"| against {chain} | difference (95 %) | "
+        + " | ".join(words.label("data.task", t) for t in board.paired.tasks)
+        + " |"
+    ]
+    rows.append("|---" * (2 + len(board.paired.tasks)) + "|")
+    for method in (m for m in board.order if m in AT_ONCE):
+        whole = board.paired.difference(method, chain)
+        parts = [board.paired.difference(method, chain, task).verdict for task in board.paired.tasks]
+        says = f"{100 * whole.mean:+.1f} ({100 * whole.low:+.1f} to {100 * whole.high:+.1f})"
+        rows.append("| " + " | ".join([method, says, *parts]) + " |")
+    return "\n".join(rows)
+
+
+def finding(board: Board) -> str:
+    """One sentence: the best that works at once against the best chain."""
+    one, chain = board.best(True), board.best(False)
+    found = board.paired.difference(one, chain)
+    words_for = {"win": "is ahead of", "tie": "is level with", "loss": "is behind"}[found.verdict]
+    size = f"{100 * found.mean:+.1f} points, 95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
+    return f"{words.budget(board.budget)}: {one} {words_for} the best chain, {chain} ({size})."
+
+
+def figure(found: list[Board]) -> Figure:
+    """A panel for each budget: accuracies with their intervals, the best on top."""
+    count = max(len(board.order) for board in found)
+    made, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found) + 1.2, 0.27 * count + 1.1), squeeze=False)
+    for ax, board in zip(axes[0], found, strict=True):
+        for y, method in enumerate(reversed(board.order)):
+            value = board.paired.accuracy(method)
+            errors = [[100 * (value.mean - value.low)], [100 * (value.high - value.mean)]]
+            colour = COLOURS[1] if method in AT_ONCE else COLOURS[0]
+            ax.errorbar(100 * value.mean, y, xerr=errors, marker="o", color=colour)
+        ax.set_yticks(range(len(board.order)), list(reversed(board.order)), fontsize=8)
+        for label in ax.get_yticklabels():
+            label.set_color(COLOURS[1] if label.get_text() in AT_ONCE else COLOURS[0])
+        size = board.mean(board.order[0], "account.bytes_weights") / 2**20
+        ax.set_title(f"{words.budget(board.budget)} ({size:.0f} MiB)")
+        ax.set_xlabel("test accuracy (%)")
+    return made
+
+
+def main() -> None:
+    """Writes the figure and prints the tables and findings that the README holds."""
+    found = boards("leaderboard/joint")
+    with plt.rc_context(STYLE):
+        (FOLDER / "joint.svg").write_text(as_svg(figure(found), "joint"), encoding="utf-8")
+    for board in found:
+        print(f"\n### {words.budget(board.budget)}\n\n{finding(board)}\n\n{table(board)}\n\n{verdicts(board)}")
+
+
+if __name__ == "__main__":
+    main()
