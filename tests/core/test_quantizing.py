@@ -212,3 +212,10 @@ def test_what_trains_stays_in_float(keys, tmp_path):
     assert file.stat().st_size < 0.7 * 4 * result["account"]["stored"]
     again = execute(tmp_path / "e", *keys[1:2], "stage=evaluate", f"stage.checkpoint={file}")
     assert again["test"]["acc"] == result["test"]["acc"]
+
+
+def test_shards_are_refused():
+    from recombine.training.sharding import shard
+
+    with pytest.raises(UsageError, match="packed weights are not divided among ranks; set trainer=ddp"):
+        shard(made("svd"), None)
