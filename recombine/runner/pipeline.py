@@ -131,7 +131,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     if scored_as_it_is:
         require_head(model, module)
     method, continued = start(spec, model)
-    if stage.name in ("compress", "joint") and stage.distil.epochs:
+    if stage.name in ("compress", "joint") and stage.distil.epochs and spec.settings.quantize.bits is None:
         require_small_fields(model, spec.compressor or spec.method, spec.budget, stage.name)
     calibration = build_calibration_data(spec, module, source)
     transfer = build_transfer_data(spec, module, source)

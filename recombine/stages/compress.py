@@ -82,7 +82,8 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
     run.checkpointed_step("rewritten", lambda: run.rewrite(method))
     part = {"weight_error": weight_errors(teacher, run.model)}
     if settings.epochs:
-        if type(method).retained_weights is Method.retained_weights:  # others fold some away afterwards
+        plain = type(method).retained_weights is Method.retained_weights  # others fold some away afterwards
+        if plain and run.budget.packing is None:  # bits compress too
             require_compression(count(run.model).retained, method.label, run.settings.stage.name)
         train_only(run.model, method.distillation_parameters(run.model))
         unshare(teacher, run.model)
