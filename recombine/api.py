@@ -14,6 +14,7 @@ from recombine.core.adapters import (
 from recombine.core.budget import Budget
 from recombine.core.checkpoint import load, merge, save
 from recombine.core.method import Method, Site
+from recombine.core.quantizing import quantize
 from recombine.core.rewrite import Record, Step, apply, finish, train_only
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
@@ -47,6 +48,7 @@ __all__ = [
     "merge",
     "mixed",
     "peft_config",
+    "quantize",
     "register",
     "save",
     "save_adapter",

@@ -15,8 +15,7 @@ class Key(NamedTuple):
 
 
 RUNNER, ANALYSIS, TRAINING = ("runner",), ("analysis",), ("adapt", "compress", "joint")
-REWRITING = ("retrofit", "compress", "joint")
-TESTING = (*TRAINING, "evaluate", "retrofit", *RUNNER)
+REWRITING, TESTING = ("retrofit", "compress", "joint"), (*TRAINING, "evaluate", "retrofit", *RUNNER)
 Scores = dict[str, float | None]  # a score's name -> its value
 Weights = dict[str, str | dict[str, str]]
 Map = dict[str, dict[str, list[list[float]]]]
@@ -204,6 +203,7 @@ class StagePart(TypedDict):
     account: Annotated[AccountPart, Key("what the model costs after the stage", ("profile", *RUNNER))]
     layers: Annotated[list[Layer], Key("one entry a rewritten layer", RUNNER)]
     notes: Annotated[NotRequired[list[str]], Key("fields of the method that were adapted to some layers", RUNNER)]
+    quantized: Annotated[NotRequired[dict[str, int | None | Scores]], Key("packed weights; choices: by bits", RUNNER)]
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
     checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]

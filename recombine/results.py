@@ -46,6 +46,8 @@ LATER = {  # keys that came after the first results, with what they were by then
     "optim.lr_ratio": 1.0,
     "optim.name": "adamw",
     "optim.relative": False,
+    "quantize.bits": None,
+    "quantize.group": 64,
     "stage.distil.l1": 0.0,
     "stage.distil.relative": False,
     "stage.order": "compress_first",

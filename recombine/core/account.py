@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from recombine.core.method import Method, Site
+from recombine.layers.packed import entries
 from recombine.models import roles
 from recombine.models.wrappers import unwrapped
 
@@ -18,13 +19,14 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Account:
-    """What a model costs. A parameter that several layers share is counted once.
+    """What a model costs. A parameter that several layers share is counted once, a packed one by its entries.
 
     stored, trained: parameters of the whole model, all of them and those that train.
     stored_without_head, trained_without_head: the same without the classification head.
     retained: weights that the target layers hold, as a share of the dense ones they had.
     retained_total: the same share of the whole model.
-    bytes_weights: bytes of the weights; quantised ones count as the integers they would be stored as.
+    bytes_weights: bytes of the weights, in memory and in a file that holds all of the model. Packed ones are integers
+        and scales there; those that `stage.bits` rounded count as the integers they would be stored as.
     bytes_gradients: bytes of the gradients of what trains.
     bytes_optimizer: bytes of AdamW's two float32 moments. Every run is counted like this, whatever its optimizer, so
         that methods can be compared.
@@ -62,7 +64,7 @@ def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Accoun
     parameters = dict(model.named_parameters())
     trained = [p for p in parameters.values() if p.requires_grad]
     head = list(h.parameters()) if (h := roles.head(model)) is not None else []
-    stored = sum(p.numel() for p in parameters.values())
+    stored = sum(entries(model).values())
     record = getattr(model, "recombined", None)
     in_targets = stored_in_targets(model) if record else 0
     return Account(
@@ -113,9 +115,10 @@ def stored_in_targets(model: nn.Module) -> int:
 
 def held(layers: Iterable[nn.Module]) -> int:
     """Weights inside these layers. Biases are left out, and a shared basis is counted once."""
-    weights = {
-        id(p): p.numel() for layer in layers for name, p in layer.named_parameters() if not name.endswith("bias")
-    }
+    weights: dict[int, int] = {}
+    for layer in layers:
+        sizes = entries(layer)
+        weights |= {id(p): sizes[id(p)] for name, p in layer.named_parameters() if not name.endswith("bias")}
     return sum(weights.values())
 
 
@@ -150,8 +153,8 @@ def layer_report(model: nn.Module) -> list[dict]:
     for name, layer in layers.items():
         spec = layer.spec() if hasattr(layer, "spec") else {}
         m, n = layer.out_features, layer.in_features
-        weights = [p for key, p in layer.named_parameters() if not key.endswith("bias")]
-        held = sum(p.numel() / users[id(p)] for p in weights) / (m * n)
+        weights, sizes = [p for key, p in layer.named_parameters() if not key.endswith("bias")], entries(layer)
+        held = sum(sizes[id(p)] / users[id(p)] for p in weights) / (m * n)
         ranks = {
             k: v for k, v in spec.items() if k in ("rank", "core", "tail", "basis_rank", "chunk") and v is not None
         }

@@ -19,6 +19,7 @@ from torch import nn
 
 from recombine.core.account import ADAM, MIB, head_size, held
 from recombine.core.method import Method, Site
+from recombine.core.packing import Packing, saving
 from recombine.errors import UsageError
 from recombine.runtime import budget_words
 from recombine.runtime.budget_words import KINDS
@@ -32,6 +33,7 @@ class Budget:
         kind: none, retained, bytes, trainable, energy or memory.
         value: a share in (0, 1] for retained, bytes and energy, weights for trainable, MiB for memory; None for none.
         reserve: weights that another method will add to the model; a budget of bytes includes them.
+        packing: how weights will be packed, which a budget of bytes counts; None: not at all.
 
     Raises:
         UsageError: an unknown kind, or a value that is out of range for it.
@@ -40,6 +42,7 @@ class Budget:
     kind: str = "none"
     value: float | None = None
     reserve: int = 0
+    packing: Packing | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -145,9 +148,10 @@ def measures(method: Method, model: nn.Module, sites: list[Site], budget: Budget
         stored, trained = method.sizes(sites)
         return (size * (rest + stored) + (size + ADAM) * (trained + head)) / MIB
 
+    saved = (lambda: 0.0) if budget.packing is None else saving(method, model, sites, budget.packing)
     return {
         "retained": lambda: method.retained_weights(sites) / dense,
-        "bytes": lambda: (rest - head + method.retained_weights(sites) + budget.reserve) / (total - head),
+        "bytes": lambda: (rest - head + method.retained_weights(sites) + budget.reserve - saved()) / (total - head),
         "trainable": lambda: method.sizes(sites)[1],
         "memory": memory,
     }[budget.kind]

@@ -18,6 +18,7 @@ from recombine.core.rollback import unchanged_on_failure
 from recombine.core.sites import Site, parent
 from recombine.core.tied import declare_tied
 from recombine.core.untouched import Mark, remember
+from recombine.layers.packed import entries
 from recombine.models import rebuild, roles
 from recombine.models.wrappers import unwrapped
 
@@ -198,7 +199,7 @@ def started_record(model: nn.Module, sites: list[Site], frozen: set[str]) -> Rec
     dense = sum(site.module.weight.numel() for site in sites if not {site.name, parent(site.name)} & counted)
     if old is not None:
         return replace(old, dense=old.dense + dense, steps=list(old.steps), notes=list(old.notes))
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(entries(model).values())
     return Record(dense=dense, total=total, architecture=rebuild.architecture(model), frozen=frozen)
 
 

@@ -1,5 +1,6 @@
 """Writes a recombined model as the plain one that it computes: an ordinary folder, at the dense size."""
 
+import logging
 from pathlib import Path
 
 from torch import nn
@@ -9,8 +10,11 @@ from recombine.core.rollback import unchanged
 from recombine.core.twin import sharing
 from recombine.errors import UsageError
 from recombine.export.hf import plain_twin, require_same
+from recombine.layers.packed import packed_in
 from recombine.models import rebuild
 from recombine.runtime.atomic import atomic_write
+
+log = logging.getLogger(__name__)
 
 
 def write(model: nn.Module, folder: Path) -> Path:
@@ -19,6 +23,8 @@ def write(model: nn.Module, folder: Path) -> Path:
     Raises:
         UsageError: neither timm nor transformers builds the merged model.
     """
+    if packed_in(model):
+        log.warning('exported in float: a dense folder holds no packed weights; to="hf" keeps them')
     methods = " and ".join(step.method for step in model.recombined.steps)
     with unchanged(model):  # merging sets what is frozen
         merged = merge(sharing(model, model.recombined.targets)).eval()

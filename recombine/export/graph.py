@@ -17,8 +17,9 @@ from recombine.core.rollback import unchanged
 from recombine.errors import UsageError
 from recombine.export.hf import preprocessor
 from recombine.export.hf_layers import made
-from recombine.export.plan import Plan, planned_layer
-from recombine.layers import RecombinedLinear, ScaleShift
+from recombine.export.hf_parts import matrix
+from recombine.export.plan import Plan, planned_layer, replaced
+from recombine.export.plan_packed import say_unpacked
 from recombine.models import rebuild, roles
 
 TRACED = {"batch": 2, "sequence": 6}
@@ -174,12 +175,11 @@ def put_plain_layers(model: nn.Module) -> None:
     plan, parts = Plan(), {}
     uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     common = {key for key in uses if uses.count(key) > 1}
-    for name in model.recombined.targets:
-        layer = model.get_submodule(name)
-        if isinstance(layer, RecombinedLinear | ScaleShift) or hasattr(layer, "get_base_layer"):
-            parts[layer] = planned_layer(name, layer, plan, common)
+    for name, layer in replaced(model).items():
+        parts[layer] = planned_layer(name, layer, plan, common)
+    say_unpacked(model, [*plan.tensors, *(f".{key}" for _, tensors in parts.values() for key in tensors)])
     with torch.device("meta"):
-        shared = nn.ModuleDict({key: nn.Linear(*size, bias=False) for key, size in plan.shared.items()})
+        shared = nn.ModuleDict({key: matrix(*size) for key, size in plan.shared.items()})
         new = {layer: made(spec, innermost(layer), shared) for layer, (spec, _) in parts.items()}
     hold(shared, {name.removeprefix("shared_bases."): tensor for name, tensor in plan.tensors.items()})
     for layer, (_, tensors) in parts.items():

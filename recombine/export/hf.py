@@ -19,9 +19,9 @@ from timm.models import get_model_args
 from torch import nn
 
 from recombine.errors import UsageError
-from recombine.export import hf_layers
+from recombine.export import hf_text
 from recombine.export.cut import rotary_text
-from recombine.export.plan import Plan, planned
+from recombine.export.plan import Plan, planned, replaced
 from recombine.models import rebuild, roles
 from recombine.runtime.atomic import atomic_write
 
@@ -60,8 +60,8 @@ def write(model: nn.Module, folder: Path) -> Path:
     cls = getattr(module, class_name(model, of_timm))
     config = configuration(model, architecture, plan, module, cls)
     methods = " and ".join(step.method for step in model.recombined.steps)
-    replaced = tuple(f"{name}." for name in model.recombined.targets)
-    require_same(model, twin(partial(cls, config), empty=not of_timm), tensors, methods, prefix, replaced)
+    inside = tuple(f"{name}." for name in {*model.recombined.targets, *replaced(model)})
+    require_same(model, twin(partial(cls, config), empty=not of_timm), tensors, methods, prefix, inside)
     (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})
@@ -99,9 +99,9 @@ def code(model: nn.Module, timm: bool) -> str:
         if own:
             imports += "from transformers.modeling_outputs import SequenceClassifierOutput\n"
             base += f"\n\n{inspect.getsource(type(model))}"
-    first, torch_imports, rest = inspect.getsource(hf_layers).partition("from torch import Tensor, nn\n")
+    first, rest = hf_text.layers()
     exported = class_name(model, timm)
-    return f'''{first}{torch_imports}{imports}{rest}
+    return f'''{first}{imports}{rest}
 
 {base}
 

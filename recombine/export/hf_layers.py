@@ -1,12 +1,14 @@
 """The layers of a compressed model in plain torch, and what puts them into a model.
 
-The text of this file is part of every exported folder, so it imports only torch. It computes as `recombine.layers` does
-in inference, product by product: exported logits are equal bit for bit.
+The text of this file and of hf_parts.py is part of every exported folder, so they import only torch. They
+compute as `recombine.layers` does in inference, product by product: exported logits are equal bit for bit.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from recombine.export.hf_parts import Packed, matrix, weight_of
 
 GATES = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "none": lambda a: a}
 PLACEMENTS = {  # B (u, r), A (r, s), gate -> (u, s)
@@ -14,13 +16,6 @@ PLACEMENTS = {  # B (u, r), A (r, s), gate -> (u, s)
     "post": lambda b, a, gate: gate(b @ a),
     "temp": lambda b, a, gate: gate(b) @ a,
 }
-
-
-def weight_of(linear: nn.Module, like: Tensor) -> Tensor:
-    """The weight (out, in) of a layer without bias. One that a quantiser or an adapter has changed is called for it."""
-    if type(linear) is nn.Linear:
-        return linear.weight
-    return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
 
 
 class Compressed(nn.Module):
@@ -66,14 +61,17 @@ class Factored(Compressed):
     """y = left (right x) + bias: right (k, in) and left (out, k). right None: left alone; a word: it is shared.
 
     pivot: right is the identity on the first k inputs of an order (in,), and stands for the others alone, (k, in - k).
+    packed: bits and group of left and right, by name. Beside a packed left, a core (k, k) or a diagonal (k,) may stand.
     """
 
-    def __init__(self, shared, in_features, out_features, bias, built, rank, right, pivot=False):
+    def __init__(self, shared, in_features, out_features, bias, built, rank, right, pivot=False, packed=None):
         super().__init__(shared, in_features, out_features, bias, built)
-        self.of_right, self.rank = right, rank
+        self.of_right, self.rank, packed = right, rank, packed or {}
         if right == "own":
-            self.right = nn.Linear(in_features - (rank if pivot else 0), rank, bias=False)
-        self.left = nn.Linear(rank, out_features, bias=False)
+            self.right = matrix(in_features - (rank if pivot else 0), rank, *packed.get("right", ()))
+        self.left = matrix(rank, out_features, *packed.get("left", ()))
+        self.core = matrix(rank, rank) if "core" in packed else None
+        self.diagonal = nn.Parameter(torch.empty(rank)) if "diagonal" in packed else None
         self.register_buffer("order", torch.arange(in_features) if pivot else None)
 
     def factors(self) -> tuple[nn.Module, ...]:
@@ -87,6 +85,8 @@ class Factored(Compressed):
         left, *right = self.factors()
         for layer in right:
             x = layer(x) if self.order is None else self.mixed(layer, x)
+        x = x if self.core is None else self.core(x)
+        x = x if self.diagonal is None else x * self.diagonal.to(x.dtype)
         if type(left) is nn.Linear:
             return F.linear(x, left.weight, self.bias)
         y = left(x)
@@ -100,6 +100,8 @@ class Factored(Compressed):
     def build(self, x: Tensor) -> Tensor:
         """The dense weight."""
         left, right = (weight_of(part, x) for part in self.factors())
+        left = left if self.core is None else left @ weight_of(self.core, x)
+        left = left if self.diagonal is None else left * self.diagonal
         if self.order is None:
             return left @ right
         return torch.cat([left, left @ right], 1).index_select(1, self.order.argsort())
@@ -108,10 +110,10 @@ class Factored(Compressed):
 class SharedBasis(Compressed):
     """W = reshape(basis . gate(mixer)): the basis (out in / s, r) is shared, the mixer (r, s) is the layer's own."""
 
-    def __init__(self, shared, in_features, out_features, bias, built, rank, chunk, gate, placement, basis):
+    def __init__(self, shared, in_features, out_features, bias, built, rank, chunk, gate, placement, basis, packed=()):
         super().__init__(shared, in_features, out_features, bias, built)
         self.of_basis, self.gate, self.placement, self.chunk = basis, GATES[gate], placement, chunk
-        self.mixer = nn.Linear(chunk, rank, bias=False)
+        self.mixer = matrix(chunk, rank, *packed)
 
     def factors(self) -> tuple[nn.Module, ...]:
         """The basis and the mixer."""
@@ -195,7 +197,7 @@ class Split(nn.Module):
 
 KINDS = {"factored": Factored, "shared_basis": SharedBasis}
 AROUND = {"scaled": Scaled, "adapted": Adapted}
-PLAIN = {"linear": nn.Linear, "split": Split}
+PLAIN = {"linear": nn.Linear, "split": Split, "packed": Packed}
 
 
 def made(spec: dict, before: nn.Module, shared: nn.ModuleDict) -> nn.Module:
@@ -210,7 +212,7 @@ def made(spec: dict, before: nn.Module, shared: nn.ModuleDict) -> nn.Module:
 
 def put_layers(model: nn.Module, plan: dict) -> None:
     """Replaces the layers of a plain model by those of config.json's `recombined`, in place; their values are any."""
-    shared = nn.ModuleDict({key: nn.Linear(*size, bias=False) for key, size in plan["shared"].items()})
+    shared = nn.ModuleDict({key: matrix(*size) for key, size in plan["shared"].items()})
     for name, spec in plan["layers"].items():
         model.set_submodule(name, made(spec, model.get_submodule(name), shared))
     for name, attributes in plan["attributes"].items():

@@ -14,6 +14,7 @@ from recombine.core.checkpoint import merge
 from recombine.core.rollback import unchanged
 from recombine.core.twin import sharing
 from recombine.errors import UsageError
+from recombine.layers.packed import packed_in
 from recombine.models import roles
 from recombine.runtime.atomic import atomic_write
 
@@ -36,6 +37,9 @@ def to_lora(
     Raises:
         UsageError: something else than linear layers and the head differs, or rank and energy make no sense.
     """
+    if packed_in(model):
+        why = "a LoRA cannot hold how packed weights were rounded"
+        raise UsageError(f'{why}: export it as "hf", or export the run with quantize.bits=null')
     if rank is not None and (energy is not None or not isinstance(rank, int) or rank < 1):
         raise UsageError(f"rank={rank}, energy={energy}: give a rank of 1 or more, or an energy, not both")
     if energy is not None and not (isinstance(energy, float | int) and 0 < energy <= 1):

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from recombine.core.checkpoint.merging import merged
 from recombine.errors import UsageError
 from recombine.export.cut import structures
-from recombine.layers import DeltaLinear, FactoredLinear, RecombinedLinear, ScaleShift, SharedBasisLinear
+from recombine.export.plan_packed import bits_of, identity, say_unpacked, stored
+from recombine.layers import DeltaLinear, FactoredLinear, PackedLinear, RecombinedLinear, ScaleShift, SharedBasisLinear
+from recombine.layers.packed import Packed
 from recombine.models.fused_qkv import OPENED, READS, TRANSPOSED, SplitLinear
 
 
@@ -38,12 +40,12 @@ class Plan:
         told = {"layers": self.layers, "shared": self.shared, "attributes": self.attributes}
         return told | ({"turns": self.turns} if self.turns else {})
 
-    def share(self, matrix: Tensor) -> str:
+    def share(self, matrix: Tensor | Packed) -> str:
         """The key of a matrix that several layers use; it is taken up once."""
         if id(matrix) not in self.keys:
             key = self.keys[id(matrix)] = str(len(self.keys))
-            self.shared[key] = [matrix.shape[1], matrix.shape[0]]
-            self.tensors[f"shared_bases.{key}.weight"] = matrix
+            self.shared[key] = [matrix.shape[1], matrix.shape[0], *bits_of(matrix)]
+            self.tensors |= {f"shared_bases.{name}": tensor for name, tensor in stored(key, matrix).items()}
         return self.keys[id(matrix)]
 
 
@@ -66,16 +68,24 @@ def planned(model: nn.Module) -> Plan:
             if type(layer := module.get_submodule(child)) is nn.Linear:
                 plan.layers[f"{name}.{child}".lstrip(".")] = linear_spec(layer)
     inside = ()  # beginnings of the names of what is taken from its layer
-    for name in model.recombined.targets:
-        layer = model.get_submodule(name)
-        if isinstance(layer, RecombinedLinear | ScaleShift) or hasattr(layer, "get_base_layer"):
-            plan.layers[name], tensors = planned_layer(name, layer, plan, common)
-            plan.tensors |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-            inside += (f"{name}.",)
+    for name, layer in replaced(model).items():
+        plan.layers[name], tensors = planned_layer(name, layer, plan, common)
+        plan.tensors |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+        inside += (f"{name}.",)
+    say_unpacked(model, plan.tensors)
     kept = dict(model.named_parameters()) | {k: b for k, b in model.named_buffers() if k in model.state_dict()}
     plan.tensors |= {name: tensor for name, tensor in kept.items() if not name.startswith(inside)}
     plan_cuts(model, plan)
     return plan
+
+
+def replaced(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that are not what the plain model has there, by name: rewritten, adapted or packed."""
+    inside = tuple(f"{name}." for name in model.recombined.targets)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear) and not f"{n}.".startswith(inside)}
+    targets = {name: model.get_submodule(name) for name in model.recombined.targets}
+    kinds = RecombinedLinear | ScaleShift | PackedLinear
+    return {n: m for n, m in targets.items() if isinstance(m, kinds) or hasattr(m, "get_base_layer")} | packed
 
 
 def plan_cuts(model: nn.Module, plan: Plan) -> None:
@@ -129,7 +139,9 @@ def planned_layer(name: str, layer: nn.Module, plan: Plan, common: set[int]) -> 
         spec = {"kind": "scaled", "base": base, "width": len(layer.gamma), "channels": list(layer.channels)}
         tensors = {f"base_layer.{key}": tensor for key, tensor in tensors.items()} | {"gamma": layer.gamma}
         return spec | {"beta": layer.beta is not None}, tensors | ({} if layer.beta is None else {"beta": layer.beta})
-    if not isinstance(layer, RecombinedLinear):  # a Conv1D stands as an nn.Linear here, so that one is named
+    if not isinstance(
+        layer, RecombinedLinear | PackedLinear
+    ):  # a Conv1D stands as an nn.Linear here, so that one is named
         return linear_spec(layer) if type(layer) is nn.Linear else None, layer.state_dict()
     spec = {
         "in_features": layer.in_features,
@@ -137,27 +149,53 @@ def planned_layer(name: str, layer: nn.Module, plan: Plan, common: set[int]) -> 
         "bias": layer.bias is not None,
     }
     tensors = {} if layer.bias is None else {"bias": layer.bias}
+    if isinstance(layer, PackedLinear):
+        weight = layer.part("weight")
+        more = {"kind": "packed", "bits": weight.bits, "group": weight.group}
+        return spec | more, tensors | {"codes": weight.codes, "scale": weight.scale}
     built = layer.is_cheaper_built(1, train=False, kept=True)
     if isinstance(layer, SharedBasisLinear):
         more = {"rank": layer.basis_rank, "chunk": layer.chunk, "gate": layer.gate, "placement": layer.placement}
-        spec |= {"kind": "shared_basis", "built": built, **more, "basis": plan.share(layer.basis)}
-        return spec, tensors | {"mixer.weight": layer.mixer}
-    shared = isinstance(layer, FactoredLinear) and id(layer.right) in common
+        spec |= {"kind": "shared_basis", "built": built, **more, "basis": plan.share(layer.part("basis"))}
+        mixer = layer.part("mixer")
+        return spec | ({"packed": bits} if (bits := bits_of(mixer)) else {}), tensors | stored("mixer", mixer)
+    shared = isinstance(layer, FactoredLinear) and identity(layer.part("right")) in common
     structured, dense, _ = layer.flops(1, train=False)
-    if isinstance(layer, DeltaLinear | FactoredLinear) and dense < structured and not shared:  # takes fewer bytes
+    small = dense < structured and not shared  # takes fewer bytes as one matrix
+    if isinstance(layer, DeltaLinear) and (small or layer.is_packed) or small and not layer.is_packed:
         return spec | {"kind": "linear"}, tensors | {"weight": layer.dense_weight()}
     if isinstance(layer, DeltaLinear):  # no low-rank part, so it never builds more than its base
         spec |= {"kind": "factored", "built": False, "rank": layer.in_features, "right": None}
         return spec, tensors | {"left.weight": layer._pretrained()}
     if isinstance(layer, FactoredLinear):
-        right = plan.share(layer.right) if shared else "own"
+        right, (packed, own) = plan.share(layer.part("right")) if shared else "own", factors(layer, shared)
         spec |= {"kind": "factored", "built": built, "rank": layer.rank, "right": right}
-        own = {} if shared else {"right.weight": layer.right}
         if layer.order is not None:
             spec, own = spec | {"pivot": True}, own | {"order": layer.order}
-        return spec, tensors | {"left.weight": layer._folded()} | own
+        return spec | ({"packed": packed} if packed else {}), tensors | own
     why = "a kind of layer that no exported folder knows; recombine.merge(model) makes it an ordinary one"
     raise UsageError(f"{name} is a {type(layer).__name__}, {why}")
+
+
+def factors(layer: FactoredLinear, shared: bool) -> tuple[dict[str, list[int]], dict[str, Tensor]]:
+    """(bits and group by name of what is packed, the tensors) of a layer's factors.
+
+    A core is folded into left, unless left is packed.
+
+    Args:
+        shared: right is no tensor of the layer.
+    """
+    left, tensors = layer.part("left"), {}
+    parts = {"left": left} if bits_of(left) else {"left": layer._folded()}
+    parts |= {} if shared else {"right": layer.part("right")}
+    packed = {name: bits for name, part in parts.items() if (bits := bits_of(part))}
+    if bits_of(left) and not layer.is_plain:
+        inner = layer.inner()
+        name = "core" if inner.ndim == 2 else "diagonal"
+        packed, tensors = packed | {name: []}, {"core.weight" if inner.ndim == 2 else name: inner}
+    for name, part in parts.items():
+        tensors |= stored(name, part)
+    return packed, tensors
 
 
 def adapted(name: str, layer: nn.Module, plan: Plan, common: set[int]) -> tuple[dict, dict[str, Tensor]]:

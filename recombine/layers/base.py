@@ -8,17 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recombine.layers.packed import HoldsPacked
+
 OVERHEAD = 1.15  # seconds per multiplication without the built weight / with it (experiments/runtime/README.md)
 MANY = 2**20  # tokens, where their number is not known: what is built then costs next to nothing
 
 
-class RecombinedLinear(nn.Module, ABC):
+class RecombinedLinear(HoldsPacked, ABC):
     """Stands in for an ``nn.Linear``: x (..., in) -> y (..., out).
 
     A subclass says how its weight is built (`dense_weight`), how it is applied without being built
     (`factored_forward`), and what either costs (`flops`). `forward` takes the cheaper way; both give the same result.
     In eval mode without gradients a built tensor is kept until a parameter changes. While torch.compile or
-    torch.export looks on, nothing is kept. Under autocast the output has autocast's dtype, as nn.Linear's has.
+    torch.export looks on, nothing is kept, nor where a tensor is packed, which is to save memory. Under autocast the
+    output has autocast's dtype, as nn.Linear's has.
 
     Args:
         bias: (out,), which starts frozen; None: the layer has none.
@@ -95,7 +98,8 @@ class RecombinedLinear(nn.Module, ABC):
     @property
     def is_frozen(self) -> bool:
         """Whether nothing can change before the next forward, so that what is built may be kept."""
-        return not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        busy = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return not (busy or self.is_packed)
 
     def cached(self, build: Callable[[], Tensor]) -> Tensor:
         """build(), computed once while the layer is in eval mode without gradients and no parameter changes."""

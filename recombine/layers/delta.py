@@ -61,22 +61,23 @@ class DeltaLinear(RecombinedLinear):
 
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
         m, n = self.out_features, self.in_features
-        r = 0 if self.left is None else self.left.shape[1]
+        left, core = self.part("left"), self.part("core")
+        r = 0 if left is None else left.shape[1]
         if not train:
             return tokens * (m * n + r * (m + n)), tokens * m * n, m * n * r
         pretrained = (3 if self.entries is not None and self.entries.requires_grad else 2) * m * n
-        low = (3 if r and (self.left if self.core is None else self.core).requires_grad else 2) * r
+        low = (3 if r and (left if core is None else core).requires_grad else 2) * r
         return tokens * (pretrained + low * (m + n)), tokens * 3 * m * n, low * m * n
 
     def share_bias_with(self, linear) -> "DeltaLinear":
-        self.base = linear.weight
+        self.base = frozen(linear.weight)
         return super().share_bias_with(linear)
 
     def spec(self) -> dict:
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
-            "rank": None if self.left is None else self.left.shape[1],
+            "rank": None if (left := self.part("left")) is None else left.shape[1],
             "scale": self.scale,
             "entries": None if self.entries is None else self.entries.shape[0],
             "bias": self.bias is not None,

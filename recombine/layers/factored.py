@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recombine.layers.base import RecombinedLinear, frozen
+from recombine.layers.packed import linear
 
 
 class FactoredLinear(RecombinedLinear):
@@ -60,6 +61,13 @@ class FactoredLinear(RecombinedLinear):
         values = self.gate.sigmoid() * self.entries
         return block.index_put(tuple(self.index), values.to(block.dtype), accumulate=True), None
 
+    def inner(self) -> Tensor:
+        """K as a matrix (k, k), or its diagonal (k,) where it has no other entries; not where it is the identity."""
+        block, diagonal = self._inner()
+        if block is None or diagonal is None:
+            return diagonal if block is None else block
+        return torch.block_diag(block, torch.diag(diagonal))
+
     @property
     def is_plain(self) -> bool:
         """Whether K is the identity."""
@@ -81,13 +89,13 @@ class FactoredLinear(RecombinedLinear):
         return self.leave(self.within(z))
 
     def common(self) -> tuple[Tensor, ...]:
-        return self.left, self.right
+        return self.part("left"), self.part("right")
 
     def enter(self, x: Tensor) -> Tensor:
         """x (..., n) to right x, or [I right] x[order] (..., k)."""
         if self.order is None:
-            return F.linear(x, self.right)
-        z = F.linear(x.index_select(-1, self.order[self.rank :]), self.right)
+            return linear(x, self.right)
+        z = linear(x.index_select(-1, self.order[self.rank :]), self.right)
         return z + x.index_select(-1, self.order[: self.rank]).to(z.dtype)
 
     def within(self, z: Tensor) -> Tensor:
@@ -103,7 +111,7 @@ class FactoredLinear(RecombinedLinear):
 
     def leave(self, z: Tensor) -> Tensor:
         """z (..., k) to left z + bias (..., m)."""
-        return F.linear(z, self.left, self.bias)
+        return linear(z, self.left, self.bias)
 
     def dense_weight(self) -> Tensor:
         left = self._folded()
@@ -123,13 +131,14 @@ class FactoredLinear(RecombinedLinear):
         self.order = order.clone()  # a file has no tensor twice
 
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
-        m, n, k = self.out_features, self.right.shape[1], self.rank
-        c = k if self.entries is not None else 0 if self.core is None or self.core.ndim == 1 else len(self.core)
+        left, right, core = (self.part(name) for name in ("left", "right", "core"))
+        m, n, k = self.out_features, right.shape[1], self.rank
+        c = k if self.entries is not None else 0 if core is None or len(core.shape) == 1 else core.shape[0]
         if not train:
             return tokens * k * (m + n), tokens * m * self.in_features, m * (c * c + n * k)
         # the backward costs one forward for the input's gradient and one product for each trained factor
-        outer = self.left.requires_grad or self.right.requires_grad
-        inner = any(t is not None and t.requires_grad for t in (self.core, self.tail, self.entries))
+        outer = left.requires_grad or right.requires_grad
+        inner = any(t is not None and t.requires_grad for t in (core, self.tail, self.entries))
         structured = (3 if outer else 2) * k * (m + n) + (3 if inner else 2) * c * c
         dense = (3 if outer or inner else 2) * m * self.in_features
         build = (3 if outer else 2 if inner else 1) * m * (c * c + n * k)
@@ -140,7 +149,7 @@ class FactoredLinear(RecombinedLinear):
             "in_features": self.in_features,
             "out_features": self.out_features,
             "rank": self.rank,
-            "core": None if self.core is None else list(self.core.shape),
+            "core": None if (core := self.part("core")) is None else list(core.shape),
             "tail": None if self.tail is None else self.tail.shape[0],
             "bias": self.bias is not None,
             "entries": None if self.entries is None else self.entries.shape[0],

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from recombine.layers.base import RecombinedLinear
-
 
 class ScaleShift(nn.Module):
     """A layer whose C output channels are scaled by gamma (C,) and shifted by beta (C,).
@@ -46,7 +44,7 @@ class ScaleShift(nn.Module):
     def merged(self) -> nn.Module:
         """The layer itself with gamma and beta in its weight and bias; one whose bias is None gets a bias."""
         weight, bias = self.weight, self.bias
-        layer = self.base_layer.merged() if isinstance(self.base_layer, RecombinedLinear) else self.base_layer
+        layer = self.base_layer.merged() if hasattr(self.base_layer, "merged") else self.base_layer
         layer.weight = nn.Parameter(weight)
         if bias is not None:
             layer.bias = nn.Parameter(bias)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recombine.layers.base import RecombinedLinear, frozen
+from recombine.layers.packed import linear
 
 GATES = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "none": lambda a: a}
 PLACEMENTS = {  # B (u, r), A (r, s), gate -> (u, s)
@@ -52,7 +53,7 @@ class SharedBasisLinear(RecombinedLinear):
         return self.leave(self.within(x))
 
     def common(self) -> tuple[Tensor, ...]:
-        return () if self.placement == "post" else (self.basis,)
+        return () if self.placement == "post" else (self.part("basis"),)
 
     def enter(self, x: Tensor) -> Tensor:
         """x (..., n) as it is."""
@@ -65,7 +66,7 @@ class SharedBasisLinear(RecombinedLinear):
     def leave(self, mixed: Tensor) -> Tensor:
         """Mixed chunks (..., n / s r) times the basis, and the bias, (..., m)."""
         basis = self.cached(self._gated_basis) if self.placement == "temp" else self.basis
-        return F.linear(mixed, basis.view(self.out_features, -1), self.bias)
+        return linear(mixed, basis, self.bias, rows=self.out_features)
 
     def gated_mixer(self) -> Tensor:
         """What the basis is multiplied by, (r, s)."""
@@ -78,8 +79,9 @@ class SharedBasisLinear(RecombinedLinear):
         m, n, r, s = self.out_features, self.in_features, self.basis_rank, self.chunk
         structured, dense, build = m * n * r / s + n * r, m * n, m * n * r
         if train:
-            trains = self.basis.requires_grad + self.mixer.requires_grad
-            structured = (3 if self.basis.requires_grad else 2) * m * n * r / s + 3 * n * r
+            basis, mixer = self.part("basis").requires_grad, self.part("mixer").requires_grad
+            trains = basis + mixer
+            structured = (3 if basis else 2) * m * n * r / s + 3 * n * r
             dense, build = (3 if trains else 2) * dense, (1 + trains) * build
         if self.placement == "post":
             return tokens * dense + build, tokens * dense, build

@@ -10,6 +10,7 @@ from recombine import results
 from recombine.core.account import count, layer_report
 from recombine.core.method import method_classes
 from recombine.core.rewrite import Step
+from recombine.layers.packed import packed_in
 from recombine.models.weights import origin
 from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart
 from recombine.runner.config import RunSpec
@@ -39,17 +40,28 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
     }
     if run.base is not None:
         runner["base"] = {"path": str(run.base), "sha256": file_digest(run.base)}
+    runner |= quantized(run)
     if record and record.notes:
         runner["notes"] = record.notes
     result = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)
     for key in ("val", "test"):
         result.setdefault(key, {})
     if "method" not in result:
-        result["method"] = describe_step(run, record.steps[-1], "method") if record else None
+        result["method"] = describe_step(run, record.steps[-1], "method") if record and record.steps else None
     if "account" not in result:
         result["account"] = count(run.model, run.typical_input()).as_dict()
     order = [*Result.__annotations__, *result]  # a key that the schema lacks comes last
     return {key: result[key] for key in dict.fromkeys(order) if key in result}
+
+
+def quantized(run: RunContext) -> dict:
+    """What the result says of packed weights; nothing where there are none."""
+    tensors = {id(packed): packed for packed in packed_in(run.model).values()}
+    if not tensors and run.choices is None:
+        return {}
+    first = next(iter(tensors.values()), None)
+    part = {"bits": first and first.bits, "group": first and first.group, "tensors": len(tensors)}
+    return {"quantized": part if run.choices is None else part | {"choices": run.choices}}
 
 
 def weight_digests(out: Path, scored: str | None) -> dict[str, str]:

@@ -23,12 +23,13 @@ from recombine.runner.labels import chosen_labels
 from recombine.runtime import conf
 from recombine.runtime.kinds import Place, Seed, Word, shown
 from recombine.runtime.schema import annotations, checked, group, typed
-from recombine.stages import STAGES
+from recombine.stages import STAGES, mix
 from recombine.stages.settings import (
     STAGE_SETTINGS,
     AnalysisSettings,
     CalibrationSettings,
     HarnessSettings,
+    QuantizeSettings,
     RunSettings,
     StageSettings,
 )
@@ -36,7 +37,6 @@ from recombine.training.loggers import LoggerSettings
 from recombine.training.settings import OptimizerSettings, TrainerSettings
 
 Format = Literal["hf", "dense", "lora", "torch", "onnx", "openvino"]  # of recombine/export
-GROUPS = ("model", "data", "method", "stage", "optim", "trainer", "logger", "calibration", "harness", "analyse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,11 @@ NODES = {  # node -> the schema of its keys, where it is always the same
     "trainer": TrainerSettings,
     "calibration": CalibrationSettings,
     "analyse": AnalysisSettings,
+    "quantize": QuantizeSettings,
     "harness": HarnessSettings,
     "logger": LoggerSettings,
 }
+GROUPS = ("model", "data", "method", "stage", *filter(None, NODES))
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,12 @@ def resolve(cfg: DictConfig) -> RunSpec:
         compressor.label = labels["compressor"]
     method, compressor = settled(method, compressor, budget.kind)
     calibration, analyse = dict(plain["calibration"]), dict(plain["analyse"])
-    chosen = calibration.pop("data")
-    transfer_tasks = analyse.pop("elsewhere")
+    chosen, transfer_tasks = calibration.pop("data"), analyse.pop("elsewhere")
     if not isinstance(transfer_tasks, list) or not all(isinstance(task, str) for task in transfer_tasks):
-        raise UsageError(
-            f"analyse.elsewhere={shown(transfer_tasks)}: must be a list of tasks; say analyse.elsewhere=[task]"
-        )
+        why = "must be a list of tasks; say analyse.elsewhere=[task]"
+        raise UsageError(f"analyse.elsewhere={shown(transfer_tasks)}: {why}")
+    quantize = typed(QuantizeSettings, plain["quantize"], "quantize")
+    mix.require(quantize, stage, budget, plain.get("base"))
     data = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
     data_sets.check(**data | {"seed": cfg.seed})
     models.check(**plain["model"])
@@ -127,6 +129,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
             calibration=typed(CalibrationSettings, calibration, "calibration"),
             analyse=typed(AnalysisSettings, analyse, "analyse"),
             harness=typed(HarnessSettings, plain["harness"], "harness"),
+            quantize=quantize,
             probe=cfg.probe,
         ),
         method=method,
@@ -189,10 +192,8 @@ def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:
     chosen = {"name": chosen} if not isinstance(chosen, dict) else chosen
     if (name := chosen.get("name")) is None:
         if lost := [key for key in chosen if key != "name"]:
-            raise UsageError(
-                f"calibration.data.{lost[0]}={shown(chosen[lost[0]])}: has no effect without calibration.data.name; "
-                "say data@calibration.data=<name> too"
-            )
+            why = "has no effect without calibration.data.name; say data@calibration.data=<name> too"
+            raise UsageError(f"calibration.data.{lost[0]}={shown(chosen[lost[0]])}: {why}")
         return None
     values = (conf.load("data", name) or {}) | chosen | {"seed": seed}
     data_sets.check(**values, key="calibration.data")
@@ -219,9 +220,8 @@ def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
     if type(compressor) is type(method):
         bare = [replace(part, lr=0.0, targets=()) for part in (method, compressor, type(method)())]
         if bare[0] not in bare[1:]:
-            raise UsageError(
-                f"method={name} after itself trains the compressor's factors: set its fields as compressor.*"
-            )
+            what = f"method={name} after itself trains the compressor's factors"
+            raise UsageError(f"{what}: set its fields as compressor.*")
         return compressor.copy(lr=method.lr), None
     return method, compressor
 

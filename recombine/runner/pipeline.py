@@ -27,7 +27,7 @@ from recombine.runner.idle import idle
 from recombine.runner.other_data import build_calibration_data, build_transfer_data
 from recombine.runner.summary import suite_table, summary_table
 from recombine.runtime import progress
-from recombine.stages import STAGES, analysis
+from recombine.stages import STAGES, analysis, mix
 from recombine.stages.compress import require_small_fields
 from recombine.stages.context import RunContext
 from recombine.stages.evaluate import require_head
@@ -95,6 +95,7 @@ def execute(spec: RunSpec, out: Path) -> dict:
         run.seconds["setup"] = round(time.perf_counter() - start, 3)
         with loggers.open_logger(spec.logger, watched(spec, run)) as run.logger:
             fit_head(run)
+            mix.settle(run)
             original = analysis.before(run)
             added = STAGES[spec.settings.stage.name](run)
             result = assemble_result(spec, run, added, analysis.after(run, original))
@@ -130,7 +131,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     if scored_as_it_is:
         require_head(model, module)
     method, continued = start(spec, model)
-    if stage.name in ("compress", "joint") and stage.distil.epochs:
+    if stage.name in ("compress", "joint") and stage.distil.epochs and spec.settings.quantize.bits is None:
         require_small_fields(model, spec.compressor or spec.method, spec.budget, stage.name)
     calibration = build_calibration_data(spec, module, source)
     transfer = build_transfer_data(spec, module, source)

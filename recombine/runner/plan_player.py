@@ -9,15 +9,18 @@ from recombine import data, models
 from recombine.core import footprint, memory, rewrite
 from recombine.core.calibration import BACKWARD
 from recombine.core.footprint import Kernels, Watch
-from recombine.core.method import Method, Site
+from recombine.core.method import Method
 from recombine.core.pair import budget_of
 from recombine.core.twin import shared_copy
 from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
+from recombine.layers.packed import entries
 from recombine.models import roles
 from recombine.models.sizes import require_image_size
 from recombine.runner.config import RunSpec
+from recombine.runner.plan_bound import bound
 from recombine.runner.plan_devices import HALF, Cost, Device
+from recombine.runner.plan_packing import pack, packed_budget
 from recombine.runner.plan_parts import Losses, Phase, Rehearsal, attempt, batch, head_names, objective_of, shortened
 from recombine.stages.retrofit import SAMPLES
 from recombine.training import engine, objectives
@@ -38,6 +41,7 @@ class Player:
     def __init__(self, spec: RunSpec, device: Device, few: int | None):
         self.spec, self.device, self.told = spec, device, Rehearsal()
         self.settings, self.stage = spec.settings, spec.settings.stage
+        self.budget = packed_budget(spec, self.told)
         self.module = data.build(**spec.data)
         absolute = spec.budget.kind in ("trainable", "memory")  # is of the whole model
         self.model, self.depth = shortened(spec, self.module, None if absolute else few)
@@ -62,12 +66,14 @@ class Player:
         told.weights = footprint.size(self.model.parameters())
         self.load()
         if name == "evaluate":
+            pack(self.model, self.budget)
             self.score()
             return self.count()
         self.probe()
         teacher = shared_copy(self.model) if name in ("compress", "joint", "retrofit") else None
         self.change(first, teacher)
         if name == "retrofit":
+            pack(self.model, self.budget)
             self.compare(teacher)
         if name in ("compress", "joint") and self.stage.distil.epochs:
             self.distil(first, teacher)
@@ -77,6 +83,7 @@ class Player:
             self.change(self.spec.method, None)
         if name == "joint":
             rewrite.train_only(self.model, set(self.model.recombined.trainable))
+        pack(self.model, self.budget)
         if name in ("adapt", "compress", "joint"):
             if footprint.trained(self.model):
                 self.train("train", objective_of(self.module), self.settings.optim, self.settings.trainer.epochs, None)
@@ -86,7 +93,7 @@ class Player:
     def count(self) -> Rehearsal:
         """The parameters, as the last phase left the model."""
         model = self.model
-        total, trains = sum(p.numel() for p in model.parameters()), footprint.trained(model)
+        total, trains = sum(entries(model).values()), footprint.trained(model)
         untouched = getattr(getattr(model, "recombined", None), "untouched", set())
         self.told.changed = footprint.size(p for n, p in model.named_parameters() if n not in untouched)
         self.told.parameters = {"total": total, "trained": sum(p.numel() for p in trains)}
@@ -130,7 +137,7 @@ class Player:
         pair, model, first = self.spec.compressor is not None, self.model, method is not self.spec.method
         if pair and not hasattr(model, "recombined"):
             roles.split_fused(model, self.spec.method.targets)
-        budget = budget_of(method, model, self.spec.budget, self.spec.compressor, self.spec.method)
+        budget = budget_of(method, model, self.budget, self.spec.compressor, self.spec.method)
         method, sites, mapped = method.copy(), rewrite.find_sites(model, method), self.mapped
         known, others = footprint.tensors(model), [] if teacher is None else footprint.tensors(teacher)
         kinds = method.statistics_needed()
@@ -153,7 +160,7 @@ class Player:
         except Exception:  # it reads values, of which there are none
             LEARN.add(method.label)
             losses.peak = 0
-            self.bound(method, sites)
+            bound(self, method, sites)
             watch.peak = held["weights"] + 8 * 2 * sum(site.module.weight.numel() for site in sites)
         if losses.peak:
             there = losses.peak - held["weights"] - held["statistics"]
@@ -165,19 +172,6 @@ class Player:
         if self.maps:
             there = {id(tensor) for tensor in footprint.tensors(model)}
             self.mapped = mapped + footprint.size(tensor for tensor in known if id(tensor) not in there)
-
-    def bound(self, method: Method, sites: list[Site]) -> None:
-        """Leaves the model dense, and trains all that the method could."""
-        why = "what it stores and trains is learnt; the dense layers are counted in its place, which is the most"
-        self.told.notes.append(f"{method.label}: {why}")
-        self.model.recombined = rewrite.started_record(self.model, sites, set())
-        self.model.recombined.targets = {site.name: site.role for site in sites}
-        self.model.requires_grad_(False)
-        for site in sites:
-            site.module.requires_grad_(not method.compresses)
-        if (head := roles.head(self.model)) is not None:
-            head.requires_grad_(True)
-        self.model.recombined.trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
 
     def distil(self, method: Method, teacher: nn.Module) -> None:
         """The training that follows the original model."""

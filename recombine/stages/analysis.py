@@ -14,6 +14,7 @@ from torch import nn
 from recombine.core.account import stored_in_targets
 from recombine.evaluation import linear_probe
 from recombine.evaluation.subspaces import subspaces
+from recombine.layers.packed import entries
 from recombine.result_schema import AnalysisPart
 from recombine.stages.context import RunContext
 
@@ -53,7 +54,7 @@ def costs(run: RunContext) -> AnalysisPart:
         trained = {id(p): p.numel() for p in run.model.parameters() if p.requires_grad}
         layers = [run.model.get_submodule(name) for name in record.targets]
         inside = {id(p) for layer in layers for n, p in layer.named_parameters() if not n.endswith("bias")}
-        stored = sum(p.numel() for p in run.model.parameters())
+        stored = sum(entries(run.model).values())
         targets = stored_in_targets(run.model) + 3 * sum(trained.get(p, 0) for p in inside)
         part["memory_rate"] = {
             "targets": targets / record.dense,

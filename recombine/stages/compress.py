@@ -27,6 +27,7 @@ def compress(run: RunContext) -> StagePart:
     part, _ = distil(run)
     head = [] if (classifier := roles.head(run.model)) is None else list(classifier.parameters())
     train_only(run.model, {name for name, p in run.model.named_parameters() if any(p is q for q in head)})
+    run.quantize()
     return part | train_and_test(run)
 
 
@@ -38,6 +39,7 @@ def joint(run: RunContext) -> StagePart:
     if run.compressor is not None:
         run.checkpointed_step("adapted", lambda: run.rewrite(run.method), base=original)
     train_only(run.model, run.model.recombined.trainable)
+    run.quantize()
     return part | train_and_test(run)
 
 
@@ -56,6 +58,7 @@ def adapted_first(run: RunContext) -> StagePart:
     run.method, run.compressor = run.compressor, None
     part, _ = distil(run)
     train_only(run.model, set())
+    run.quantize()
     return part | {"best_epoch": best.epoch} | train_and_test(run, whole=True)
 
 
@@ -79,7 +82,8 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
     run.checkpointed_step("rewritten", lambda: run.rewrite(method))
     part = {"weight_error": weight_errors(teacher, run.model)}
     if settings.epochs:
-        if type(method).retained_weights is Method.retained_weights:  # others fold some away afterwards
+        plain = type(method).retained_weights is Method.retained_weights  # others fold some away afterwards
+        if plain and run.budget.packing is None:  # bits compress too
             require_compression(count(run.model).retained, method.label, run.settings.stage.name)
         train_only(run.model, method.distillation_parameters(run.model))
         unshare(teacher, run.model)

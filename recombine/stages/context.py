@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recombine.core import adapters, checkpoint, pair, rewrite
+from recombine.core import adapters, checkpoint, pair, quantizing, rewrite
 from recombine.core.budget import Budget
 from recombine.core.memory import Memory
 from recombine.core.method import Method
@@ -35,6 +35,7 @@ class RunContext:
     continued: the method is the one that made the base, so that it trains what is there.
     labels: what the user called the compressor and the method, by "compressor" and "method".
     seconds, curves: fill up as parts of the run finish. earlier: those of the seconds that earlier processes took.
+    choices: the error of each number of bits that quantize.bits=auto chose from; None: nothing was chosen.
     logger: `loggers.RunLogger` while the run is watched.
     """
 
@@ -55,6 +56,7 @@ class RunContext:
     seconds: dict[str, float] = field(default_factory=dict)
     earlier: float = 0.0
     curves: dict[str, dict[str, list]] = field(default_factory=dict)
+    choices: dict[str, float | None] | None = None
     logger: Any = None
 
     @property
@@ -134,6 +136,13 @@ class RunContext:
             self.rewrite(self.compressor)
             rewrite.finish(self.model, self.compressor, alone=False)
         self.rewrite(self.method)
+        self.quantize()
+
+    def quantize(self) -> None:
+        """Packs what is frozen, where `quantize.bits` asks for it."""
+        if (packing := self.budget.packing) is not None:
+            with self.timed("quantize"):
+                quantizing.quantize(self.model, packing.bits, packing.group)
 
     def memory(self, method: Method) -> Memory:
         """What the calibration of a method may take, and where its factors wait."""
@@ -153,8 +162,8 @@ class RunContext:
         """The model's input for one sample: images (1, 3, H, W), or a dict of its keyword arguments."""
         return objectives.inputs_of(objectives.on_device(self.data, self.data.sample(), self.device))
 
-    def losses(self) -> Iterator[Tensor]:
-        """The task loss of each calibration batch, the same seeded draw at every call.
+    def calibration_batches(self) -> Iterator[Any]:
+        """The calibration's batches, the same seeded draw at every call.
 
         They are of the training data, or of `calibration_data`. All batches are of one size, as a mean over fewer
         samples gives each of them larger gradients.
@@ -164,9 +173,13 @@ class RunContext:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(self.settings.seed))
         wanted = min(wanted, len(order))
         order = order[: wanted - wanted % size if wanted > size else wanted].tolist()
-        objective = objectives.build(data)
         for start in progress.of(range(0, len(order), size), "calibration", "batches"):
-            batch = objectives.fetch(data, data.train, order[start : start + size], self.device)
+            yield objectives.fetch(data, data.train, order[start : start + size], self.device)
+
+    def losses(self) -> Iterator[Tensor]:
+        """The task loss of each calibration batch."""
+        objective = objectives.build(self.calibration_data or self.data)
+        for batch in self.calibration_batches():
             loss, _ = objective.loss(self.model, batch)
             if not torch.isfinite(loss):
                 raise UsageError(f"loss={loss.item()} in the calibration: {finite.blame(self.model, batch)}")

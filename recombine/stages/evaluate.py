@@ -32,6 +32,7 @@ def evaluate(run: RunContext) -> StagePart:
             roles.split_fused(run.model, run.method.targets)
         names = roles.find(run.model, run.method.targets) if record is None else record.targets
         quantize(map(run.model.get_submodule, names), bits)
+    run.quantize()
     return test(run, LitRecombine(run.model, run.method, run.objective())) | {"checkpoint": path}
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from recombine.core.method import Method
-from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Name, Place, PositiveShare, Seed
+from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Group, Name, Place, PositiveShare, Seed
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
 
@@ -134,6 +134,18 @@ class HarnessSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantizeSettings:
+    """How the frozen weights of linear layers are packed, once they are frozen for good.
+
+    bits: of an integer; auto: those of none, 8 and 4 that come closest to the model under a budget of bytes; None: not.
+    group: consecutive entries that share a scale.
+    """
+
+    bits: Literal[8, 4, "auto"] | None = None
+    group: Group = 64
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The settings of one run. probe: fit the linear probe first and report it."""
 
@@ -144,6 +156,7 @@ class RunSettings:
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     analyse: AnalysisSettings = field(default_factory=AnalysisSettings)
     harness: HarnessSettings = field(default_factory=HarnessSettings)
+    quantize: QuantizeSettings = field(default_factory=QuantizeSettings)
     probe: bool = True
 
 

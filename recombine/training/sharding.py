@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from recombine.errors import UsageError
+from recombine.layers.packed import packed_in
 from recombine.models import roles
 
 SHARDED = ("adamw", "adam", "sgd")  # optimizers that go entry by entry
@@ -99,8 +100,10 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     may stand in one unit.
 
     Raises:
-        UsageError: a weight without a dimension trains; FSDP2 cannot divide it.
+        UsageError: a weight without a dimension trains, or weights are packed; FSDP2 cannot divide these.
     """
+    if packed_in(model):
+        raise UsageError("quantize.bits: packed weights are not divided among ranks; set trainer=ddp")
     scalars = {p for p in model.parameters() if p.ndim == 0}
     if name := next((name for name, p in model.named_parameters() if p in scalars and p.requires_grad), None):
         raise UsageError(f"trainer.strategy: {name} is one number, which cannot be sharded; set trainer=ddp")

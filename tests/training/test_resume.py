@@ -86,6 +86,10 @@ def log(folder: Path) -> str:
 CASES = {
     "joint": ["stage=joint", "budget=retained_50", "method=crisp", "method.chunk=16", "stage.distil.epochs=2"],
     "pair": ["stage=joint", "method@compressor=svd", "compressor.rank=8", "method=lora", "stage.distil.epochs=1"],
+    "packed": [
+        *("stage=joint", "budget=bytes_40", "quantize.bits=auto", "quantize.group=16", "stage.distil.epochs=1"),
+        *("method=crisp", "method.chunk=16"),
+    ],
     "adapt first": [
         *("stage=joint", "stage.order=adapt_first", "method@compressor=svd", "compressor.rank=8", "method=lora"),
         "stage.distil.epochs=1",
@@ -116,7 +120,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_killed_anywhere(case, whole, tmp_path):
     (expected, placed), broken, draw = whole(case), tmp_path / "run", random.Random(case)
-    for part in ("distilled", "best") if case in ("joint", "pair", "adapt first") else ("rewritten", "best"):
+    distilled = case in ("joint", "packed", "pair", "adapt first")
+    for part in ("distilled", "best") if distilled else ("rewritten", "best"):
         some = draw.randint(1, max(1, sum(name.startswith(part) for name in placed) // 2))
         assert run(broken, *CASES[case], kill=(part, some, signal.SIGKILL)) == -signal.SIGKILL
     some = draw.randint(1, int((expected.parent / "whole.opened").read_text()))  # between any two files too

@@ -13,6 +13,7 @@ from recombine.core.checkpoint import metadata
 from recombine.core.checkpoint.filling import assign, fill, named_tensors, set_parameter
 from recombine.core.method import Method, method_classes
 from recombine.core.places import kept_around
+from recombine.core.quantizing import put_empty
 from recombine.core.rewrite import Record, Step
 from recombine.core.rollback import unchanged
 from recombine.core.tied import declare_tied
@@ -132,7 +133,8 @@ def shape(path: Path, model: nn.Module, meta: dict) -> None:
         if (roles.classes(model) or 0) != (meta["classes"] or 0):
             models.reset_head(model, meta["classes"] or 0)
         rewritten = tuple(dict.fromkeys(meta["targets"].values()))
-        roles.find(model, rewritten, nn.Module)  # refuses a model without these roles
+        if rewritten:
+            roles.find(model, rewritten, nn.Module)  # refuses a model without these roles
         if meta["blocks"] is None:
             roles.open_layers(model, meta["targets"].keys())  # as the checkpoint has it
         else:  # other blocks will have these names
@@ -141,6 +143,7 @@ def shape(path: Path, model: nn.Module, meta: dict) -> None:
         with kept_around(model):
             for name, config, layers in meta["steps"]:
                 method_class(path, name)(**config).from_spec(model, layers)
+            put_empty(model, meta.get("packed", {}), meta["shared"])
         for name, source in meta["shared"].items():
             set_parameter(model, name, model.get_parameter(source))
     except Exception as error:  # a file from elsewhere may say anything

@@ -6,6 +6,7 @@ from recombine.core.places import kept_around
 from recombine.core.rollback import HELD
 from recombine.core.tied import declare_tied
 from recombine.errors import UsageError
+from recombine.layers import PackedLinear
 from recombine.models.fused_qkv import close
 from recombine.models.wrappers import unwrapped
 
@@ -13,9 +14,9 @@ from recombine.models.wrappers import unwrapped
 def merge(model: nn.Module) -> nn.Module:
     """Turns every recombined layer back into an ordinary linear one, in place; returns the model.
 
-    The outputs stay the same. Of adapters the one that is on stays in them, and others are dropped. Afterwards every
-    parameter is trainable that was not frozen before the first method. Hooks of a layer stay. A layer of a subclass of
-    nn.Linear is of that class again, unless the subclass holds state.
+    The outputs stay the same; packed weights are dense again. Of adapters the one that is on stays in them, and others
+    are dropped. Afterwards every parameter is trainable that was not frozen before the first method. Hooks of a layer
+    stay. A layer of a subclass of nn.Linear is of that class again, unless the subclass holds state.
 
     Raises:
         UsageError: the model is not recombined.
@@ -26,6 +27,9 @@ def merge(model: nn.Module) -> nn.Module:
     with kept_around(model):
         for name in record.targets:
             model.set_submodule(name, merged(model.get_submodule(name)))
+        for name, layer in [*model.named_modules()]:
+            if isinstance(layer, PackedLinear):  # that no method rewrote
+                model.set_submodule(name, layer.merged())
         freeze(model, record.frozen)
         close(model)
     del model.recombined

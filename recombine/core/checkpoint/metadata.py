@@ -102,6 +102,15 @@ class TransformersArchitecture(Strict):
     config: dict[Identifier, Plain]
 
 
+class PackedSpec(Strict):
+    """What `layers.packed.Packed` says of itself."""
+
+    shape: Annotated[list[Annotated[int, Field(ge=1, le=2**40)]], Field(min_length=2, max_length=3)]
+    bits: Literal[4, 8]
+    group: Annotated[int, Field(ge=8, le=2**16, multiple_of=8)]
+    dtype: Literal["float32", "float16", "bfloat16", "float64"]
+
+
 class Metadata(Strict):
     """All that a checkpoint of recombine says beside its tensors.
 
@@ -109,6 +118,7 @@ class Metadata(Strict):
     architecture: how the model is built without its weights; None: the file holds only what differs from them.
     steps: name of the method's class, its fields, and its layers, of every method in order.
     own: four entries of every pretrained tensor that the file leaves to the backbone.
+    packed: what is packed, by the names of the tensors that it stands for.
     The rest: see `recombine.core.rewrite.Record`.
     """
 
@@ -125,6 +135,7 @@ class Metadata(Strict):
     blocks: list[Annotated[int, Field(ge=0, le=4096)]] | None = None
     shared: dict[ModuleName, ModuleName]
     own: dict[ModuleName, Annotated[list[Number], Field(min_length=4, max_length=4)]]
+    packed: dict[ModuleName, PackedSpec] = {}
     checksum: Literal["sha256"] | None = None
 
 
@@ -144,7 +155,7 @@ def validated(path: Path, meta: object) -> dict[str, Any]:
             Source.model_validate(meta["source"])
     except (ValidationError, RecursionError) as error:
         raise UsageError(f"{path}: its metadata are malformed ({first(error)}); use another checkpoint") from error
-    return {"architecture": None, "blocks": None, "source": None} | meta
+    return {"architecture": None, "blocks": None, "source": None, "packed": {}} | meta
 
 
 def first(error: Exception) -> str:

@@ -11,6 +11,7 @@ from recombine.core.checkpoint.metadata import FORMAT
 from recombine.core.rewrite import Record
 from recombine.core.untouched import forget_changed, probe
 from recombine.errors import UsageError
+from recombine.layers.packed import entries, packed_in
 from recombine.models import rebuild, roles
 from recombine.models.wrappers import unwrapped
 from recombine.runtime import tensor_file
@@ -26,8 +27,8 @@ def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
     torch.compile or DistributedDataParallel is saved as itself.
 
     Args:
-        whole: store all of the model; None: where it holds fewer parameters than it did before. A model that cannot be
-            built again without its weights is then saved as a difference, with a warning.
+        whole: store all of the model; None: where it holds fewer parameters than before, or packed ones. A model that
+            cannot be built again without its weights is then saved as a difference, with a warning.
 
     Raises:
         UsageError: the model is not recombined, or all of it is asked for and it cannot be built again.
@@ -36,7 +37,7 @@ def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
     forget_changed(model, record)
-    smaller = sum(p.numel() for p in model.parameters()) < record.total
+    smaller = sum(entries(model).values()) < record.total or bool(packed_in(model))
     if whole or whole is None and smaller:
         try:
             tensor_file.write(path, *everything(model, record))
@@ -88,6 +89,7 @@ def described(model: nn.Module, record: Record, leave_out: set[str]) -> tuple[di
             if canonical[id(p)] != name
         },
         "own": {name: probe(p) for name, p in parameters.items() if name in leave_out},
+        "packed": {name: packed.spec() for name, packed in packed_in(model).items()},
     }
 
 
