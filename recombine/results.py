@@ -56,6 +56,7 @@ LATER = {  # keys that came after the first results, with what they were by then
     for slot in ("method", "compressor")
     for key, value in {
         "allocation": "uniform",
+        "anchor": [1.0, 1.0],
         "factor": "plain",
         "loss": "plain",
         "multiple_of": 8,
