@@ -41,6 +41,7 @@ SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "s
 LATER = {  # keys that came after the first results, with what they were by then
     "base": None,
     "calibration.memory": "auto",
+    "calibration.sha256": None,
     "export": None,
     "optim.lr_ratio": 1.0,
     "optim.name": "adamw",
@@ -58,6 +59,7 @@ LATER = {  # keys that came after the first results, with what they were by then
         "allocation": "uniform",
         "anchor": [1.0, 1.0],
         "factor": "plain",
+        "judged": None,
         "loss": "plain",
         "multiple_of": 8,
         "compensate": "none",

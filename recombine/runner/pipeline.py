@@ -153,7 +153,10 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         "continued": continued,
         "labels": spec.labels,
     }
-    return RunContext(spec.settings, out, state, model, method, spec.budget, module, **pieces)
+    run = RunContext(spec.settings, out, state, model, method, spec.budget, module, **pieces)
+    if spec.settings.calibration.sha256 is not None:
+        run.calibration_sha256()
+    return run
 
 
 def start(spec: RunSpec, model: nn.Module) -> tuple[Method, bool]:
