@@ -127,7 +127,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     module.attach_model(**models.for_data(source))
     require_image_size(model, getattr(module, "image_size", None))
     scored_as_it_is = stage.name == "evaluate" and stage.checkpoint is None or getattr(stage, "test", False)
-    if scored_as_it_is:
+    if scored_as_it_is and (spec.settings.optim.head != "probe" or stage.name == "evaluate"):
         require_head(model, module)
     method, continued = start(spec, model)
     if stage.name in ("compress", "joint") and stage.distil.epochs:
