@@ -33,7 +33,7 @@ def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
             if player.depth is None or player.depth < 3 * few:
                 told = Player(spec, device, None).play()
             else:
-                large = Player(spec, device, 2 * few).play()  # first: what it cannot rehearse, the small one need not try
+                large = Player(spec, device, 2 * few).play()  # first: what that cannot rehearse, the small one leaves
                 told = extended(player.play(), large, (player.depth - few) / few)
             return limited(told, spec, device) if told.digests else told
     finally:

@@ -10,8 +10,8 @@ AA-SVD (arXiv 2604.02119, objective 4 of its code): b = 1. SAES-SVD (2602.03051)
 k keeps most of the target. With the subspaces of W H^1/2 frozen, what it loses is a ratio of two quadratics in b (Eq.
 17); the least one is at a root of Eq. 19 or at a bound. The paper's bounds are 0.25 and 0.75 (Tab. 4).
 
-A ridge of RIDGE times the mean of diag(H) keeps W where H says little. Without one, layers of many inputs fit the noise of
-few tokens: experiments/compressors/README.md.
+A ridge of RIDGE times the mean of diag(H) keeps W where H says little. Without one, layers of many inputs fit the noise
+of few tokens: experiments/compressors/README.md.
 Paper: AA-SVD trains every block afterwards on the original's outputs. Here: the stages distil the whole model.
 Paper: AA-SVD reads layer after layer. Here: layers that read one input are fitted at once, which is the same.
 """
