@@ -158,11 +158,11 @@ class Subspaces(TypedDict):
 
 
 class Elsewhere(TypedDict):
-    """Linear probes on other tasks, before and after the stage."""
+    """Linear probes on other tasks, before and after the stage; of language models perplexities on other texts."""
 
-    before: Annotated[dict[str, float | None], Key("score by task on the original features", unit="share")]
-    after: Annotated[dict[str, float | None], Key("score by task on the adapted features", unit="share")]
-    forgetting: Annotated[float | None, Key("drop of the mean score over the mean before", unit="share")]
+    before: Annotated[NotRequired[Scores], Key("score by task on the original features", unit="share")]
+    after: Annotated[Scores, Key("score by task on the adapted features, or perplexity by text", unit="share")]
+    forgetting: Annotated[NotRequired[float | None], Key("drop of the mean score over the mean before", unit="share")]
 
 
 class Environment(TypedDict):
@@ -189,6 +189,7 @@ class RunPart(TypedDict):
     budget: Annotated[str, Key("the word after budget=", RUNNER)]
     data: Annotated[DataPart, Key("the data that trained and tested", RUNNER)]
     calibration: Annotated[DataPart | None, Key("other data that calibrated; null: the same", RUNNER)]
+    calibration_sha256: Annotated[NotRequired[str], Key("hash of the tokens that calibrated, row by row", RUNNER)]
     seed: Annotated[int, Key("the seed of the run", RUNNER)]
     metric: Annotated[str, Key("the score that chose the epoch, a key of val and test", RUNNER)]
 

@@ -42,6 +42,7 @@ LATER = {  # keys that came after the first results, with what they were by then
     "base": None,
     "calibration.memory": "auto",
     "data.test_size": None,
+    "calibration.sha256": None,
     "export": None,
     "optim.lr_ratio": 1.0,
     "optim.name": "adamw",
@@ -61,7 +62,9 @@ LATER = {  # keys that came after the first results, with what they were by then
     for key, value in {
         "allocation": "uniform",
         "as_paper": False,
+        "anchor": [1.0, 1.0],
         "factor": "plain",
+        "judged": None,
         "loss": "plain",
         "multiple_of": 8,
         "compensate": "none",

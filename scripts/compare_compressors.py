@@ -37,6 +37,8 @@ RIVALS = {  # label -> overrides
     "fwsvd": ["method=fwsvd"],
     "asvd": ["method=asvd"],
     "svd_llm": ["method=svd_llm"],
+    "svd_llm, anchored": ["method=svd_llm", "method.refit=anchored"],
+    "svd_llm, SAES": ["method=svd_llm", "method.refit=anchored", "method.anchor=[0.25,0.75]"],
     "basis_sharing": ["method=basis_sharing"],
     "dfjr": ["method=dfjr"],
     "balf": ["method=balf"],

@@ -141,11 +141,16 @@ class Chain:
         Raises:
             NoChain: the block writes into its input, which is needed again.
         """
-        (args, kwargs), version = call.beside[index], x._version
-        y = self.hidden(self.blocks[index](x, *args, **kwargs))
+        version = x._version
+        y = self.run(self.blocks[index], index, call, x)
         if x._version != version:
             raise NoChain("a block writes into its input")
         return y
+
+    def run(self, block: nn.Module, index: int, call: Call, x: Tensor) -> Tensor:
+        """The hidden states that a block in the place of that index gives for hidden states x."""
+        args, kwargs = call.beside[index]
+        return self.hidden(block(x, *args, **kwargs))
 
     def sweep(self, sites: list[list[Site]], wanted: set[str], done: Callable[[dict[str, Stats]], None]) -> None:
         """Collects statistics block by block.

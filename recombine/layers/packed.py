@@ -134,17 +134,31 @@ class _Product(torch.autograd.Function):
     """x W^T + bias for a packed W, which its backward unpacks again: no dense weight waits for it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, codes, scale, packed):
-        ctx.save_for_backward(codes, scale)
-        ctx.bits, ctx.shape, ctx.dtype = packed.bits, weight.shape, packed.dtype
+    def forward(x, weight, bias, codes, scale, packed):
         return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, weight, _, codes, scale, packed = inputs
+        ctx.save_for_backward(codes, scale)
+        ctx.save_for_forward(codes, scale)
+        ctx.bits, ctx.shape, ctx.dtype = packed.bits, weight.shape, packed.dtype
+
+    @staticmethod
+    def weight(ctx, dtype):
+        values = unpack(*ctx.saved_tensors, ctx.bits, ctx.dtype).flatten()
+        return values[: prod(ctx.shape)].view(ctx.shape).to(dtype)
+
+    @staticmethod
+    def jvp(ctx, x, weight, bias, *_):
+        y = F.linear(x, _Product.weight(ctx, x.dtype))
+        return y if bias is None else y + bias
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         by_x, _, by_bias, *_ = ctx.needs_input_grad
-        values = unpack(*ctx.saved_tensors, ctx.bits, ctx.dtype).flatten()
-        weight = values[: prod(ctx.shape)].view(ctx.shape).to(grad.dtype)
+        weight = _Product.weight(ctx, grad.dtype)
         over_rows = grad.flatten(0, -2).sum(0) if by_bias else None
         return (grad @ weight if by_x else None), None, over_rows, None, None, None
 

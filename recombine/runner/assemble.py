@@ -41,6 +41,8 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
     if run.base is not None:
         runner["base"] = {"path": str(run.base), "sha256": file_digest(run.base)}
     runner |= quantized(run)
+    if record and (tokens := run.calibration_sha256()) is not None:
+        runner["calibration_sha256"] = tokens
     if record and record.notes:
         runner["notes"] = record.notes
     result = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)

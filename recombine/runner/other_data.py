@@ -21,7 +21,7 @@ def build_calibration_data(spec: RunSpec, module: DataModule, source: dict) -> D
 
 
 def build_transfer_data(spec: RunSpec, module: DataModule, source: dict) -> dict[str, DataModule]:
-    """The tasks that are probed before and after, other than the run's own."""
+    """The tasks that are probed before and after, other than the run's own; of language models, other texts."""
     names = [task for task in spec.transfer_tasks if task != module.task]
     transfer = {}
     for task in names:
@@ -30,7 +30,7 @@ def build_transfer_data(spec: RunSpec, module: DataModule, source: dict) -> dict
         except UsageError as error:
             raise UsageError(f"analyse.elsewhere=[{task}]: {error}") from error
     for task, other in transfer.items():
-        if not other.num_classes:
+        if not other.num_classes and other.objective != "lm":
             raise UsageError(f"analyse.elsewhere={task}: data={module.name} has no classes to probe; set it to []")
         other.attach_model(**models.for_data(source))
     return transfer

@@ -128,7 +128,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     module.attach_model(**models.for_data(source))
     require_image_size(model, getattr(module, "image_size", None))
     scored_as_it_is = stage.name == "evaluate" and stage.checkpoint is None or getattr(stage, "test", False)
-    if scored_as_it_is:
+    if scored_as_it_is and (spec.settings.optim.head != "probe" or stage.name == "evaluate"):
         require_head(model, module)
     method, continued = start(spec, model)
     if stage.name in ("compress", "joint") and stage.distil.epochs and spec.settings.quantize.bits is None:
@@ -154,7 +154,10 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         "continued": continued,
         "labels": spec.labels,
     }
-    return RunContext(spec.settings, out, state, model, method, spec.budget, module, **pieces)
+    run = RunContext(spec.settings, out, state, model, method, spec.budget, module, **pieces)
+    if spec.settings.calibration.sha256 is not None:
+        run.calibration_sha256()
+    return run
 
 
 def start(spec: RunSpec, model: nn.Module) -> tuple[Method, bool]:

@@ -34,7 +34,8 @@ def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
             if player.depth is None or player.depth < 3 * few:
                 told = Player(spec, device, None).play()
             else:
-                told = extended(player.play(), Player(spec, device, 2 * few).play(), (player.depth - few) / few)
+                large = Player(spec, device, 2 * few).play()  # first: what that cannot rehearse, the small one leaves
+                told = extended(player.play(), large, (player.depth - few) / few)
             return limited(told, spec, device, player.depth or 1) if told.digests else told
     finally:
         logging.disable(before)

@@ -114,8 +114,10 @@ def validate(run: RunContext, lit: LitRecombine) -> dict[str, float]:
 
 def test(run: RunContext, lit: LitRecombine) -> StagePart:
     """Scores the model on the test set, and a language model on the harness's tasks that go with the data."""
+    device = run.device
     with run.timed("test"), engine.products(run.settings.trainer.matmul):
         (scores,) = run_trainer(run, "test", 1, [], None).test(lit, run.data, verbose=False)
+    run.model.to(device)  # Lightning leaves it on the CPU
     if not math.isfinite(scores["test/loss"]):
         raise lit.failure(f"test/loss={scores['test/loss']}", run.batch(run.data.test, [0]))
     scores = lit.objective.report({name.removeprefix("test/"): value for name, value in scores.items()})

@@ -4,7 +4,8 @@ subspaces (Tab. 16, Fig. 11 and 12): see recombine/evaluation/subspaces.py.
 
 elsewhere (Tab. 15, Fig. 10): how well the backbone's features still serve other tasks. The forgetting rate is
 (before - after) / before of the means over them. Paper: how a model tuned for one task classifies another is not said.
-Here: a linear probe on the features in front of the head, fitted on that task's training set, before and after.
+Here: a linear probe on the features in front of the head, fitted on that task's training set, before and after. Of a
+language model: the perplexity on the test sets of other texts, after.
 """
 
 import copy
@@ -12,7 +13,7 @@ import copy
 from torch import nn
 
 from recombine.core.account import stored_in_targets
-from recombine.evaluation import linear_probe
+from recombine.evaluation import harness, linear_probe
 from recombine.evaluation.subspaces import subspaces
 from recombine.layers.packed import entries
 from recombine.result_schema import AnalysisPart
@@ -22,19 +23,26 @@ from recombine.stages.context import RunContext
 def before(run: RunContext) -> nn.Module | None:
     """A copy of the pretrained model, where an analysis will compare with it."""
     asked = run.settings.analyse
-    return copy.deepcopy(run.model) if asked.subspaces or asked.maps or run.transfer_data else None
+    probes = run.transfer_data and run.data.objective != "lm"
+    return copy.deepcopy(run.model) if asked.subspaces or asked.maps or probes else None
 
 
 def after(run: RunContext, original: nn.Module | None) -> AnalysisPart:
     """What the analyses add to the result. original: as `before` returned it."""
     part = costs(run)
+    if run.transfer_data and run.data.objective == "lm":
+        size = run.data.batch_size
+        scores = {
+            task: harness.perplexity(run.model, data.test, batch_size=size) for task, data in run.transfer_data.items()
+        }
+        part["elsewhere"] = {"after": scores}
     if original is None:
         return part
     asked, device = run.settings.analyse, next(original.parameters()).device
     run.model.to(device)  # Lightning leaves it on the CPU
     if asked.subspaces or asked.maps:
         part["subspaces"] = subspaces(original, run.model, asked.subspaces or 1.0, asked.maps)
-    if run.transfer_data:
+    if run.transfer_data and run.data.objective != "lm":
         was, now = (
             {task: linear_probe.fit(model, data).test for task, data in run.transfer_data.items()}
             for model in (original, run.model)

@@ -1,5 +1,6 @@
 """What every stage works on: one model, a method or two, one data set, one folder."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -162,17 +163,40 @@ class RunContext:
         """The model's input for one sample: images (1, 3, H, W), or a dict of its keyword arguments."""
         return objectives.inputs_of(objectives.on_device(self.data, self.data.sample(), self.device))
 
+    @property
+    def calibration_rows(self) -> list[int]:
+        """The rows of the training set that calibrate."""
+        wanted, size = self.settings.calibration.samples, self.settings.calibration.batch_size
+        rows = len((self.calibration_data or self.data).train)
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(self.settings.seed))
+        wanted = min(wanted, rows)
+        return order[: wanted - wanted % size if wanted > size else wanted].tolist()
+
+    def calibration_sha256(self) -> str | None:
+        """sha256 of the tokens that calibrate, row by row; None: the data are no text for a language model.
+
+        Raises:
+            UsageError: calibration.sha256 asks for others.
+        """
+        data, wanted = self.calibration_data or self.data, self.settings.calibration.sha256
+        if data.objective != "lm":
+            return None
+        digest = hashlib.sha256()
+        for row in self.calibration_rows:
+            digest.update(data.train.__getitems__([row])["input_ids"].numpy().tobytes())
+        if wanted not in (None, found := digest.hexdigest()):
+            why = f"the tokens that calibrate are others ({found}): restore data, seed, samples and model, or say null"
+            raise UsageError(f"calibration.sha256={wanted}: {why}")
+        return found
+
     def calibration_batches(self) -> Iterator[Any]:
         """The calibration's batches, the same seeded draw at every call.
 
         They are of the training data, or of `calibration_data`. All batches are of one size, as a mean over fewer
         samples gives each of them larger gradients.
         """
-        wanted, size = self.settings.calibration.samples, self.settings.calibration.batch_size
-        data = self.calibration_data or self.data
-        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(self.settings.seed))
-        wanted = min(wanted, len(order))
-        order = order[: wanted - wanted % size if wanted > size else wanted].tolist()
+        data, order = self.calibration_data or self.data, self.calibration_rows
+        size = self.settings.calibration.batch_size
         for start in progress.of(range(0, len(order), size), "calibration", "batches"):
             yield objectives.fetch(data, data.train, order[start : start + size], self.device)
 

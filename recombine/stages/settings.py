@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from recombine.core.method import Method
-from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Group, Name, Place, PositiveShare, Seed
+from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Group, Name, Place, PositiveShare, Seed, Word
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
 
@@ -97,12 +97,14 @@ class PlanSettings(StageSettings):
 class CalibrationSettings:
     """How much of the training set calibration sees: so many samples, in batches of that size.
 
-    memory: what the statistics and the factors may take at once.
+    memory: what the statistics and the factors may take at once. sha256: of the tokens that a language model must
+    calibrate on; None: any.
     """
 
     samples: Count = 256
     batch_size: BatchSize = 32
     memory: Bytes = "auto"
+    sha256: Word | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

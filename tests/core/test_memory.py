@@ -23,6 +23,8 @@ from zoo import build, losses
 METHODS = {
     "svd_llm": (SvdLlm(), "retained_60"),
     "svd_llm refit": (SvdLlm(refit=True), "retained_60"),
+    "svd_llm anchored": (SvdLlm(refit="anchored"), "retained_60"),
+    "kfac_svd anchored": (KfacSvd(allocation="share", refit="anchored"), "retained_60"),
     "fwsvd": (Fwsvd(), "retained_60"),
     "asvd": (Asvd(rank=5), None),
     "kfac_svd": (KfacSvd(), "retained_60"),

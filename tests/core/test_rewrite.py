@@ -97,6 +97,7 @@ BAD = {
     "isomorphic round_to": (Isomorphic(round_to=0), "round_to=0"),
     "mimicry basis": (Crisp(chunk=8, mimicry={"basis": "zero"}), "kaiming"),
     "refit losses": (BasisSharing(whiten=False, refit=True), "losses="),
+    "anchored losses": (SvdLlm(refit="anchored"), "losses="),
     "rosa losses": (Rosa(), "losses="),
     "role": (Svd(targets=("gate",)), "gate"),
     "no role": (Svd(targets=()), "targets"),

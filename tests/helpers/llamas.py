@@ -72,6 +72,7 @@ def toy_packages(monkeypatch):
     words = [(f"{3 + i % 2:02}", [f"n{chr(97 + i // 26)}{chr(97 + i % 26)}"], f"thing {i}", []) for i in range(60)]
     monkeypatch.setattr(choices, "articles", lambda: made)
     monkeypatch.setattr(choices, "senses", lambda: [("00", ["adjective"], "no noun", []), *words])
+    monkeypatch.setattr(text, "sentences_of", lambda source: {f"{source} has {i} opinions.": 0.0 for i in range(40)})
     monkeypatch.setattr(text, "PORTION", 3)
     monkeypatch.setattr(choices, "WORDS", {"test": 8, "val": 4, "train": 10})
     monkeypatch.setattr(instructions, "gsm8k", lambda: [{"question": "1 + 1?", "answer": "two\n#### 1,002"}] * 3)

@@ -274,6 +274,12 @@ ROWS = {
         group_sizes(lambda m, n, role: (m, n, role), lambda k: 3 if k[2] in ("qkv", "up") else 1),
     ),
     "svd_llm refit": Row(SvdLlm(targets=SPLIT, rank=7, refit=True), False, svd_sizes(lambda m, n, s: 7)),
+    "svd_llm anchored": Row(SvdLlm(targets=SPLIT, rank=7, refit="anchored"), False, svd_sizes(lambda m, n, s: 7)),
+    "kfac_svd saes": Row(
+        KfacSvd(targets=SPLIT, rank=7, refit="anchored", anchor=(0.25, 0.75), factor="pivot"),
+        False,
+        svd_sizes(lambda m, n, s: 7, pivot=True),
+    ),
     "basis_sharing refit": Row(
         BasisSharing(refit=True),
         False,

@@ -145,6 +145,13 @@ def test_what_values_decide_is_planned_by_bounds():
     assert "dobi_svd: what it stores and trains is learnt" in told.notes[0]
 
 
+def test_ranks_that_are_measured_are_planned_by_bounds_in_a_deep_model():
+    """Of few blocks they could be rehearsed, of twice as many not: both follow the bounds."""
+    deep = ("model=tiny_llama", "model.num_hidden_layers=12", "data=text", "data.limit=64", "trainer=cpu")
+    told = plan_run.rehearse(spec(*deep, "stage=retrofit", "method=svd_llm", "method.allocation=lems"), device())
+    assert told.phases[-1].name == "compare" and any("is learnt" in note for note in told.notes)
+
+
 def test_the_verdict_names_what_makes_it_fit():
     run = spec("model=tiny_llama", "data=text", "method=full", "data.limit=64", "data.batch_size=64")
     needs = plan.plan(run, device())

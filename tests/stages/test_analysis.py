@@ -152,6 +152,6 @@ def test_bad_keys_are_refused_before_the_work(tmp_path, override, why):
 
 def test_a_task_without_classes_cannot_be_probed():
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", ["data=text", "data.limit=8", "analyse.elsewhere=[c4]"])
+        cfg = compose("config", ["data=sentences", "data.limit=8", "analyse.elsewhere=[rating]"])
     with pytest.raises(UsageError, match="no classes to probe"):
         pipeline.build_transfer_data(resolve(cfg), pipeline.data.build(**cfg.data, seed=0), {})

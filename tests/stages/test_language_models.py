@@ -1,5 +1,6 @@
 """The stages on tiny language models."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -36,6 +37,33 @@ def test_the_original_model_is_scored(toy_packages, byte_tokenizer, tmp_path, of
     same = execute(tmp_path / "b", *common, "stage=retrofit", "stage.test=true", "method=svd", "method.ratio=1.0")
     assert same["test"]["ppl"] != told["test"]["ppl"] and same["test"].keys() == {"loss", "ppl"}
     assert execute(tmp_path / "c", *common, "stage=retrofit", "method=svd", "method.ratio=0.5")["test"] == {}
+
+
+def test_other_texts_are_scored_and_the_tokens_that_calibrate_are_frozen(toy_packages, byte_tokenizer, tmp_path):
+    common = [
+        "data=text",
+        "data.max_length=15",
+        "data.limit=9",
+        "harness.tasks=[]",
+        "analyse.elsewhere=[wiki,opinions]",
+    ]
+    told = execute(tmp_path / "a", *common, "stage=evaluate")
+    torch.manual_seed(0)
+    model = models.build(**told["model"]).eval()
+    other = loaded("text", byte_tokenizer, task="opinions", max_length=15, limit=9)
+    assert told["elsewhere"] == {"after": {"opinions": pytest.approx(harness.perplexity(model, other.test), rel=1e-5)}}
+    assert "calibration_sha256" not in told
+
+    half = [*common, "stage=retrofit", "stage.test=true", "method=svd_llm", "method.ratio=0.5"]
+    half += ["calibration.samples=4", "calibration.batch_size=2"]
+    found = execute(tmp_path / "b", *half)
+    rows = torch.randperm(9, generator=torch.Generator().manual_seed(0))[:4]
+    tokens = loaded("text", byte_tokenizer, task="wiki", max_length=15, limit=9).train.ids[rows]
+    assert found["calibration_sha256"] == hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    assert found["elsewhere"]["after"]["opinions"] > 1 and "before" not in found["elsewhere"]
+    frozen = f"calibration.sha256={found['calibration_sha256']}"
+    assert execute(tmp_path / "c", *half, frozen)["test"] == found["test"]
+    assert f"{frozen}: the tokens that calibrate are others" in line(execute, tmp_path / "d", *half, frozen, "seed=1")
 
 
 def test_one_data_set_calibrates_and_another_trains(toy_packages, tmp_path, monkeypatch):

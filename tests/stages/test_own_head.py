@@ -71,6 +71,19 @@ def test_the_original_model_is_scored_with_its_own_head(tmp_path):
     assert again["test"] == pytest.approx(kept["test"], rel=1e-5) and again["method"]["name"] == "Crisp"
 
 
+def test_a_linear_probe_of_the_original_may_be_the_head(tmp_path):
+    """The accuracy before any training, of the model as it was and of one that lost most of its weights."""
+    common = ["model=tiny_vit", "data=offline", "data.task=dsprites_loc", "data.limit=64", "trainer.progress=false"]
+    common += ["trainer=cpu", "stage=retrofit", "stage.test=true", "optim.head=probe"]
+    found = []
+    for name, method in (("a", ["method=full"]), ("b", ["method=svd", "method.rank=1"])):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            ranks.main(compose("config", [*common, *method]), tmp_path / name)
+        found.append(json.loads((tmp_path / name / "result.json").read_text()))
+    assert found[0]["test"]["acc"] == pytest.approx(found[0]["linear_probe"]["test"])
+    assert found[1]["linear_probe"] == found[0]["linear_probe"] and found[1]["test"]["loss"] != found[0]["test"]["loss"]
+
+
 def test_no_head_for_the_data_is_one_line(tmp_path):
     root, file = imagenet(tmp_path, 7)
     look = "stage=evaluate"

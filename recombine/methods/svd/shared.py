@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from recombine.core.calibration import Losses
+from recombine.core.drift import Moments
 from recombine.core.method import need, need_losses
 from recombine.core.sites import Site, consecutive
 from recombine.layers import FactoredLinear
 from recombine.linalg import project, weighted_svd
-from recombine.methods.svd.refit import refit
+from recombine.methods.svd.anchored import target
+from recombine.methods.svd.refit import anchored, check_refit, least_squares, refit
 from recombine.methods.svd.truncated import Truncated
 from recombine.runtime import progress
 
@@ -76,17 +78,21 @@ class BasisSharing(SharedSvd):
         group_size: how many consecutive layers of a role share a basis.
         shared: the roles that share, such as ["q", "k", "v"]; layers of the others are factored one by one.
         whiten: weigh the inputs by their second moments; without it no data is used.
-        refit: fit the coefficients again, block after block, to the inputs that the compressed blocks give.
+        refit: fit the coefficients again, block after block, to the inputs that the compressed blocks give. anchored:
+            to what the original model gives for them, layer after layer (anchored.py).
+        anchor: as in SVD-LLM (weighted.py).
     """
 
     group_size: int = 2
     shared: tuple[str, ...] = ("qkv", "q", "k", "v", "up", "gate")
     whiten: bool = True
-    refit: bool = False
+    refit: bool | str = False
+    anchor: tuple[float, ...] = (1.0, 1.0)
 
     def check(self, sites: list[Site]) -> None:
         need(self.group_size >= 1, self, "group_size", "a group has at least one layer")
         super().check(sites)
+        check_refit(self, self.anchor)
 
     def statistics_needed(self) -> set[str]:
         return {"inputs"} if self.whiten else set()
@@ -105,8 +111,20 @@ class BasisSharing(SharedSvd):
         if not self.refit:
             return super().rewrite(model, sites)
         layers = self.factored(sites)
-        refit(model, [site for site in sites if site.name in layers], layers, losses)
+        if self.refit == "anchored":
+            anchored(
+                self, model, sites, losses, lambda site, moments: self.fitted(site, layers.get(site.name), moments)
+            )
+        else:
+            refit(model, [site for site in sites if site.name in layers], layers, losses)
         self.finish(layers.values())
+
+    def fitted(self, site: Site, layer: FactoredLinear | None, moments: Moments) -> FactoredLinear | None:
+        """The layer with its coefficients fitted to what the original model gives, in place."""
+        if layer is not None:
+            aim = target(site.module.weight, moments, self.anchor, layer.left.shape[1])
+            layer.left.copy_(least_squares(aim, layer.left, layer.right, moments[1]))
+        return layer
 
 
 @dataclass(kw_only=True)

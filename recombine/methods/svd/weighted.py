@@ -17,7 +17,7 @@ ASVD. Paper: ranks come from a search over sensitivities. Here: the same ratio f
 it.
 
 SVD-LLM. Paper: at high ratios its first version fits left again to the inputs that compressed layers give (`refit`).
-Here: all layers are fitted to the original model's inputs.
+Here: all layers are fitted to the original model's inputs. With `refit=anchored` they are those of AA-SVD or SAES-SVD.
 Paper: LoRA on U, then on V. Here: LoRA on the whole layer (method@compressor=svd_llm method=lora).
 """
 
@@ -25,11 +25,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from recombine.core.method import Site, need
+from recombine.core.calibration import Losses
+from recombine.core.drift import Moments
+from recombine.core.method import Site, need, need_losses
 from recombine.layers import FactoredLinear
 from recombine.linalg import project, weighted_svd
 from recombine.methods.svd.allocated import Allocated
-from recombine.methods.svd.refit import refit
+from recombine.methods.svd.anchored import target
+from recombine.methods.svd.refit import anchored, check_refit, least_squares, refit
 
 
 @dataclass(kw_only=True)
@@ -37,10 +40,29 @@ class WeightedSvd(Allocated, abstract=True):
     """The base of the three methods.
 
     Args:
-        refit: fit the left factors again, block after block, to the inputs that the compressed blocks give.
+        refit: fit the left factors again, block after block, to the inputs that the compressed blocks give. anchored:
+            fit both factors to what the original model gives for them, layer after layer (anchored.py); ASVD and FWSVD
+            keep their right factors.
+        anchor: the least and the largest share of the original model's outputs in what anchored layers aim at. [1, 1]:
+            AA-SVD. [0.25, 0.75]: SAES-SVD, which chooses it for every layer.
     """
 
-    refit: bool = False
+    refit: bool | str = False
+    anchor: tuple[float, ...] = (1.0, 1.0)
+
+    def check(self, sites: list[Site]) -> None:
+        super().check(sites)
+        check_refit(self, self.anchor)
+
+    @property
+    def only_anchored(self) -> bool:
+        """Whether nothing is computed from the original model's inputs."""
+        return self.refit == "anchored" and self.allocation == "uniform"
+
+    def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        super().before_budget(model, sites, losses)
+        if self.refit:
+            need_losses(self, losses)
 
     def moment(self, site: Site) -> Tensor:
         """The layer's M (n, n), or its diagonal (n,)."""
@@ -65,12 +87,35 @@ class WeightedSvd(Allocated, abstract=True):
         found = self.digested([site])
         return found["left"][:, :k].clone(), found["right"][:k].clone()
 
+    def anchored_pair(self, site: Site, moments: Moments, k: int) -> tuple[Tensor, Tensor]:
+        """left and right of a layer at rank k, fitted to what the original model gives, in the type of its weight."""
+        left, right = self.pair(site, k)
+        return least_squares(target(site.module.weight, moments, self.anchor, k), left, right, moments[1]).to(
+            left
+        ), right
+
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         if not self.refit:
             return super().rewrite(model, sites)
+        if self.refit == "anchored":
+            return self.rewrite_anchored(model, sites, losses)
         layers = dict(self.factored(sites))
         refit(model, [site for site in sites if site.name in layers], layers, losses)
         self.finish(layers.values())
+
+    def rewrite_anchored(self, model: nn.Module, sites: list[Site], losses: Losses) -> None:
+        """`rewrite` with refit=anchored."""
+        ranks = {site.name: k for site, k in zip(sites, self.ranks(sites), strict=True)}
+
+        def fitted(site: Site, moments: Moments) -> FactoredLinear | None:
+            if (k := ranks[site.name]) is None:
+                return None
+            layer = FactoredLinear(*self.anchored_pair(site, moments, k), bias=site.module.bias)
+            self.finish([layer])
+            self.kept.drop(site.name)
+            return layer
+
+        anchored(self, model, sites, losses, fitted)
 
 
 def truncated(site: Site, u: Tensor) -> FactoredLinear:
@@ -121,7 +166,12 @@ class SvdLlm(WeightedSvd):
     """Weighs the inputs by their second moments, which gives the least output error (SVD-LLM)."""
 
     def statistics_needed(self) -> set[str]:
-        return {"inputs"}
+        return set() if self.only_anchored else {"inputs"}
 
     def moment(self, site: Site) -> Tensor:
         return self.stats[site.name].inputs.xx
+
+    def anchored_pair(self, site: Site, moments: Moments, k: int) -> tuple[Tensor, Tensor]:
+        aim = target(site.module.weight, moments, self.anchor, k)
+        left, right = project(weighted_svd(aim, moments[1])[0][:, :k], aim)
+        return left.to(site.module.weight), right.to(site.module.weight)

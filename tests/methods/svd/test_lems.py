@@ -196,3 +196,27 @@ def test_refusals():
     assert "method.ratio=0.1" in refusal(recombine.apply, model, small, losses=losses(model))
     assert "pass had no batch" in refusal(recombine.apply, model, Svd(allocation="lems"), losses=lambda: iter(()))
     assert loss(model, batch(model)).isfinite() and roles.head(model) is not None
+
+
+@pytest.mark.parametrize("allocation", ["lems", "atp"])
+def test_predictions_are_measured_on_as_many_batches_as_asked(allocation):
+    """One of several batches: what is measured is what those losses alone would give."""
+    model = build("tiny_llama")
+    every = losses(model)
+
+    def first():
+        return [next(iter(every()))]
+
+    assert len(list(every())) > 1
+    method = SvdLlm(targets=ALL, ratio=0.5, allocation=allocation, multiple_of=4)
+    judged = prepared(replace(method, judged=1), model)[0]
+    calibrated = replace(method)
+    sites = prepare(model, calibrated, recombine.Budget.of(None), every, recombine.core.memory.Memory())
+    assert judged.choices(model, sites) != [] and judged.divergence(
+        model, sites, judged._ranks, every
+    ) == pytest.approx(calibrated.divergence(model, sites, judged._ranks, first))
+    if allocation == "lems":
+        alone = divergences(model, [{sites[0].name: judged.pair(sites[0], judged._effects[0].rank)}], first)[0][0]
+        assert judged._effects[0].divergence == pytest.approx(alone)
+        assert judged._effects[0].divergence != calibrated._effects[0].divergence
+    assert "judged=0" in refusal(recombine.apply, model, replace(method, judged=0), losses=every)
