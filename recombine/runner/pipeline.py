@@ -144,6 +144,8 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         models.reset_head(model, module.num_classes)
     if torch.cuda.is_available() and spec.settings.trainer.accelerator in ("auto", "gpu", "cuda"):
         model.cuda()
+    for part in filter(None, (module, calibration)):
+        part.ask(model)
     state = resume.state_folder(out, spec.config)
     pieces = {
         "compressor": spec.compressor,
