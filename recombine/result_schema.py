@@ -15,8 +15,8 @@ class Key(NamedTuple):
 
 
 RUNNER, ANALYSIS, TRAINING = ("runner",), ("analysis",), ("adapt", "compress", "joint")
-REWRITING = ("retrofit", "compress", "joint")
-TESTING = (*TRAINING, "evaluate", "retrofit", *RUNNER)
+REWRITING, LOADING = ("retrofit", "compress", "joint"), (*TRAINING, "evaluate", "sample")
+TESTING = (*LOADING, "retrofit", *RUNNER)
 Scores = dict[str, float | None]  # a score's name -> its value
 Weights = dict[str, str | dict[str, str]]
 Map = dict[str, dict[str, list[list[float]]]]
@@ -205,8 +205,9 @@ class StagePart(TypedDict):
     notes: Annotated[NotRequired[list[str]], Key("fields of the method that were adapted to some layers", RUNNER)]
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
-    checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]
+    checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", LOADING)]
     sha256: Annotated[NotRequired[dict[str, str]], Key("hash of each file of weights, by file name", RUNNER)]
+    pictures: Annotated[NotRequired[dict[str, list[str]]], Key("files of what was drawn, by prompt", RUNNER)]
     distil: Annotated[NotRequired[Distil], Key("the distillation", ("compress", "joint"))]
     exports: Annotated[NotRequired[dict[str, str]], Key("folders for other libraries, by format", RUNNER)]
     weight_error: Annotated[NotRequired[Scores], Key("|W - W'| / |W| by layer, before training", REWRITING, "share")]

@@ -39,6 +39,8 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
     }
     if run.base is not None:
         runner["base"] = {"path": str(run.base), "sha256": file_digest(run.base)}
+    if run.pictures:
+        runner["pictures"] = run.pictures
     if record and record.notes:
         runner["notes"] = record.notes
     result = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)
@@ -95,6 +97,6 @@ def describe_step(run: RunContext, step: Step, part: str) -> MethodPart:
     """
     own = {type(method).__name__: type(method) for method in (run.compressor, run.method) if method}
     cls = own.get(step.method) or method_classes()[step.method]
-    loaded = run.settings.stage.name == "evaluate"
+    loaded = run.settings.stage.name in ("evaluate", "sample")
     label = label_of(step.method, step.fields) if loaded or part not in run.labels else run.labels[part]
     return results.method_part(step.method, step.fields, label, cls.compresses)

@@ -4,7 +4,7 @@ What is below the runner gets plain values and typed settings, never the configu
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ from recombine.core.budget import Budget
 from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.export.folder import require
-from recombine.methods.from_config import from_config, from_name
+from recombine.methods.from_config import from_name
 from recombine.runner.base import base_file
 from recombine.runner.labels import chosen_labels
+from recombine.runner.method_pair import resolve_methods
 from recombine.runtime import conf
 from recombine.runtime.kinds import Place, Seed, Word, shown
 from recombine.runtime.schema import annotations, checked, group, typed
@@ -27,6 +28,7 @@ from recombine.stages.settings import (
     STAGE_SETTINGS,
     AnalysisSettings,
     CalibrationSettings,
+    DrawingSettings,
     HarnessSettings,
     RunSettings,
     StageSettings,
@@ -35,7 +37,19 @@ from recombine.training.loggers import LoggerSettings
 from recombine.training.settings import OptimizerSettings, TrainerSettings
 
 Format = Literal["hf", "dense", "lora", "torch", "onnx", "openvino"]  # of recombine/export
-GROUPS = ("model", "data", "method", "stage", "optim", "trainer", "logger", "calibration", "harness", "analyse")
+GROUPS = (
+    "model",
+    "data",
+    "method",
+    "stage",
+    "optim",
+    "trainer",
+    "logger",
+    "calibration",
+    "harness",
+    "sample",
+    "analyse",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +74,7 @@ NODES = {  # node -> the schema of its keys, where it is always the same
     "calibration": CalibrationSettings,
     "analyse": AnalysisSettings,
     "harness": HarnessSettings,
+    "sample": DrawingSettings,
     "logger": LoggerSettings,
 }
 
@@ -126,6 +141,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
             calibration=typed(CalibrationSettings, calibration, "calibration"),
             analyse=typed(AnalysisSettings, analyse, "analyse"),
             harness=typed(HarnessSettings, plain["harness"], "harness"),
+            sample=typed(DrawingSettings, plain["sample"], "sample"),
             probe=cfg.probe,
         ),
         method=method,
@@ -196,33 +212,6 @@ def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:
     values = (conf.load("data", name) or {}) | chosen | {"seed": seed}
     data_sets.check(**values, key="calibration.data")
     return values
-
-
-def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
-    """The methods of a run: (the method, the compressor before it or None).
-
-    A method with itself as the compressor is one method, which trains the factors that it compressed to.
-
-    Raises:
-        UsageError: the two cannot follow each other.
-    """
-    method = from_config(cfg.method)
-    if cfg.get("compressor") is None:
-        return method, None
-    compressor = from_config(group(cfg.compressor, "compressor"), "compressor")
-    name = chosen_labels(cfg)["compressor"]
-    if not compressor.compresses:
-        raise UsageError(f"method@compressor: {name} does not compress; choose one that does")
-    if cfg.stage.name == "compress":
-        raise UsageError("stage=compress applies the compressor alone: name it as method=, or take stage=joint")
-    if type(compressor) is type(method):
-        bare = [replace(part, lr=0.0, targets=()) for part in (method, compressor, type(method)())]
-        if bare[0] not in bare[1:]:
-            raise UsageError(
-                f"method={name} after itself trains the compressor's factors: set its fields as compressor.*"
-            )
-        return compressor.copy(lr=method.lr), None
-    return method, compressor
 
 
 def validate_root(cfg: DictConfig) -> None:

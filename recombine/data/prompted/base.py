@@ -11,7 +11,7 @@ they are the rows' own numbers: two passes over the same rows see the same noise
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,19 @@ from recombine.errors import UsageError
 from recombine.runtime.kinds import BatchSize, Count, PartialShare, Pixels, Seed, Word, Workers
 
 Tokens = dict[str, Tensor]  # input_ids int64 (N, T), and perhaps attention_mask (N, T)
+
+
+class Asked(NamedTuple):
+    """A prompt that a model is tested by.
+
+    kind: subject, class or other. beside: real pictures of that kind, uint8 (N, 3, S, S); None: there are none.
+    subject: those of the subject itself, whatever the kind.
+    """
+
+    prompt: str
+    kind: str
+    beside: Tensor | None = None
+    subject: Tensor | None = None
 
 
 class Prompted(Dataset):
@@ -51,7 +64,7 @@ class Prompted(Dataset):
 
 
 class PromptedData(DataModule):
-    """Pictures with prompts. A subclass sets `name` and writes `prompts`, `prepare_data`, `setup` and `info`.
+    """Pictures with prompts. A subclass sets `name` and writes `asked`, `prepare_data`, `setup` and `info`.
 
     Args:
         image_size: pixels of a side, S; None: the model's.
@@ -92,6 +105,16 @@ class PromptedData(DataModule):
             raise UsageError(f"data.image_size={self.image_size}: {why}; leave it out, or set model.image_size too")
         self.image_size, self.tokenizer = size, tokenizer()
         self.empty = self.tokenizer([""])
+
+    def asked(self, prompts: Sequence[str] | None) -> list[Asked]:
+        """What the model is tested by. prompts: of `sample.prompts`; None: the data's own.
+
+        Before `setup` it checks them, and has no pictures beside them.
+
+        Raises:
+            UsageError: one of them cannot be asked for.
+        """
+        raise NotImplementedError
 
     def tokens(self, prompts: Sequence[str]) -> Tokens:
         """The tokens of prompts, all of one length, the empty prompt among them so that it can take their place."""

@@ -11,12 +11,13 @@ benchmark tests on; validation takes a twentieth of the others. Flags and skin t
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from recombine.data.base import exclusive_build, require_known
-from recombine.data.prompted.base import Prompted, PromptedData
+from recombine.data.prompted.base import Asked, Prompted, PromptedData
 from recombine.data.sampling import shuffled
 from recombine.data.vision import cache, packaged
 from recombine.data.vision.icons import Icons, slug
@@ -28,6 +29,7 @@ from recombine.runtime.kinds import Word
 
 VENDORS = ("noto", "twemoji", "fluent")  # noto says which emoji
 LEFT_OUT = re.compile(r".*(?:skin-tone|flag|regional-indicator|keycap).*")
+SHOWN = 8  # prompts that are drawn in a test
 VERSION = 1  # of the pictures, their prompts and their split
 
 Rows = list[tuple[str, str | bytes, bool]]  # prompt, drawing, whether it is tested on
@@ -120,6 +122,14 @@ class Captions(PromptedData):
             images = cache.Images(self.path, start, labels)
             setattr(self, split, Prompted(Pixels(images), labels, tokens))
             start += part["size"]
+
+    def asked(self, prompts: Sequence[str] | None) -> list[Asked]:
+        """The first prompts of the test set, each with its picture; or those that are given."""
+        if prompts is not None:
+            return [Asked(prompt, "other") for prompt in prompts]
+        rows = range(0, len(self.test), max(1, len(self.test) // SHOWN)) if hasattr(self, "test") else ()
+        which = {row: self.prompts[self.test.prompt[row]] for row in rows}
+        return [Asked(prompt, "subject", self.test.pixels([row])) for row, prompt in which.items()][:SHOWN]
 
     @property
     def info(self) -> dict:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from recombine.data.base import exclusive_build
-from recombine.data.prompted.base import Prompted, PromptedData
+from recombine.data.prompted.base import Asked, Prompted, PromptedData
 from recombine.data.vision.folder import SUFFIXES
 from recombine.data.vision.source import decode
 from recombine.errors import UsageError
@@ -92,10 +92,9 @@ class DreamBooth(PromptedData):
         self.prior_count, self.prior_how = prior, {"steps": prior_steps, "guidance": prior_guidance}
         self.files = self.found()[: self.limit]
         self.noun, self.token = noun or self.noun_of_folder(), token
-        self.prompt, self.class_prompt = (
-            self.filled("prompt", prompt, "token"),
-            self.filled("class_prompt", class_prompt),
-        )
+        self.prompt = self.filled("data.prompt", prompt, "token")
+        self.class_prompt = self.filled("data.class_prompt", class_prompt)
+        self.subject: Tensor | None = None  # its pictures
         self.before: Tensor | None = None  # what the model drew
 
     @property
@@ -116,11 +115,31 @@ class DreamBooth(PromptedData):
         for word in needed:
             if f"{{{word}}}" not in prompt and words[word] not in prompt.split():
                 why = f"the subject's word {words[word]!r} is not in it"
-                raise UsageError(f"data.{key}={prompt}: {why}; write {{{word}}} where it belongs")
+                raise UsageError(f"{key}={prompt}: {why}; write {{{word}}} where it belongs")
         try:
             return prompt.format(**words)
         except (KeyError, IndexError, ValueError) as error:
-            raise UsageError(f"data.{key}={prompt}: only {{token}} and {{noun}} can stand in braces") from error
+            raise UsageError(f"{key}={prompt}: only {{token}} and {{noun}} can stand in braces") from error
+
+    def asked(self, prompts: Sequence[str] | None) -> list[Asked]:
+        """The prompts of the subject and of its class; or those that are given, one of them with the subject's word.
+
+        Raises:
+            UsageError: none has the subject's word, or one has other words in braces.
+        """
+        given = [self.prompt, self.class_prompt] if prompts is None else prompts
+        given = [self.filled("sample.prompts", prompt) for prompt in given]
+        kinds = {prompt: self.kind(prompt) for prompt in given}
+        if "subject" not in kinds.values():
+            why = f"the subject's word {self.token!r} is in none of them"
+            raise UsageError(f"sample.prompts=[{','.join(given)}]: {why}; write {{token}} into one")
+        own = {"subject": self.subject, "class": self.before, "other": None}
+        return [Asked(prompt, kind, own[kind], self.subject) for prompt, kind in kinds.items()]
+
+    def kind(self, prompt: str) -> str:
+        """Whether a prompt asks for the subject, its class, or something else."""
+        words = re.findall(r"[\w<>-]+", prompt)
+        return "subject" if self.token in words else "class" if prompt == self.class_prompt else "other"
 
     def found(self) -> list[Path]:
         """The pictures in the folder.
@@ -183,17 +202,16 @@ class DreamBooth(PromptedData):
 
     @property
     def info(self) -> dict:
-        sizes = self.sizes
+        count = len(self.subject)
         return {
             "name": self.name,
             "task": self.task,
             "group": self.group,
             "licence": "the user's own",
             "note": f"a loss over {DRAWS} noises of each training picture is the test",
-            "sizes": sizes,
+            "sizes": self.sizes,
             "sha256": {"train": hashlib.sha256(self.subject.numpy().tobytes()).hexdigest()},
-            "protocol": f"{len(self.subject)} pictures, {self.prior_count} of the class, last epoch, none held out",
-            "prompts": {"subject": self.prompt, "class": self.class_prompt},
+            "protocol": f"{count} pictures of {self.prompt!r}, {self.prior_count} of {self.class_prompt!r}, last epoch",
             "image_size": self.image_size,
             "resize": "bicubic, a square around the middle",
             "seed": self.seed,
