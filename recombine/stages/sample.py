@@ -87,7 +87,7 @@ def write(run: RunContext, name: str, picture: Tensor) -> None:
     from PIL import Image
 
     with atomic_write(run.out / name) as temporary:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+        Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(temporary, "PNG")
 
 
 def sheet(rows: list[Tensor]) -> Tensor:
