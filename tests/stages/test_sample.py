@@ -103,7 +103,8 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tiny, tmp_path, mon
 def test_stable_diffusions_repository_from_end_to_end(hub, tmp_path):  # noqa: F811
     """Tiny random weights in the layout of the hub's repository: fetched, one step through the autoencoder, drawn."""
     commit = hub_content.add_stable_diffusion(hub)
-    keys = ["model=sd21_base", "data=dreambooth", f"data.root={drawing.subject(tmp_path)}", *drawing.SHORT]
+    sizes = ["model.sample_size=8", "model.cross_attention_dim=16", "model.attention_head_dim=[1,2]"]
+    keys = ["model=sd21_base", *sizes, "data=dreambooth", f"data.root={drawing.subject(tmp_path)}", *drawing.SHORT]
     result = execute(tmp_path / "run", *keys, "method=cersa", *DRAW)
     assert result["model"]["image_size"] == 16 and result["test"]["loss"] > 0
     assert result["weights"]["commit"] == commit and result["weights"]["hub"] == result["model"]["id"]
