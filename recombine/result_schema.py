@@ -1,7 +1,4 @@
-"""The schema of result.json: for every key its type, its meaning, its unit and who writes it.
-
-`Result` is the whole file. A key that a run has no use for is left out. nan is null. An infinity is 1e999 or -1e999.
-"""
+"""The schema of result.json: for every key its type, its meaning, its unit and who writes it."""
 
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
@@ -15,7 +12,8 @@ class Key(NamedTuple):
 
 
 RUNNER, ANALYSIS, TRAINING = ("runner",), ("analysis",), ("adapt", "compress", "joint")
-REWRITING, TESTING = ("retrofit", "compress", "joint"), (*TRAINING, "evaluate", "retrofit", *RUNNER)
+REWRITING, LOADING = ("retrofit", "compress", "joint"), (*TRAINING, "evaluate", "sample")
+TESTING = (*LOADING, "retrofit", *RUNNER)
 Scores = dict[str, float | None]  # a score's name -> its value
 Weights = dict[str, str | dict[str, str]]
 Map = dict[str, dict[str, list[list[float]]]]
@@ -207,8 +205,9 @@ class StagePart(TypedDict):
     quantized: Annotated[NotRequired[dict[str, int | None | Scores]], Key("packed weights; choices: by bits", RUNNER)]
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
-    checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", (*TRAINING, "evaluate"))]
+    checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", LOADING)]
     sha256: Annotated[NotRequired[dict[str, str]], Key("hash of each file of weights, by file name", RUNNER)]
+    pictures: Annotated[NotRequired[dict[str, list[str]]], Key("files of what was drawn, by prompt", RUNNER)]
     distil: Annotated[NotRequired[Distil], Key("the distillation", ("compress", "joint"))]
     exports: Annotated[NotRequired[dict[str, str]], Key("folders for other libraries, by format", RUNNER)]
     weight_error: Annotated[NotRequired[Scores], Key("|W - W'| / |W| by layer, before training", REWRITING, "share")]
@@ -235,7 +234,7 @@ class OriginPart(TypedDict):
 
 
 class Result(RunPart, StagePart, AnalysisPart, OriginPart):
-    """result.json, whole."""
+    """result.json, whole. A key that a run has no use for is left out. nan is null, an infinity 1e999 or -1e999."""
 
 
 class Suite(TypedDict):

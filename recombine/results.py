@@ -18,6 +18,7 @@ from recombine.errors import UsageError
 from recombine.result_schema import MethodPart, Result
 from recombine.runtime import budget_words, open_fields
 from recombine.runtime.atomic import atomic_write
+from recombine.runtime.later import LATER
 from recombine.runtime.naming import aside
 from recombine.runtime.progress import wrapped
 from recombine.runtime.shapes import first_wrong
@@ -38,41 +39,6 @@ ELSEWHERE = {  # on what a run runs, not what it computes
     "trainer.strategy",
 }
 SHOWN = ("account", "command", "config", "data", "metric", "seconds", "seed", "stage", "test", "val")  # in every result
-LATER = {  # keys that came after the first results, with what they were by then
-    "base": None,
-    "calibration.memory": "auto",
-    "data.test_size": None,
-    "calibration.sha256": None,
-    "export": None,
-    "optim.lr_ratio": 1.0,
-    "optim.name": "adamw",
-    "optim.relative": False,
-    "quantize.bits": None,
-    "quantize.group": 64,
-    "stage.distil.l1": 0.0,
-    "stage.distil.relative": False,
-    "stage.order": "compress_first",
-    "trainer.accumulate": 1,
-    "trainer.compile": False,
-    "trainer.gradient_checkpointing": False,
-    "trainer.matmul": "highest",
-} | {
-    f"{slot}.{key}": value
-    for slot in ("method", "compressor")
-    for key, value in {
-        "allocation": "uniform",
-        "as_paper": False,
-        "anchor": [1.0, 1.0],
-        "factor": "plain",
-        "judged": None,
-        "loss": "plain",
-        "multiple_of": 8,
-        "compensate": "none",
-        "mimicry.factor": 1.0,
-        "mimicry.noise": 0.0,
-        "mimicry.clip": None,
-    }.items()
-}
 
 
 @contextmanager

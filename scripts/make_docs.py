@@ -30,9 +30,9 @@ and on what machine and commit it ran. This page lists its keys.
 - **Type** is Python's. JSON has no nan, so it is written as `null` (`None` here). An infinity is written as `1e999` or
   `-1e999`, which is valid JSON: Python and JavaScript read it back as an infinity.
 - **Written by** names the parts of a run that may write the key: stages (`adapt`, `compress`, `joint`, `evaluate`,
-  `retrofit`, `profile`), the `analysis` after the stage, or the `runner` around both. A run has one stage. Where the
-  runner is named beside stages, it writes the key if the stage did not. No part overrides what another wrote: that is
-  an error.
+  `sample`, `retrofit`, `profile`), the `analysis` after the stage, or the `runner` around both. A run has one stage.
+  Where the runner is named beside stages, it writes the key if the stage did not. No part overrides what another
+  wrote: that is an error.
 - A key marked *optional* is left out where it does not apply. Results of older versions may lack other keys too.
 
 A suite (`data.task=all`) writes `suite.json` beside the folders of its tasks. Its keys are at the end of this page.

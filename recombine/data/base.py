@@ -27,7 +27,7 @@ class DataModule(lightning.LightningDataModule):
     """One task of a data set: three splits, and everything that the rest of the program may ask of them.
 
     Order of calls: ``__init__`` with the keys of the YAML, `attach_model`, `prepare_data` (of several processes on a
-    machine, one), `setup`, `resume_at` where an interrupted run goes on; then the loaders, `sample` and `info`.
+    machine, one), `setup`, `ask`, `resume_at` where an interrupted run goes on; then the loaders, `sample` and `info`.
 
     `setup` sets ``train``, ``val`` and ``test``. A split is a torch ``Dataset`` with ``__getitems__(indices)``, which
     returns a whole batch: (images uint8 (B, 3, H, W), labels (B,)), or a dict of tensors with ``labels`` in it. ``val``
@@ -44,7 +44,7 @@ class DataModule(lightning.LightningDataModule):
     suite: ClassVar[dict[str, str]] = {}  # task -> group, in order: what data.task=all runs
     experiment: ClassVar[str] = ""  # the paper's table of this suite, e.g. "crisp/tab01"
 
-    objective: str = "classification"  # or "regression", "lm": which loss
+    objective: str = "classification"  # or "regression", "lm", "denoising": which loss
     metric: str = "acc"  # what validation likes best, of `metrics` or of the objective's own
     num_classes: int | None = None  # outputs of the classifier; None: the model has none
     uses_pretrained_classes = False  # the very classes of pretrained weights' own classifiers, in their order
@@ -68,7 +68,8 @@ class DataModule(lightning.LightningDataModule):
 
         Args:
             source: ``model.recombine_source``.
-            objective: "lm" for a causal language model, "classification" for a model with a classifier.
+            objective: "lm" for a causal language model, "denoising" for one that draws, "classification" for a model
+                with a classifier.
             tokenizer: returns the model's tokenizer; None for a model that sees pictures.
 
         Raises:
@@ -96,6 +97,9 @@ class DataModule(lightning.LightningDataModule):
     def metrics(self) -> MetricCollection | None:
         """New metrics of logits and labels, among them `metric`. None: those of the objective."""
         return None
+
+    def ask(self, model: Any) -> None:
+        """Takes from the model what only it can make, before anything of it is rewritten; called after `setup`."""
 
     def sample(self):
         """A typical batch of one training sample, as the loaders give it."""
@@ -186,6 +190,8 @@ class TokenModule(DataModule):
     def attach_model(self, source: Mapping, objective: str, tokenizer: Callable[[], Any] | None) -> None:
         if tokenizer is None:
             raise UsageError(f"model {source['name']} sees pictures, not text: take model=minilm, or data=offline")
+        if objective == "denoising":
+            raise UsageError(f"data={self.name} is text alone, model {source['name']} draws: take data=dreambooth")
         if (self.objective == "lm") != (objective == "lm"):
             fix = "model=smollm2_135m" if self.objective == "lm" else "model=minilm"
             raise UsageError(f"data={self.name} is no task for model {source['name']}: take {fix}, or other data")

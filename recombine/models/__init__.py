@@ -1,6 +1,7 @@
 """Models by architecture and source: ``build("dinov2_s14", arch=..., tag="packaged")`` -> nn.Module.
 
-``library: transformers`` in the YAML means ``encoders.py``, ``causal_lm.py`` or ``auto.py``; the rest is timm's.
+``library: transformers`` in the YAML means ``encoders.py``, ``causal_lm.py`` or ``auto.py``, ``library: diffusers``
+``diffusion.py``; the rest is timm's.
 The weights come from exactly one place: a local ``checkpoint``; a package (``tag: packaged``); timm's hub under a
 pinned ``tag``; or nowhere (``pretrained=False``, drawn from torch's current seed). All go through one strict load.
 
@@ -8,27 +9,24 @@ pinned ``tag``; or nowhere (``pretrained=False``, drawn from torch's current see
 where ``num_classes`` is that number (``has_own_head``); data of other classes get a fresh one (``reset_head``).
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
-from pathlib import Path
+from importlib.util import find_spec
 
 import timm
-from omegaconf import ListConfig
 from timm.models import get_pretrained_cfg
 from torch import nn
 
 from recombine.errors import UsageError
-from recombine.models import allowed, packaged, roles, sizes
-from recombine.models.weights import hub_file, load_named
+from recombine.models import roles, sizes
+from recombine.models.vision import timm_model
 from recombine.runtime import conf
-from recombine.runtime.kinds import Colours, Deviations, Name, PartialShare, Pixels, Place, Whole
 from recombine.runtime.schema import checked
 
 __all__ = [
     "build", "check", "for_data", "for_task", "has_own_head", "list_models", "modality", "objective", "reset_head",
-    "schema", "tags", "tokenizer",
+    "schema", "tags", "timm_model", "tokenizer",
 ]  # fmt: skip
 
 CONF = conf.CONF / "model"
@@ -52,9 +50,9 @@ def build(name: str, *, arch: str | None = None, library: str = "timm", **config
         name: of the YAML, for example "dinov2_s14"; of timm, where there is no ``arch``; of the hub's repository or a
             folder with ``arch="auto"``.
         arch: of timm, for example "vit_small_patch14_dinov2", or the family of a transformers model, as "llama".
-        library: "timm" or "transformers".
+        library: "timm", "transformers" or "diffusers".
         config: the YAML's other keys. They are the arguments of `timm_model` or of the `build` of `encoders`,
-            `causal_lm` or `auto`.
+            `causal_lm`, `auto` or `diffusion`.
 
     Raises:
         UsageError: there is no such architecture, its weights cannot be had, or they do not fit.
@@ -92,12 +90,14 @@ def tokenizer(source: Mapping):
 
 
 def modality(source: Mapping) -> str:
-    """What a model reads, by its ``recombine_source``: "vision" or "text"."""
+    """What a model reads, by its ``recombine_source``: "vision" or "text"; a prompt is text."""
     return "vision" if source.get("library", "timm") == "timm" or source.get("task") == "image" else "text"
 
 
 def objective(source: Mapping) -> str:
-    """What a model is for, by its ``recombine_source``: "lm", or "classification" where it has a classifier."""
+    """What a model is for, by its ``recombine_source``: "lm", "denoising", or "classification" by a classifier."""
+    if source.get("library") == "diffusers":
+        return "denoising"
     return "lm" if source["arch"] == "llama" or source.get("task") == "lm" else "classification"
 
 
@@ -138,112 +138,23 @@ def schema(name: str, library: str, arch: str) -> Callable[..., nn.Module]:
     return timm_model if library == "timm" else _of_transformers(name, library, arch).build
 
 
+def require_diffusers(name: str) -> None:
+    """Refuses a model of diffusers where that is not installed.
+
+    Raises:
+        UsageError: names the extra.
+    """
+    if find_spec("diffusers") is None:
+        raise UsageError(f"model {name}: diffusers is not installed; pip install 'recombine[images]'")
+
+
 def _of_transformers(name: str, library: str, arch: str):
     """The module for an architecture, imported on demand: transformers is slow to load."""
     if library == "timm":
         raise UsageError(f"model {name} sees pictures, not text: take model=minilm, or data=offline")
+    if library == "diffusers":
+        require_diffusers(name)
+        return import_module("recombine.models.diffusion")
     if library != "transformers":
-        raise UsageError(f"model.library={library}: must be timm or transformers")
+        raise UsageError(f"model.library={library}: must be timm, transformers or diffusers")
     return import_module(f"recombine.models.{ {'llama': 'causal_lm', 'auto': 'auto'}.get(arch, 'encoders') }")
-
-
-def timm_model(
-    name: Name,
-    *,
-    arch: Name,
-    tag: Name | None = None,
-    pretrained: bool = True,
-    checkpoint: Place | None = None,
-    image_size: Pixels | None = None,
-    num_classes: Whole = 0,
-    drop_path: PartialShare = 0.0,
-    attn_drop: PartialShare = 0.0,
-    mean: Colours | None = None,
-    std: Deviations | None = None,
-    **timm_kwargs,
-) -> nn.Module:
-    """A timm model; ``model.recombine_source`` says where it came from, and how its images are normalised."""
-    tag = _resolve_tag(name, arch, tag)
-    kwargs = {key: tuple(x) if isinstance(x, list | ListConfig) else x for key, x in timm_kwargs.items()}
-    allowed.timm_arguments(kwargs)
-    source = arch if tag in (None, "packaged") else f"{arch}.{tag}"
-    path = None  # looked for before the model is built: what is missing is said at once
-    if checkpoint is not None:
-        path = Path(checkpoint).expanduser()
-    elif pretrained:
-        path = packaged.WEIGHTS[name]() if tag == "packaged" else hub_file(name, source)
-    size = {} if image_size is None else {"img_size": image_size}
-    drops = {"drop_path_rate": drop_path, "attn_drop_rate": attn_drop}
-    model = _create(name, arch, source, num_classes, {**size, **drops, **kwargs})
-    config = model.pretrained_cfg
-    image_size = image_size or config["input_size"][-1]
-    _check_patches(name, model, image_size)
-    model.own_classes = 0 if path is None else load_named(model, path, num_classes, checkpoint is not None)
-    model.recombine_weights = path
-    model.recombine_source = {
-        "name": name,
-        "arch": arch,
-        "tag": tag,
-        "pretrained": pretrained,
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-        "image_size": image_size,
-        "mean": list(mean or config["mean"]),
-        "std": list(std or config["std"]),
-        "drop_path": drop_path,
-        "attn_drop": attn_drop,
-        "num_classes": num_classes,
-        **{key: list(x) if isinstance(x, tuple) else x for key, x in kwargs.items()},
-    }
-    return model
-
-
-def _create(name: str, arch: str, source: str, num_classes: int, arguments: Mapping) -> nn.Module:
-    """Builds timm's model, without weights.
-
-    A dropout of 0 is left out for an architecture that has no such dropout.
-
-    Raises:
-        UsageError: timm refuses the arguments.
-    """
-    try:
-        return timm.create_model(source, num_classes=num_classes, **arguments)
-    except Exception as error:  # timm checks little, and stumbles over sizes in every way there is
-        lacked = [key for key in arguments if f"unexpected keyword argument '{key}'" in str(error)]
-        if lacked and lacked[0] in ("drop_path_rate", "attn_drop_rate") and not arguments[lacked[0]]:
-            return _create(name, arch, source, num_classes, {k: v for k, v in arguments.items() if k != lacked[0]})
-        given = " ".join(f"{key}={value}" for key, value in arguments.items())
-        reason = " ".join(str(error).split()) or f"timm's {type(error).__name__}"
-        raise UsageError(f"model {name}: {arch} cannot be built with {given} ({reason}): correct it") from error
-
-
-def _resolve_tag(name: str, arch: str, tag: str | None) -> str | None:
-    """The tag that is meant where none is given: the packaged weights, else timm's default."""
-    if arch == "timm":
-        raise UsageError("model=timm: say which architecture: model.name=eva02_base_patch14_224")
-    known = timm.list_models()
-    if arch not in known:
-        close = ", ".join(difflib.get_close_matches(arch, known, n=3, cutoff=0.4)) or "one of timm.list_models()"
-        key = "name" if name.partition(".")[0] == arch else "arch"
-        raise UsageError(f"model.{key}={arch} is no timm architecture: did you mean {close}?")
-    tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{arch}.*")]
-    if tag is None:
-        return "packaged" if name in packaged.WEIGHTS else get_pretrained_cfg(arch).tag or None
-    if tag == "packaged" and name not in packaged.WEIGHTS:
-        raise UsageError(f"model.tag=packaged: no package holds {name}: take model={' or '.join(packaged.WEIGHTS)}")
-    if tag != "packaged" and tag not in tags:
-        raise UsageError(f"model.tag={tag} is no set of weights of {arch}: choose from {', '.join(tags) or 'none'}")
-    return tag
-
-
-def _check_patches(name: str, model: nn.Module, image_size: int) -> None:
-    """Refuses an image size that patches do not divide. timm builds such a ViT, and fails at the first image.
-
-    Raises:
-        UsageError: names the sizes nearby that fit.
-    """
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    patch = patch[0] if isinstance(patch, tuple | list) else patch
-    if image_size < patch or image_size % patch:
-        near = max(patch, image_size // patch * patch)
-        fix = f"take {near} or {near + patch}"
-        raise UsageError(f"model {name}: image_size={image_size} is no multiple of the patch size {patch}: {fix}")

@@ -59,6 +59,7 @@ _BERT_REST = {
     **_names(r"o: attention\.output\.dense", r"up: intermediate\.dense", r"down: output\.dense"),
     "norm": rf"(?:{_BERT}\.(?:attention\.)?output|(?:\w+\.)?embeddings)\.LayerNorm",
 }
+_UNET = r"(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+"
 _LLAMA_NAMES = _names(r"q k v o: self_attn\.{}_proj", r"gate up down: mlp\.{}_proj")
 _LLAMA_NORM = rf"{_LLAMA}\.(?:input|post_attention)_layernorm|(?:\w+\.)?norm"
 _IN_TORCHVISION = (
@@ -203,5 +204,12 @@ FAMILIES = [
         **_names(r"q k v o: layer\.\d+\.(?:SelfAttention|EncDecAttention)\.{}"),
         **_names(r"gate: layer\.\d+\.DenseReluDense\.wi_0", r"up: layer\.\d+\.DenseReluDense\.wi(?:_1)?"),
         **_names(r"down: layer\.\d+\.DenseReluDense\.wo"),
+    ),
+    # diffusers: the transformers inside a UNet, self- and cross-attention, and the two halves of GEGLU as one layer
+    _row(
+        r"UNet2DConditionModel",
+        _UNET,
+        norm=rf"{_UNET}\.norm\d",
+        **_names(r"q k v: attn[12]\.to_{}", r"o: attn[12]\.to_out\.0", r"up: ff\.net\.0\.proj", r"down: ff\.net\.2"),
     ),
 ]

@@ -1,6 +1,7 @@
 """A model's architecture as plain values, and the model built from them again without weights.
 
     {"library": "timm", "arch": "vit_small_patch16_224", ...}        the arguments of `models.build`
+    {"library": "diffusers", "arch": "unet", "text": "minilm", ...}          also of `models.build`
     {"library": "transformers", "class": "LlamaForCausalLM", "attention": "sdpa", "config": {...}}
 
 What comes from a file is checked by `models.allowed` before it reaches either library.
@@ -19,12 +20,12 @@ from recombine.errors import UsageError
 from recombine.models.allowed import config_values
 
 ATTENTION = ("eager", "sdpa")
-OF_THE_WEIGHTS = ("pretrained", "checkpoint", "num_classes")  # of a source; a head is set by its number of classes
+OF_THE_WEIGHTS = ("pretrained", "checkpoint", "num_classes", "id", "revision")  # of a source, and of the head
 NOT_BUILT_FROM = ("transformers_version", "architectures", "model_type", "dtype", "torch_dtype", "_name_or_path")
 
 
 def architecture(model: nn.Module) -> dict[str, Any] | None:
-    """How to build a timm or transformers model again; None: it is neither.
+    """How to build a model of timm, transformers or diffusers again; None: it is none of these.
 
     That says what it was built from. Whether the model still is that, `differs` tells.
     """
@@ -56,6 +57,8 @@ def rebuilt(architecture: Mapping[str, Any]) -> nn.Module:
     with parameters_on_meta(), torch.random.fork_rng(devices=[]):
         if architecture["library"] == "timm":
             return models.timm_model(**{k: v for k, v in architecture.items() if k != "library"}, pretrained=False)
+        if architecture["library"] == "diffusers":
+            return models.build(**architecture, pretrained=False)
         return of_transformers(**{k: v for k, v in architecture.items() if k != "library"})
 
 

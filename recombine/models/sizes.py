@@ -21,7 +21,7 @@ class Sizes:
 
     name: Name | None = None
     arch: Name | None = None
-    library: Literal["timm", "transformers"] = "timm"
+    library: Literal["timm", "transformers", "diffusers"] = "timm"
     patch_size: Depth | None = None
     embed_dim: Width | None = None
     depth: Depth | None = None

@@ -72,11 +72,12 @@ def origin(path: Path) -> dict:
 
     The hub's cache calls a large file by its sha256, which is taken from there. Other files are read.
     """
-    files = [path] if path.is_file() else sorted(path.glob("model*.safetensors")) or [path / "pytorch_model.bin"]
-    part = {"sha256": {file.name: _sha256(file) for file in files}}
-    where = path if path.is_dir() else path.parent
-    if where.parent.name == "snapshots" and (repository := where.parents[1].name).startswith("models--"):
-        part = {"hub": repository.removeprefix("models--").replace("--", "/"), "commit": where.name} | part
+    folder = path if path.is_dir() else path.parent
+    forms = ("model*.safetensors", "pytorch_model.bin", "*/*.safetensors", "*/*.bin")  # the last two: of several parts
+    files = [path] if path.is_file() else next(filter(None, (sorted(path.glob(form)) for form in forms)), [])
+    part = {"sha256": {str(file.relative_to(folder)): _sha256(file) for file in files}}
+    if folder.parent.name == "snapshots" and (repository := folder.parents[1].name).startswith("models--"):
+        part = {"hub": repository.removeprefix("models--").replace("--", "/"), "commit": folder.name} | part
     return part
 
 

@@ -43,6 +43,8 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
     runner |= quantized(run)
     if record and (tokens := run.calibration_sha256()) is not None:
         runner["calibration_sha256"] = tokens
+    if run.pictures:
+        runner["pictures"] = run.pictures
     if record and record.notes:
         runner["notes"] = record.notes
     result = results.merge_parts(runner=runner, **{run.settings.stage.name: stage}, analysis=analysis)
@@ -109,6 +111,6 @@ def describe_step(run: RunContext, step: Step, part: str) -> MethodPart:
     """
     own = {type(method).__name__: type(method) for method in (run.compressor, run.method) if method}
     cls = own.get(step.method) or method_classes()[step.method]
-    loaded = run.settings.stage.name == "evaluate"
+    loaded = run.settings.stage.name in ("evaluate", "sample")
     label = label_of(step.method, step.fields) if loaded or part not in run.labels else run.labels[part]
     return results.method_part(step.method, step.fields, label, cls.compresses)

@@ -4,7 +4,7 @@ What is below the runner gets plain values and typed settings, never the configu
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,12 @@ from recombine import data as data_sets
 from recombine import models, results
 from recombine.core.budget import Budget
 from recombine.core.method import Method
-from recombine.core.pair import settled
 from recombine.errors import UsageError
 from recombine.export.folder import require
-from recombine.methods.from_config import from_config, from_name
+from recombine.methods.from_config import from_name
 from recombine.runner.base import base_file
 from recombine.runner.labels import chosen_labels
+from recombine.runner.method_pair import methods_of
 from recombine.runtime import conf
 from recombine.runtime.kinds import Place, Seed, Word, shown
 from recombine.runtime.schema import annotations, checked, group, typed
@@ -28,6 +28,7 @@ from recombine.stages.settings import (
     STAGE_SETTINGS,
     AnalysisSettings,
     CalibrationSettings,
+    DrawingSettings,
     HarnessSettings,
     QuantizeSettings,
     RunSettings,
@@ -62,6 +63,7 @@ NODES = {  # node -> the schema of its keys, where it is always the same
     "analyse": AnalysisSettings,
     "quantize": QuantizeSettings,
     "harness": HarnessSettings,
+    "sample": DrawingSettings,
     "logger": LoggerSettings,
 }
 GROUPS = ("model", "data", "method", "stage", *filter(None, NODES))
@@ -103,12 +105,8 @@ def resolve(cfg: DictConfig) -> RunSpec:
     validate_root(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True)
     stage, export = stage_settings(plain["stage"]), formats(plain.get("export"))
-    method, compressor = resolve_methods(cfg)
     labels, budget = chosen_labels(cfg), Budget.parse(cfg.budget)
-    method.label = labels["method"]
-    if compressor is not None:
-        compressor.label = labels["compressor"]
-    method, compressor = settled(method, compressor, budget.kind)
+    method, compressor = methods_of(cfg, labels, budget.kind)
     calibration, analyse = dict(plain["calibration"]), dict(plain["analyse"])
     chosen, transfer_tasks = calibration.pop("data"), analyse.pop("elsewhere")
     if not isinstance(transfer_tasks, list) or not all(isinstance(task, str) for task in transfer_tasks):
@@ -130,6 +128,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
             analyse=typed(AnalysisSettings, analyse, "analyse"),
             harness=typed(HarnessSettings, plain["harness"], "harness"),
             quantize=quantize,
+            sample=typed(DrawingSettings, plain["sample"], "sample"),
             probe=cfg.probe,
         ),
         method=method,
@@ -198,32 +197,6 @@ def calibration_data(chosen: Any, seed: int) -> dict[str, Any] | None:
     values = (conf.load("data", name) or {}) | chosen | {"seed": seed}
     data_sets.check(**values, key="calibration.data")
     return values
-
-
-def resolve_methods(cfg: DictConfig) -> tuple[Method, Method | None]:
-    """The methods of a run: (the method, the compressor before it or None).
-
-    A method with itself as the compressor is one method, which trains the factors that it compressed to.
-
-    Raises:
-        UsageError: the two cannot follow each other.
-    """
-    method = from_config(cfg.method)
-    if cfg.get("compressor") is None:
-        return method, None
-    compressor = from_config(group(cfg.compressor, "compressor"), "compressor")
-    name = chosen_labels(cfg)["compressor"]
-    if not compressor.compresses:
-        raise UsageError(f"method@compressor: {name} does not compress; choose one that does")
-    if cfg.stage.name == "compress":
-        raise UsageError("stage=compress applies the compressor alone: name it as method=, or take stage=joint")
-    if type(compressor) is type(method):
-        bare = [replace(part, lr=0.0, targets=()) for part in (method, compressor, type(method)())]
-        if bare[0] not in bare[1:]:
-            what = f"method={name} after itself trains the compressor's factors"
-            raise UsageError(f"{what}: set its fields as compressor.*")
-        return compressor.copy(lr=method.lr), None
-    return method, compressor
 
 
 def validate_root(cfg: DictConfig) -> None:

@@ -24,6 +24,7 @@ UNREAD: dict[str, tuple[str, ...]] = {  # stage -> keys and nodes that it does n
     "joint": (),
     "retrofit": NO_TRAINING,
     "profile": (*NO_TRAINING, "harness"),
+    "sample": (*NO_TRAINING, "harness", "optim", "calibration", "data@calibration.data", "method", "compressor"),
     "evaluate": (*NO_TRAINING, "optim", "calibration", "data@calibration.data", "method", "compressor"),
 }
 ONE_RUN = ("only", "retry", "hydra.launcher", "hydra.sweeper", "hydra.sweep", "hydra/launcher", "hydra/sweeper")
@@ -40,10 +41,10 @@ def refuse_misleading(cfg: Mapping[str, Any], hydra: HydraConf) -> None:
         UsageError: `evaluate` with a compressor or a budget, or `only` without a grid.
     """
     given = by_key(hydra.overrides.task)
-    if cfg["stage"].get("name") == "evaluate":
+    if (stage := cfg["stage"].get("name")) in ("evaluate", "sample"):
         asked = {"method@compressor": cfg.get("compressor") is not None, "budget": cfg["budget"] != "none"}
         if lost := [given[key] for key, holds in asked.items() if key in given and holds]:
-            why = "stage=evaluate scores a checkpoint, or the original model, as it is, and compresses nothing"
+            why = f"stage={stage} scores a checkpoint, or the original model, as it is, and compresses nothing"
             raise UsageError(f"{lost[0]}: {why}; drop it, or say stage=joint")
     if "only" in given and cfg["only"] is not None and not cfg["grid"]:
         raise UsageError(

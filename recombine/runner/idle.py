@@ -24,6 +24,8 @@ def idle(spec: RunSpec, data: DataModule) -> set[str]:
         keys |= {f"stage.distil.{name}" for name in vars(distil) if name != "epochs"}
     if data.objective != "lm":
         keys.add("harness")
+    if data.objective != "denoising":
+        keys.add("sample")
     if data.num_classes is None:
         keys |= {"probe", "optim.head"}
     if data.objective != "classification":

@@ -11,10 +11,10 @@ def build_calibration_data(spec: RunSpec, module: DataModule, source: dict) -> D
     if spec.calibration_data is None:
         return None
     other, name = data.build(**spec.calibration_data), spec.calibration_data["name"]
-    if {module.objective, other.objective} != {"lm"}:
+    if module.objective != other.objective or module.objective not in ("lm", "denoising"):
         raise UsageError(
-            f"calibration.data={name}: a loss on it says nothing of data={module.name}; only language models calibrate "
-            "on other text than their own, so set calibration.data.name=null"
+            f"calibration.data={name}: a loss on it says nothing of data={module.name}; only language models and those "
+            "that draw calibrate on other data than their own, so set calibration.data.name=null"
         )
     other.attach_model(**models.for_data(source))
     return other

@@ -31,6 +31,7 @@ from recombine.stages import STAGES, analysis, mix
 from recombine.stages.compress import require_small_fields
 from recombine.stages.context import RunContext
 from recombine.stages.evaluate import require_head
+from recombine.stages.sample import require_prompts
 from recombine.training import distributed, finite, loggers, resume
 
 SCORED = ("val", "test", "linear_probe", "distil", "weight_error", "logit_error", "logit_scale", "elsewhere")
@@ -122,6 +123,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     """The model and the data of a run. What cannot work is refused before anything is downloaded or made."""
     module = data.build(**spec.data)
     require_harness(spec, module)
+    require_prompts(module, spec.settings)
     native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
     model = models.build(**native | models.for_task(spec.model, task_of(module)))
     source, stage = model.recombine_source, spec.settings.stage
@@ -145,6 +147,8 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         models.reset_head(model, module.num_classes)
     if torch.cuda.is_available() and spec.settings.trainer.accelerator in ("auto", "gpu", "cuda"):
         model.cuda()
+    for part in filter(None, (module, calibration)):
+        part.ask(model)
     state = resume.state_folder(out, spec.config)
     pieces = {
         "compressor": spec.compressor,
@@ -169,7 +173,7 @@ def start(spec: RunSpec, model: nn.Module) -> tuple[Method, bool]:
     if spec.base is not None:
         return put_on_base(spec.base, model, spec.method, spec.budget)
     for method in filter(None, (spec.compressor, spec.method)):
-        if spec.settings.stage.name != "evaluate":
+        if spec.settings.stage.name not in ("evaluate", "sample"):
             find_sites(model, method)
     return spec.method, False
 

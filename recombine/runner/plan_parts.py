@@ -69,7 +69,13 @@ class Rehearsal:
 
 
 def build(spec: RunSpec, module: DataModule) -> nn.Module:
-    """The model of a run, without memory."""
+    """The model of a run, without memory.
+
+    Raises:
+        UsageError: there is no such model, or it draws.
+    """
+    if module.objective == "denoising":
+        raise UsageError("stage=plan: what a model that draws takes is not planned; leave stage=plan out")
     task = "lm" if module.objective == "lm" else "text" if isinstance(module, TokenModule) else "image"
     config = models.for_task(spec.model, task) | {"pretrained": False, "checkpoint": None}
     with torch.device("meta"):

@@ -23,8 +23,8 @@ from recombine.runner.plan_devices import HALF, Cost, Device
 from recombine.runner.plan_packing import pack, packed_budget
 from recombine.runner.plan_parts import Losses, Phase, Rehearsal, attempt, batch, head_names, objective_of, shortened
 from recombine.stages.retrofit import SAMPLES
-from recombine.training import engine, objectives
-from recombine.training.objectives import Objective
+from recombine.training import distillation, engine
+from recombine.training.objectives import Objective, call
 from recombine.training.settings import OptimizerSettings
 
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "adamw_8bit": 0.5, "muon": 2}  # copies of what trains, at most, in a state
@@ -177,7 +177,7 @@ class Player:
         """The training that follows the original model."""
         distil = self.stage.distil
         rewrite.train_only(self.model, method.distillation_parameters(self.model))
-        objective = objectives.Distillation(teacher, distil.kl, distil.mse, distil.features, distil.l1)
+        objective = distillation.Distillation(teacher, distil.kl, distil.mse, distil.features, distil.l1)
         self.train("distil", objective, distil, distil.epochs, teacher)
         if self.model.recombined.steps:
             rewrite.finish(self.model, method, alone=self.spec.compressor is None)
@@ -214,7 +214,7 @@ class Player:
 
         def both() -> None:
             for model in (teacher, self.model):
-                logits.append(objectives.call(model.eval(), given))
+                logits.append(call(model.eval(), given))
             (logits[1] - logits[0]).abs().max()
 
         watch = footprint.forward(both, [*known, *apart], self.kernels())

@@ -16,6 +16,7 @@ from recombine.core.twin import sharing
 from recombine.errors import UsageError
 from recombine.result_schema import StagePart
 from recombine.stages.context import RunContext
+from recombine.stages.sample import drawn_scores
 from recombine.training import distributed, engine, finite
 from recombine.training.callbacks import Bars, Curves, Epochs, KeepBest
 from recombine.training.lit import LitRecombine
@@ -113,7 +114,7 @@ def validate(run: RunContext, lit: LitRecombine) -> dict[str, float]:
 
 
 def test(run: RunContext, lit: LitRecombine) -> StagePart:
-    """Scores the model on the test set, and a language model on the harness's tasks that go with the data."""
+    """Scores the model on the test set, a language model also on the harness's tasks, one that draws by pictures."""
     device = run.device
     with run.timed("test"), engine.products(run.settings.trainer.matmul):
         (scores,) = run_trainer(run, "test", 1, [], None).test(lit, run.data, verbose=False)
@@ -121,6 +122,8 @@ def test(run: RunContext, lit: LitRecombine) -> StagePart:
     if not math.isfinite(scores["test/loss"]):
         raise lit.failure(f"test/loss={scores['test/loss']}", run.batch(run.data.test, [0]))
     scores = lit.objective.report({name.removeprefix("test/"): value for name, value in scores.items()})
+    if run.data.objective == "denoising":
+        scores |= drawn_scores(run)
     names = run.settings.harness.names(run.data.harness)
     part = {"test": scores | harness_scores(run, names) if names else scores}
     return part | ({"test_right": bits(lit.right)} if lit.right else {})

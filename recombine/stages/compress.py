@@ -19,7 +19,7 @@ from recombine.result_schema import StagePart
 from recombine.stages.adapt import fit, train_and_test
 from recombine.stages.context import RunContext
 from recombine.stages.retrofit import weight_errors
-from recombine.training.objectives import Distillation
+from recombine.training.distillation import Distillation
 
 
 def compress(run: RunContext) -> StagePart:

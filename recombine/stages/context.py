@@ -35,6 +35,7 @@ class RunContext:
     base: the file of the compressed checkpoint that `model` came from; None: it is the pretrained one.
     continued: the method is the one that made the base, so that it trains what is there.
     labels: what the user called the compressor and the method, by "compressor" and "method".
+    pictures: what was drawn for each prompt, as files in `out`.
     seconds, curves: fill up as parts of the run finish. earlier: those of the seconds that earlier processes took.
     choices: the error of each number of bits that quantize.bits=auto chose from; None: nothing was chosen.
     logger: `loggers.RunLogger` while the run is watched.
@@ -56,6 +57,7 @@ class RunContext:
     probe: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     earlier: float = 0.0
+    pictures: dict[str, list[str]] = field(default_factory=dict)
     curves: dict[str, dict[str, list]] = field(default_factory=dict)
     choices: dict[str, float | None] | None = None
     logger: Any = None

@@ -3,30 +3,20 @@
 from torch import nn
 
 from recombine import models
-from recombine.core import checkpoint
 from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.layers.quantize import quantize
 from recombine.models import roles
 from recombine.result_schema import StagePart
 from recombine.stages.adapt import test
+from recombine.stages.checkpoints import load_checkpoint
 from recombine.stages.context import RunContext
 from recombine.training.lit import LitRecombine
 
 
 def evaluate(run: RunContext) -> StagePart:
     """The scores on the test set, and the checkpoint's path."""
-    path, bits = run.settings.stage.checkpoint, run.settings.stage.bits
-    if path is None:
-        run.model.requires_grad_(False)
-    else:
-        try:
-            run.model = checkpoint.load(path, run.model)
-        except UsageError as error:
-            raise UsageError(f"stage.checkpoint={error}") from error
-        if (classes := roles.classes(run.model)) not in (None, run.data.num_classes):
-            why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
-            raise UsageError(f"stage.checkpoint={path}: {why}; set data.task to the one it was trained on")
+    path, bits = load_checkpoint(run), run.settings.stage.bits
     if bits is not None:
         if (record := getattr(run.model, "recombined", None)) is None:
             roles.split_fused(run.model, run.method.targets)

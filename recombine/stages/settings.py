@@ -1,4 +1,4 @@
-"""The settings of a run, as typed plain values: the keys of `stage`, `calibration`, `analyse` and `harness`.
+"""The settings of a run, as typed plain values: the keys of `stage`, `calibration`, `analyse`, `harness`, `sample`.
 
 `runner/config.py` makes them from the configuration; stages read them.
 """
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from recombine.core.method import Method
-from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Group, Name, Place, PositiveShare, Seed, Word
+from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Group, Name, Place, PositiveShare, Seed, Weight, Word
 from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
 
 
@@ -58,6 +58,14 @@ class EvaluateSettings(StageSettings):
     name: str = "evaluate"
     checkpoint: Place | None = None
     bits: Bits | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(StageSettings):
+    """The keys of the stage `sample`. checkpoint: a file; None: the original model."""
+
+    name: str = "sample"
+    checkpoint: Place | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +156,22 @@ class QuantizeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DrawingSettings:
+    """What a model that draws is asked for when it is tested.
+
+    prompts: a list; None: those of the data. seeds: of the noise of each prompt's pictures; (): nothing is drawn.
+    steps, guidance, scheduler: see `recombine.models.drawing`. clip: see `recombine.evaluation.pictures`.
+    """
+
+    prompts: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    seeds: tuple[Seed, ...] = (0, 1, 2, 3)
+    steps: Annotated[int, Field(ge=1, le=1000)] = 30
+    guidance: Weight = 3.0
+    scheduler: Literal["ddim", "dpm", "euler"] = "ddim"
+    clip: Name | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The settings of one run. probe: fit the linear probe first and report it."""
 
@@ -159,6 +183,7 @@ class RunSettings:
     analyse: AnalysisSettings = field(default_factory=AnalysisSettings)
     harness: HarnessSettings = field(default_factory=HarnessSettings)
     quantize: QuantizeSettings = field(default_factory=QuantizeSettings)
+    sample: DrawingSettings = field(default_factory=DrawingSettings)
     probe: bool = True
 
 
@@ -169,4 +194,5 @@ STAGE_SETTINGS: dict[str, type[StageSettings]] = {  # of the stages that have ke
     "plan": PlanSettings,
     "profile": ProfileSettings,
     "retrofit": RetrofitSettings,
+    "sample": SampleSettings,
 }

@@ -61,7 +61,7 @@ class OptimizerSettings:
 class DistillationSettings(OptimizerSettings):
     """The training that follows the original model (CRISP Alg. 4).
 
-    epochs: 0 for none. kl, mse, features, l1: the weights of its losses, as `objectives.Distillation` has them.
+    epochs: 0 for none. kl, mse, features, l1: the weights of its losses, as `distillation.Distillation` has them.
     """
 
     epochs: Annotated[int, Field(ge=0, le=100_000)] = 4

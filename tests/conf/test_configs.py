@@ -26,7 +26,7 @@ def test_composes(group, choice):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [f"{group}={choice}"])
     missing = OmegaConf.missing_keys(cfg)
-    assert missing <= {"stage.checkpoint", "data.root"}
+    assert missing <= {"stage.checkpoint", "data.root", "data.task"}
     if group == "method":
         method = from_config(cfg.method)
         assert isinstance(method, Method) and set(cfg.method) - {"_target_"} == {f.name for f in fields(method)}

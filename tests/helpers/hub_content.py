@@ -155,3 +155,42 @@ def parquet(found: list[dict]) -> bytes:
     """Rows as `datasets` writes them, with its schema."""
     Dataset.from_list(found).to_parquet(content := io.BytesIO())
     return content.getvalue()
+
+
+def add_stable_diffusion(hub: Hub) -> str:
+    """Stable Diffusion 2.1-base in its repository's layout, with other forms of the weights beside those that count."""
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+
+    keys = config("sd21_base")
+    torch.manual_seed(3)
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+              "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, **blocks, block_out_channels=[16, 32], layers_per_block=1,
+        cross_attention_dim=16, attention_head_dim=[1, 2], norm_num_groups=8, use_linear_projection=True,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, sample_size=16,
+    )  # fmt: skip
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1,
+    )  # fmt: skip
+    scheduler = PNDMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {"unet": unet, "vae": vae, "text_encoder": transformers.CLIPTextModel(text), "scheduler": scheduler}
+        for name, part in parts.items():
+            part.save_pretrained(Path(folder) / name)
+        files = {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16, "pad_token": "<|endoftext|>"}
+    files |= {
+        "model_index.json": json.dumps({"_class_name": "StableDiffusionPipeline"}).encode(),
+        "tokenizer/vocab.json": json.dumps({word: i for i, word in enumerate(words)}).encode(),
+        "tokenizer/merges.txt": b"#version: 0.2\n", "tokenizer/tokenizer_config.json": json.dumps(told).encode(),
+        "unet/diffusion_pytorch_model.bin": b"the same", "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
+        "unet/diffusion_pytorch_model.non_ema.safetensors": b"another", "v2-1_512-ema-pruned.ckpt": b"one file",
+    }  # fmt: skip
+    return hub.add("models", keys["id"], files, commit=keys["revision"])

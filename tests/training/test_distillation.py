@@ -8,7 +8,7 @@ import torch
 import recombine
 from recombine import Isomorphic, WeCoLora
 from recombine.models import roles
-from recombine.training.objectives import Distillation
+from recombine.training.distillation import Distillation
 from zoo import ARCHS, batch, build, losses
 
 

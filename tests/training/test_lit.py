@@ -21,8 +21,9 @@ from recombine.stages.adapt import fit
 from recombine.stages.adapt import test as score
 from recombine.stages.context import RunContext
 from recombine.training import finite
+from recombine.training.distillation import Distillation
 from recombine.training.lit import LitRecombine
-from recombine.training.objectives import Classification, Distillation
+from recombine.training.objectives import Classification
 from recombine.training.settings import OptimizerSettings
 
 TEXT = ["model=tiny_llama", "data=text", "data.max_length=32", "data.limit=16"]

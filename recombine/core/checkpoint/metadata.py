@@ -59,7 +59,7 @@ class Source(Strict):
 
     name: ModelLabel
     arch: Word
-    library: Literal["timm", "transformers"] = "timm"
+    library: Literal["timm", "transformers", "diffusers"] = "timm"
     pooling: Word | None = None
     id: Repository | None = None
     revision: Word | None = None
@@ -111,6 +111,24 @@ class PackedSpec(Strict):
     dtype: Literal["float32", "float16", "bfloat16", "float64"]
 
 
+class DiffusersArchitecture(Strict):
+    """The arguments of `diffusion.build`, of which no weights are taken."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, Plain]
+
+    library: Literal["diffusers"]
+    name: ModelLabel
+    arch: Word
+    text: Word
+    fold: Count
+    image_size: Pixels
+    schedule: dict[Identifier, Word | Count]
+
+
+Architecture = TimmArchitecture | TransformersArchitecture | DiffusersArchitecture
+
+
 class Metadata(Strict):
     """All that a checkpoint of recombine says beside its tensors.
 
@@ -125,7 +143,7 @@ class Metadata(Strict):
     format: Literal[2]
     model: Identifier
     source: dict[str, Plain] | None = None
-    architecture: Annotated[TimmArchitecture | TransformersArchitecture, Field(discriminator="library")] | None = None
+    architecture: Annotated[Architecture, Field(discriminator="library")] | None = None
     steps: Annotated[list[Step], Field(max_length=100)]
     classes: Classes | None
     targets: dict[ModuleName, Word]

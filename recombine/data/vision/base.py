@@ -78,8 +78,9 @@ class VisionData(CachedModule):
 
     def attach_model(self, source: Mapping, objective: str, tokenizer: Callable[[], Any] | None) -> None:
         if tokenizer is not None:
-            other = "text" if objective == "lm" else "sentences"
-            raise UsageError(f"data={self.name} is pictures, model {source['name']} reads text: take data={other}")
+            other = {"lm": "text", "denoising": "dreambooth"}.get(objective, "sentences")
+            reads = "draws" if objective == "denoising" else "reads text"
+            raise UsageError(f"data={self.name} is pictures, model {source['name']} {reads}: take data={other}")
         self.image_size = self.image_size or source["image_size"]
         self.mean, self.std = self.mean or source["mean"], self.std or source["std"]
 

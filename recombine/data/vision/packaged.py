@@ -19,15 +19,13 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
-import re
 import sys
-import unicodedata
 from pathlib import Path
 
 import numpy as np
 
 from recombine.data.sampling import shuffled, stratified
+from recombine.data.vision import icons
 from recombine.data.vision.source import SIZES, Lazy, Source
 from recombine.errors import UsageError
 from recombine.runtime.archives import read, read_many
@@ -51,7 +49,7 @@ FASHION_CLASSES = [
 ]
 
 
-def _table(name: str) -> tuple[dict[str, np.ndarray], list[str]]:
+def read_table(name: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """A split file as columns, with ``label`` and ``split`` added, and the class names."""
     with (SPLITS / name).open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -95,52 +93,24 @@ def _on_white(image, side: int) -> np.ndarray:
 # Emoji
 
 
-def _slug(name: str) -> str:
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain.replace("&", "and").replace("'", "")).strip("-")
-
-
-def _icons(vendor: str, emoji: np.ndarray, names: np.ndarray) -> list[str | None]:
-    """The SVG of every emoji, None where the vendor has none: found by code points, else by the slug of its name."""
-    files = read_many(fetch(f"emoji_{vendor}"), ["package/icons.json", "package/chars.json"])
-    icons, chars = (json.loads(files[f"package/{name}.json"]) for name in ("icons", "chars"))
-    aliases = icons.get("aliases", {})
-    points = {re.sub("-?fe0f", "", key.lower()).strip("-"): name for key, name in chars.items()}
-
-    def svg(key: str, name: str) -> str | None:
-        icon = points.get(key, _slug(name))
-        while icon not in icons["icons"] and icon in aliases:
-            icon = aliases[icon]["parent"]
-        if (drawing := icons["icons"].get(icon)) is None:
-            return None
-        left, top, width, height = (
-            drawing.get(k, icons.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-        )
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{drawing["body"]}</svg>'
-        )
-
-    return [svg(key, name) for key, name in zip(emoji, names, strict=True)]
-
-
-def _emoji_picture(svg: str) -> np.ndarray:
+def emoji_picture(svg: str) -> np.ndarray:
+    """An emoji on white, uint8 (128, 128, 3)."""
     return _on_white(_raster(svg, width=SVG_SIZE, height=SVG_SIZE), SVG_SIZE)
 
 
 def emoji(task: str) -> Source:
     """``emoji``, ``emoji_<vendor>`` or ``emoji_<a>_<b>``."""
     _, *vendors = task.split("_")
-    table, classes = _table("emoji19.csv")
+    table, classes = read_table("emoji19.csv")
     split = _grouped(table, 0.2, 1960)
     learn, test = (vendors[:1], vendors[-1:]) if vendors else (VENDORS, VENDORS)
-    drawn = {v: _icons(v, table["emoji"], table["name"]) for v in dict.fromkeys([*learn, *test])}
+    drawn = {v: icons.drawings(v, table["emoji"], table["name"]) for v in dict.fromkeys([*learn, *test])}
 
     def pool(name: str, by) -> tuple[Lazy, np.ndarray]:
         rows = [(drawn[v][i], table["label"][i]) for v in by for i in np.flatnonzero(split == name) if drawn[v][i]]
         labels = np.array([label for _, label in rows], np.int64)
         chosen = stratified(labels, min(SIZES[name], len(rows)), 1961)
-        return Lazy(_emoji_picture, [rows[i][0] for i in chosen]), labels[chosen]
+        return Lazy(emoji_picture, [rows[i][0] for i in chosen]), labels[chosen]
 
     splits = {"train": pool("train", learn), "val": pool("val", learn), "test": pool("test", test)}
     licence = "; ".join(f"{v}: {ASSETS[f'emoji_{v}'].licence}" for v in drawn)
@@ -150,7 +120,8 @@ def emoji(task: str) -> Source:
 # Clip art
 
 
-def _clipart_picture(svg: bytes) -> np.ndarray:
+def clipart_picture(svg: bytes) -> np.ndarray:
+    """A drawing, perhaps packed, cut to what is in it and centred on white, uint8 (128, 128, 3)."""
     svg = gzip.decompress(svg) if svg[:2] == b"\x1f\x8b" else svg
     image = _raster(svg.decode("utf8", "replace"), width=2 * SVG_SIZE)
     image = image.crop(image.getchannel("A").getbbox())
@@ -159,7 +130,7 @@ def _clipart_picture(svg: bytes) -> np.ndarray:
 
 def openclipart(task: str) -> Source:
     """Drawings of Debian's openclipart-svg."""
-    table, classes = _table("openclipart25.csv")
+    table, classes = read_table("openclipart25.csv")
     split = _grouped(table, 0.3, 2004)  # more than 200 / 1000: some classes are one group, which train keeps
     root = "usr/share/openclipart/svg/"
     files = read_many(fetch("openclipart"), [root + path for path in table["path"]])
@@ -167,7 +138,7 @@ def openclipart(task: str) -> Source:
     def pool(name: str) -> tuple[Lazy, np.ndarray]:
         rows = np.flatnonzero(split == name)
         rows = rows[stratified(table["label"][rows], min(SIZES[name], len(rows)), 2005)]
-        return Lazy(_clipart_picture, [files[root + path] for path in table["path"][rows]]), table["label"][rows]
+        return Lazy(clipart_picture, [files[root + path] for path in table["path"][rows]]), table["label"][rows]
 
     note = "labels are the folders of the collection and somewhat noisy; grouped split"
     return Source(classes, ASSETS["openclipart"].licence, {name: pool(name) for name in SIZES}, note)

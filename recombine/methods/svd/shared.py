@@ -134,11 +134,12 @@ class Dfjr(SharedSvd):
     def groups(self, sites: list[Site]) -> list[list[Site]]:
         """The layers that share a basis, group by group.
 
-        A block has one layer of every role, so the i-th q and the i-th k are of one block.
+        An attention has one layer of every role, so the i-th q and the i-th k are of one attention. Where they read
+        inputs of other widths, as in cross-attention, each is alone.
         """
         joint, seen = defaultdict(list), defaultdict(int)
         for site in sites:
             partner = {"k": "q", "up": "gate"}.get(site.role, site.role)
-            joint[partner, seen[site.role]].append(site)
+            joint[partner, seen[site.role], site.module.in_features].append(site)
             seen[site.role] += 1
         return list(joint.values())

@@ -1,0 +1,1 @@
+"""Pictures with prompts, for models that draw what a prompt says."""

@@ -1,0 +1,190 @@
+"""Text-to-image diffusion models of diffusers: a UNet that is rewritten and trained, between frozen parts.
+
+    model=sd21_base                                   Stable Diffusion 2.1-base (arXiv 2112.10752), from the hub
+    model=sd21_base model.checkpoint=FOLDER           any folder in its layout, as diffusers saves a pipeline
+    model=tiny_diffusion                              32 px, on packaged drawings (scripts/pretrain_tiny_diffusion.py)
+
+The model is called with a batch of pictures: it adds the noise that the batch's seeds say, and predicts it. The text
+encoder and the autoencoder never train; they are built when they are first needed and are no part of the model's
+parameters, so counts, files and optimizers see the UNet alone.
+Paper (CERSA, arXiv 2605.08174, A.1): says no more than that it follows DreamBooth (arXiv 2208.12242). Here: the text
+encoder stays frozen, as diffusers' own script does without its --train_text_encoder.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from pydantic import Field
+from torch import Tensor, nn
+
+from recombine.errors import UsageError
+from recombine.models.allowed import LARGEST, refuse
+from recombine.models.diffusion_folder import folder, read_config, read_unet, written
+from recombine.models.diffusion_parts import Frozen, Parts, Prompts
+from recombine.models.drawing import draw
+from recombine.models.weights import first_line
+from recombine.runtime.kinds import Name, Pixels, Place
+
+SCHEDULE = {"beta_schedule", "prediction_type", "num_train_timesteps"}  # of a model without a folder
+
+
+@dataclass
+class Prediction:
+    """What the UNet says of a noisy batch, (B, C, h, w), and what it should have said."""
+
+    logits: Tensor
+    target: Tensor
+
+
+class TextToImage(nn.Module):
+    """A UNet with its noise schedule, and the frozen parts around it.
+
+    Args:
+        schedule: arguments of diffusers' DDPMScheduler.
+        parts: the text encoder and what turns pixels into latents.
+    """
+
+    def __init__(self, unet: nn.Module, schedule: Mapping[str, Any], parts: Parts):
+        super().__init__()
+        self.unet, self.schedule, self.parts = unet, DDPMScheduler.from_config(dict(schedule)), Frozen(parts)
+
+    def forward(
+        self, pixels: Tensor, input_ids: Tensor, draw: Tensor, attention_mask: Tensor | None = None
+    ) -> Prediction:
+        """Pictures (B, 3, S, S) in [-1, 1], tokens (B, T) of their prompts, seeds of their noise (B,)."""
+        with torch.no_grad():
+            latents = self.parts.inner.encode(pixels, draw)
+            steps, noise = self.drawn(draw, latents)
+            noisy = self.schedule.add_noise(latents, noise, steps)
+            velocity = self.schedule.config.prediction_type == "v_prediction"
+            target = self.schedule.get_velocity(latents, noise, steps) if velocity else noise
+        return Prediction(self.predict(noisy, steps, self.states(input_ids, attention_mask), attention_mask), target)
+
+    def predict(self, noisy: Tensor, steps: Tensor, states: Tensor, mask: Tensor | None) -> Tensor:
+        """The noise, or the velocity, in latents (B, C, h, w) at steps (B,), by the prompts' states (B, T, d)."""
+        keep = None if mask is None else mask.bool()
+        return self.unet(noisy, steps, encoder_hidden_states=states, encoder_attention_mask=keep).sample
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """What the text encoder says of prompts: (B, T, d)."""
+        return self.parts.inner.states(input_ids, attention_mask).to(next(self.unet.parameters()).dtype)
+
+    def drawn(self, draw: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The steps (B,) and the noise (B, C, h, w) that the seeds (B,) say, the same on every device."""
+        steps, noise = [], []
+        for seed in draw.tolist():
+            generator = torch.Generator().manual_seed(seed)
+            steps.append(torch.randint(0, self.schedule.config.num_train_timesteps, (), generator=generator))
+            noise.append(torch.randn(like.shape[1:], generator=generator))
+        return torch.stack(steps).to(like.device), torch.stack(noise).to(like)
+
+    def draw(self, tokens: Mapping[str, Tensor], empty: Mapping[str, Tensor], seeds: Sequence[int], **how) -> Tensor:
+        """Pictures uint8 (N, 3, S, S): see `recombine.models.drawing.draw`."""
+        return draw(self, tokens, empty, seeds, **how)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels and sides of what the UNet works on."""
+        size = self.recombine_source["image_size"] // self.parts.inner.factor
+        return self.unet.config.in_channels, size, size
+
+    def set_grad_checkpointing(self, on: bool) -> None:
+        """Has the backward pass compute each block of the UNet again."""
+        (self.unet.enable_gradient_checkpointing if on else self.unet.disable_gradient_checkpointing)()
+
+
+def build(
+    name: Name,
+    *,
+    arch: Name = "unet",
+    id: Name | None = None,
+    revision: Name | None = None,
+    pretrained: bool = True,
+    checkpoint: Place | None = None,
+    image_size: Pixels | None = None,
+    text: Literal["folder", "minilm", "bytes"] = "folder",
+    fold: Annotated[int, Field(ge=1, le=8)] = 1,
+    schedule: Mapping[str, Any] | None = None,
+    **sizes,
+) -> nn.Module:
+    """A text-to-image model; ``model.recombine_source`` says where it came from.
+
+    Args:
+        id, revision: of a repository in diffusers' layout.
+        checkpoint: a folder in that layout.
+        image_size: pixels of a side; None: the weights' own.
+        text: the text encoder: the folder's, the packaged MiniLM, or a random one over bytes.
+        fold: where no autoencoder is: that many pixels a side are one latent.
+        schedule: beta_schedule, prediction_type and num_train_timesteps, where there is no folder that says them.
+        sizes: arguments of diffusers' UNet2DConditionModel; of a folder, those that it must have.
+
+    Raises:
+        UsageError: the model cannot be had, or a key is not its own.
+    """
+    path = folder(name, id=id, revision=revision, pretrained=pretrained, checkpoint=checkpoint)
+    config = checked_sizes(sizes) if path is None else agreeing(name, path, read_config(path, "unet"), sizes)
+    if unknown := sorted((schedule or {}).keys() - SCHEDULE):
+        raise UsageError(f"model.schedule.{unknown[0]}: there is no such key; it has {', '.join(sorted(SCHEDULE))}")
+    said = dict(schedule or {}) if path is None else read_config(path, "scheduler")
+    try:
+        unet = UNet2DConditionModel(**config) if path is None else read_unet(name, path, UNet2DConditionModel)
+        source = {"name": name, "library": "diffusers", "arch": arch, "id": id, "revision": revision}
+        source |= {"pretrained": pretrained, "checkpoint": checkpoint and str(checkpoint), "text": text, "fold": fold}
+        source |= {"schedule": {key: said[key] for key in sorted(SCHEDULE & said.keys())}}
+        parts = Parts(path, text, fold, unet.config.cross_attention_dim)
+        model = TextToImage(unet, said, parts)
+    except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError, AttributeError) as error:
+        raise UsageError(f"model {name}: the UNet cannot be built ({first_line(error)}); correct its sizes") from error
+    source |= {"image_size": fitting(name, image_size or unet.config.sample_size * parts.factor, unet, parts)}
+    model.recombine_source = source | written(unet, UNet2DConditionModel)
+    model.recombine_weights = path
+    return model.train()
+
+
+def checked_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the UNet, each known and plain.
+
+    Raises:
+        UsageError: names the first that is not.
+    """
+    known = written(None, UNet2DConditionModel)
+    for key, value in sizes.items():
+        if key not in known:
+            raise UsageError(f"model.{key}={value!r}: UNet2DConditionModel has no such key; drop it")
+        refuse(f"model.{key}", value, LARGEST)
+    return {key: tuple(value) if isinstance(value, list | tuple) else value for key, value in sizes.items()}
+
+
+def agreeing(name: str, path, theirs: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the folder's UNet.
+
+    Raises:
+        UsageError: the folder holds a UNet of other sizes than those that are given.
+    """
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in checked_sizes(sizes).items()}
+    if differ := [f"model.{key}={theirs.get(key)}" for key, value in plain.items() if theirs.get(key) != value]:
+        raise UsageError(f"model {name}: {path} holds a UNet of other sizes; to take it, say {' '.join(differ)}")
+    return dict(theirs)
+
+
+def fitting(name: str, size: int, unet: nn.Module, parts: Parts) -> int:
+    """The size of pictures, which the UNet has to halve as often as it has levels.
+
+    Raises:
+        UsageError: names the sizes nearby that fit.
+    """
+    step = parts.factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    if size % step:
+        near = max(step, size // step * step)
+        fix = f"take {near} or {near + step}"
+        raise UsageError(f"model {name}: image_size={size} is no multiple of {step}, which the UNet needs: {fix}")
+    return size
+
+
+def tokenizer(source: Mapping) -> Prompts:
+    """What makes tokens of prompts, by a model's ``recombine_source``."""
+    where = {key: source[key] for key in ("id", "revision", "pretrained", "checkpoint")}
+    return Prompts(folder(source["name"], **where), source["text"])

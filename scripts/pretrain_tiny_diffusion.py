@@ -1,0 +1,134 @@
+"""Trains the weights of model=tiny_diffusion on packaged drawings, into the cache. 90 minutes of two cores.
+
+    python scripts/pretrain_tiny_diffusion.py                  until --steps are done
+    python scripts/pretrain_tiny_diffusion.py --minutes 30     half an hour more; what is there already goes on
+
+The rate is constant and the weights are averaged, so what lies in the cache is of use at any time. Beside the folder
+lies the state that the next call goes on from. Every step depends on the seed and its number alone.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+import recombine  # noqa: F401  before diffusers: see recombine/runtime/torchvision_guard.py
+from recombine import data, models
+from recombine.data.batch_sampler import seed_of
+from recombine.models.diffusion_folder import trained_here
+from recombine.runtime import conf
+from recombine.training import objectives
+
+NAME = "tiny_diffusion"
+AVERAGED = 0.999  # of the averaged weights, from step to step, once there are some
+
+
+def main(arguments: list[str]) -> None:
+    """Trains for so many steps or minutes, and writes the folder every --every steps and at the end."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of this call")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=250, help="steps from one saved state to the next")
+    parser.add_argument("--task", default="drawings", help="of data=captions")
+    given = parser.parse_args(arguments)
+    torch.manual_seed(given.seed)
+    model = models.build(**read("model", NAME) | {"pretrained": False})
+    module = data.build("captions", task=given.task, batch_size=given.batch, seed=given.seed)
+    module.attach_model(**models.for_data(model.recombine_source))
+    module.prepare_data()
+    module.setup()
+    train(model, module, given, trained_here(NAME))
+
+
+def train(model: nn.Module, module, given: argparse.Namespace, folder: Path) -> None:
+    """The loop, from the state beside the folder where there is one."""
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), given.lr, weight_decay=0.01)
+    objective, history, step, start = objectives.build(module), [], 0, time.monotonic()
+    path = folder.with_suffix(".state.pt")
+    if path.is_file():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, step, history = state["average"], state["step"], state["history"]
+    recent, first = [], step
+    while step < given.steps and time.monotonic() - start < 60 * given.minutes:
+        batch = drawn(module, given, step)
+        for group in optimizer.param_groups:
+            group["lr"] = given.lr * min(1, (step + 1) / 200)
+        loss, _ = objective.loss(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        recent.append(loss.item())
+        keep = min(AVERAGED, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - keep)
+        if step % given.every == 0:
+            history.append([step, sum(recent) / len(recent)])
+            speed = (time.monotonic() - start) / (step - first)
+            print(f"step {step}, loss {history[-1][1]:.4f}, {speed:.2f} s a step", file=sys.stderr, flush=True)
+            recent = []
+            save(model, average, optimizer, step, history, folder)
+    save(model, average, optimizer, step, history, folder)
+
+
+def drawn(module, given: argparse.Namespace, step: int) -> dict[str, torch.Tensor]:
+    """The batch of a step: rows, noise, mirrored pictures and dropped prompts."""
+    generator = torch.Generator().manual_seed(seed_of(given.seed, step))
+    rows = torch.randint(len(module.train), (given.batch,), generator=generator).tolist()
+    batch = module.on_after_batch_transfer(module.train.__getitems__(rows), 0)
+    batch["draw"] = torch.randint(2**40, (given.batch,), generator=generator)
+    drop = torch.rand(given.batch, generator=generator) < 0.1
+    for key, value in module.empty.items():
+        batch[key] = torch.where(drop[:, None], value, batch[key])
+    return batch
+
+
+def save(model: nn.Module, average: dict, optimizer, step: int, history: list, folder: Path) -> None:
+    """The averaged weights as a folder of diffusers, and the state beside it; a reader sees the whole of each."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+    state |= {"step": step, "history": history}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        torch.save(state, part := Path(scratch) / "state.pt")
+        os.replace(part, folder.with_suffix(".state.pt"))
+        own = {name: p.detach().clone() for name, p in model.named_parameters()}
+        fill(model, average)
+        model.unet.save_pretrained(part := Path(scratch) / "new", safe_serialization=True)
+        fill(model, own)
+        whole = Path(scratch) / folder.name
+        part.rename((whole.mkdir(), whole / "unet")[1])
+        model.schedule.save_pretrained(whole / "scheduler")
+        (whole / "trained.json").write_text(json.dumps({"steps": step, "loss": history}))
+        if folder.is_dir():
+            folder.rename(Path(scratch) / "old")
+        shutil.move(whole, folder)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, values: dict) -> None:
+    """Puts these values into the parameters of that name."""
+    for name, p in model.named_parameters():
+        p.copy_(values[name])
+
+
+def read(group: str, name: str) -> dict:
+    """A file of conf/."""
+    return yaml.safe_load((conf.CONF / group / f"{name}.yaml").read_text())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
