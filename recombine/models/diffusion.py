@@ -1,14 +1,13 @@
-"""Text-to-image diffusion models of diffusers: a UNet that is rewritten and trained, between frozen parts.
+"""Text-to-image diffusion models of diffusers: a UNet that is rewritten and trained, between parts that are frozen.
 
     model=sd21_base                                   Stable Diffusion 2.1-base (arXiv 2112.10752), from the hub
     model=sd21_base model.checkpoint=FOLDER           any folder in its layout, as diffusers saves a pipeline
     model=tiny_diffusion                              32 px, on packaged drawings (scripts/pretrain_tiny_diffusion.py)
 
-The model is called with a batch of pictures: it adds the noise that the batch's seeds say, and predicts it. The text
-encoder and the autoencoder never train; they are built when they are first needed and are no part of the model's
-parameters, so counts, files and optimizers see the UNet alone.
-Paper (CERSA, arXiv 2605.08174, A.1): says no more than that it follows DreamBooth (arXiv 2208.12242). Here: the text
-encoder stays frozen, as diffusers' own script does without its --train_text_encoder.
+The model is called with a batch of pictures: it adds the noise that the batch's seeds say, and predicts it. What is
+frozen, the autoencoder and by default the text encoder, is built when it is first needed and is no part of the model's
+parameters, so counts, files and optimizers see the UNet alone. ``train_text`` makes the text encoder a part of them, as
+in CERSA (arXiv 2605.08174, A.1), which rewrites its attention beside all linear layers of the UNet.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from recombine.errors import UsageError
 from recombine.models.allowed import LARGEST, refuse
 from recombine.models.diffusion_folder import folder, read_config, read_unet, written
-from recombine.models.diffusion_parts import Frozen, Parts, Prompts
+from recombine.models.diffusion_parts import Frozen, Parts, Prompts, configured
 from recombine.models.drawing import draw
 from recombine.models.weights import first_line
 from recombine.runtime.kinds import Name, Pixels, Place
@@ -45,10 +44,15 @@ class TextToImage(nn.Module):
     Args:
         schedule: arguments of diffusers' DDPMScheduler.
         parts: the text encoder and what turns pixels into latents.
+        text_encoder: one that trains, in the place of the frozen one; None: there is none.
     """
 
-    def __init__(self, unet: nn.Module, schedule: Mapping[str, Any], parts: Parts):
+    def __init__(
+        self, unet: nn.Module, schedule: Mapping[str, Any], parts: Parts, text_encoder: nn.Module | None = None
+    ):
         super().__init__()
+        if text_encoder is not None:
+            self.text_encoder = text_encoder
         self.unet, self.schedule, self.parts = unet, DDPMScheduler.from_config(dict(schedule)), Frozen(parts)
 
     def forward(
@@ -70,6 +74,9 @@ class TextToImage(nn.Module):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """What the text encoder says of prompts: (B, T, d)."""
+        if hasattr(self, "text_encoder"):
+            mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+            return self.text_encoder(input_ids=input_ids, **mask)[0]
         return self.parts.inner.states(input_ids, attention_mask).to(next(self.unet.parameters()).dtype)
 
     def drawn(self, draw: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +114,8 @@ def build(
     image_size: Pixels | None = None,
     text: Literal["folder", "minilm", "bytes"] = "folder",
     fold: Annotated[int, Field(ge=1, le=8)] = 1,
+    train_text: bool = False,
+    text_config: Mapping[str, Any] | None = None,
     schedule: Mapping[str, Any] | None = None,
     **sizes,
 ) -> nn.Module:
@@ -118,6 +127,8 @@ def build(
         image_size: pixels of a side; None: the weights' own.
         text: the text encoder: the folder's, the packaged MiniLM, or a random one over bytes.
         fold: where no autoencoder is: that many pixels a side are one latent.
+        train_text: the text encoder is a part of the model, which methods rewrite and train.
+        text_config: of that text encoder, where there is no folder: then it is random.
         schedule: beta_schedule, prediction_type and num_train_timesteps, where there is no folder that says them.
         sizes: arguments of diffusers' UNet2DConditionModel; of a folder, those that it must have.
 
@@ -135,10 +146,13 @@ def build(
         source |= {"pretrained": pretrained, "checkpoint": checkpoint and str(checkpoint), "text": text, "fold": fold}
         source |= {"schedule": {key: said[key] for key in sorted(SCHEDULE & said.keys())}}
         parts = Parts(path, text, fold, unet.config.cross_attention_dim)
-        model = TextToImage(unet, said, parts)
+        encoder = parts.fresh_encoder(text_config if path is None else None) if train_text else None
+        model = TextToImage(unet, said, parts, encoder)
     except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError, AttributeError) as error:
         raise UsageError(f"model {name}: the UNet cannot be built ({first_line(error)}); correct its sizes") from error
     source |= {"image_size": fitting(name, image_size or unet.config.sample_size * parts.factor, unet, parts)}
+    if train_text:
+        source |= {"train_text": True, "text_config": configured(encoder)}
     model.recombine_source = source | written(unet, UNet2DConditionModel)
     model.recombine_weights = path
     return model.train()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 
 from recombine.errors import UsageError
 from recombine.models import packaged
+from recombine.models.allowed import config_values
 from recombine.models.diffusion_folder import frozen, read_config
 from recombine.models.encoders import byte_tokenizer
 from recombine.models.hf_folder import UNREADABLE
 from recombine.models.weights import first_line, silence
 
 LONGEST = 24  # tokens of a prompt, where no folder says so
+LIBRARYS_OWN = ("transformers_version", "architectures", "model_type", "dtype", "torch_dtype")
 KEPT = 8192  # prompts whose states are kept
 
 
@@ -85,6 +88,14 @@ class Parts:
             self.kept |= {keys[i]: state for i, state in zip(new, found, strict=True)}
         return torch.stack([self.kept[key].to(input_ids.device) for key in keys])
 
+    def fresh_encoder(self, config: Mapping[str, Any] | None) -> nn.Module:
+        """A text encoder that trains. config: of a random one; None: with its weights."""
+        if config is not None:
+            return random_encoder(self.text, config)
+        if self.text == "folder" and self.path is None:
+            raise UsageError("model.train_text=true: a random model has no folder; set model.text_config or model.text")
+        return text_encoder(self.path, self.text, self.width).requires_grad_(True)
+
     @torch.no_grad()
     def encode(self, pixels: Tensor, draw: Tensor) -> Tensor:
         """Pictures (B, 3, S, S) as latents. An autoencoder's are drawn, by the seeds (B,)."""
@@ -130,15 +141,36 @@ class Frozen:
 
 def text_encoder(path: Path | None, text: str, width: int) -> nn.Module:
     """A frozen text encoder, whose first output is the states of the tokens (B, T, d)."""
-    from transformers import BertConfig, BertModel, CLIPTextModel
+    from transformers import BertModel, CLIPTextModel
 
     if text == "folder":
         return frozen(path / "text_encoder", CLIPTextModel.from_pretrained)
     if text == "minilm":
         return frozen(packaged.minilm_folder(), lambda where, **more: BertModel.from_pretrained(
             where, add_pooling_layer=False, **more))  # fmt: skip
-    heads = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": width}
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1, "num_attention_heads": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = BertConfig(vocab_size=260, hidden_size=width, max_position_embeddings=LONGEST, **heads)
-        return BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
+        sizes |= {"vocab_size": 260, "max_position_embeddings": LONGEST}
+        return random_encoder(text, sizes).eval().requires_grad_(False)
+
+
+def random_encoder(text: str, config: Mapping[str, Any]) -> nn.Module:
+    """A random text encoder of the kind of that word, with these entries of its configuration.
+
+    Raises:
+        UsageError: its configuration has no such entry.
+    """
+    from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
+
+    kind = CLIPTextConfig if text == "folder" else BertConfig
+    config_values(kind, config)
+    if text == "folder":
+        return CLIPTextModel(kind(**config))
+    return BertModel(kind(**config), add_pooling_layer=False)
+
+
+def configured(encoder: nn.Module) -> dict[str, Any]:
+    """What `random_encoder` builds a text encoder of these sizes from."""
+    said = encoder.config.to_diff_dict()
+    return {key: value for key, value in said.items() if key not in LIBRARYS_OWN and not key.startswith("_")}

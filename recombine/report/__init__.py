@@ -63,7 +63,8 @@ def build(experiment: Experiment) -> Report:
 
 
 def save(report: Report) -> list[Path]:
-    """Writes the evidence into experiments/<name>: the records, the table in three formats and the plots.
+    """Writes the evidence into experiments/<name>: the records, the table in three formats, the plots, and a sheet of
+    what models drew.
 
     Raises:
         UsageError: the report covers a part of the grid only, or there are no results yet.
@@ -76,7 +77,7 @@ def save(report: Report) -> list[Path]:
         raise UsageError(
             f"--save: {report.experiment.name} has no results yet; python run.py experiment=... makes them"
         )
-    from recombine.report import plots  # matplotlib takes a second
+    from recombine.report import contact_sheet, plots  # matplotlib takes a second
 
     texts = {
         RUNS: records.dump(report.runs.records),
@@ -89,6 +90,9 @@ def save(report: Report) -> list[Path]:
     for name, content in texts.items():
         with atomic_write(report.folder / name) as temporary:
             temporary.write_text(content)
-    return [report.folder / name for name in texts] + plots.save(
-        report.experiment.report.get("plots") or {}, report.runs, report.folder
+    drawn = contact_sheet.save(report.experiment, report.runs.records, report.folder)
+    return (
+        [report.folder / name for name in texts]
+        + drawn
+        + plots.save(report.experiment.report.get("plots") or {}, report.runs, report.folder)
     )

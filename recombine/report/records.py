@@ -28,7 +28,7 @@ EVIDENCE = CONF.parent / "experiments"
 RUNS = "runs.jsonl"
 CONFIG = "config.json"
 SLIM = ("config", "layers", "weight_error")  # what a record has in another form than a result
-LEFT_OUT = ("config", "layers", "checkpoint", "sha256", "weight_error")
+LEFT_OUT = ("config", "layers", "checkpoint", "pictures", "sha256", "weight_error")
 
 
 @dataclass(frozen=True)

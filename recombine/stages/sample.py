@@ -1,6 +1,7 @@
 """Draw pictures for prompts, keep them beside the result, and score them."""
 
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,10 +15,10 @@ from recombine.runtime.atomic import atomic_write
 from recombine.stages.checkpoints import load_checkpoint
 from recombine.stages.context import RunContext
 from recombine.training import distributed
+from recombine.training.logged_values import SHEET
 
 AT_ONCE = 8  # pictures that are drawn together
 GAP = 2  # pixels between the pictures of a sheet
-FOLDER = "pictures"  # in the run's folder
 
 
 def sample(run: RunContext) -> StagePart:
@@ -73,13 +74,13 @@ def keep(run: RunContext, drawn: list[Drawn]) -> None:
     """Writes every picture as PNG, and a sheet with a row a prompt, the subject's own pictures first."""
     for number, one in enumerate(drawn):
         slug = re.sub(r"[^a-z0-9]+", "-", one.prompt.lower()).strip("-")[:60]
-        names = [f"{FOLDER}/{number:02}-{slug}-{seed}.png" for seed in run.settings.sample.seeds]
+        names = [f"{Path(SHEET).parent}/{number:02}-{slug}-{seed}.png" for seed in run.settings.sample.seeds]
         for name, picture in zip(names, one.pictures, strict=True):
             write(run, name, picture)
         run.pictures[one.prompt] = names
     own = next((one.subject for one in drawn if one.subject is not None), None)
     rows = ([] if own is None else [own]) + [one.pictures for one in drawn]
-    write(run, f"{FOLDER}/sheet.png", sheet(rows))
+    write(run, SHEET, sheet(rows))
 
 
 def write(run: RunContext, name: str, picture: Tensor) -> None:

@@ -1,10 +1,15 @@
 """What a logger shows of a finished run: its numbers, the table of its layers and the plot of their ranks."""
 
+from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from recombine import results
+
+SHEET = "pictures/sheet.png"  # in the folder of a run that drew
 
 
 def numbers(result: dict) -> dict[str, float]:
@@ -23,6 +28,18 @@ def layer_table(layers: list[dict]) -> tuple[list[str], list[list]]:
     columns = list(dict.fromkeys(key for row in layers for key in row))
     cell = lambda value: "x".join(map(str, value)) if isinstance(value, list) else value  # noqa: E731
     return columns, [[cell(row.get(column)) for column in columns] for row in layers]
+
+
+def images(result: dict, out: Path) -> dict[str, Image.Image]:
+    """The plot of the ranks, and what was drawn, where there are any. out: the run's folder."""
+    found = {"ranks": rank_plot(result["layers"])} if result["layers"] else {}
+    return found | ({"pictures": Image.open(out / SHEET).convert("RGB")} if result.get("pictures") else {})
+
+
+def media(result: dict, out: Path, as_table: Callable[..., Any], as_image: Callable[..., Any]) -> dict[str, Any]:
+    """The table of the layers and the images, as a logger's own classes."""
+    table = {"layers": as_table(*layer_table(result["layers"]))} if result["layers"] else {}
+    return table | {name: as_image(image) for name, image in images(result, out).items()}
 
 
 def rank_plot(layers: list[dict]) -> Image.Image:

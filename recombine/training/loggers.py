@@ -25,7 +25,7 @@ from recombine.errors import UsageError
 from recombine.runtime.environment import environment
 from recombine.runtime.kinds import Positive, Word
 from recombine.training import distributed
-from recombine.training.logged_values import layer_table, numbers, rank_plot
+from recombine.training.logged_values import images, layer_table, media, numbers
 from recombine.training.wandb_record import INTERVAL, Rows, set_up
 
 PATIENCE = 120  # seconds that the end of a run waits for its upload; `wandb sync` brings what is left
@@ -179,9 +179,8 @@ class WandB(RunLogger):
     def report(self, result: dict) -> None:
         import wandb
 
-        if result["layers"]:
-            table, plot = wandb.Table(*layer_table(result["layers"])), wandb.Image(rank_plot(result["layers"]))
-            self.rows.log({"layers": table, "ranks": plot})
+        if shown := media(result, self.out, wandb.Table, wandb.Image):
+            self.rows.log(shown)
         self.experiment.summary.update(numbers(result))
 
     def close(self, failed: bool) -> None:
@@ -226,7 +225,8 @@ class TensorBoard(RunLogger):
             columns, rows = layer_table(result["layers"])
             lines = [columns, ["---"] * len(columns), *rows]
             self.experiment.add_text("layers", "\n".join("|".join(map(str, line)) for line in lines))
-            self.experiment.add_image("ranks", np.asarray(rank_plot(result["layers"])), dataformats="HWC")
+        for name, image in images(result, self.out).items():
+            self.experiment.add_image(name, np.asarray(image), dataformats="HWC")
 
     def close(self, failed: bool) -> None:
         self.experiment.close()

@@ -11,6 +11,7 @@ SIZES = {
     "pretrained": False, "text": "bytes", "image_size": 16, "sample_size": 8, "block_out_channels": [16, 32],
     "cross_attention_dim": 16, "attention_head_dim": [1, 2], "norm_num_groups": 8,
 }  # fmt: skip
+LINEAR = r"unet\..*(?:to_\w|to_out\.0|net\.0\.proj|net\.2|proj_in|proj_out|time_emb_proj|linear_\d)"  # every one
 COMMAND = ["model=tiny_diffusion", *(f"model.{key}={value}".replace(" ", "") for key, value in SIZES.items())]
 SHORT = ["data.prior=3", "data.prior_steps=2", "data.repeats=1", "trainer.epochs=1", "trainer=cpu"]
 

@@ -150,6 +150,27 @@ def test_without_diffusers_one_line_names_the_extra(monkeypatch):
     assert "pip install 'recombine[images]'" in refusal(models.check, **config("tiny_diffusion"))
 
 
+def test_a_text_encoder_that_trains_is_a_part_of_the_model(tmp_path):
+    model = drawing.build(train_text=True)
+    data = drawing.module(model, drawing.subject(tmp_path), prior=0)
+    batch = objectives.fetch(data, data.train, [0, 1], CPU)
+    targets = (drawing.LINEAR, r"text_encoder\..*attention\..*(?:query|key|value|dense)")
+    plain = copy.deepcopy(model)
+    recombine.apply(model, recombine.Cersa(targets=targets, alpha=0.9))
+    linear = {name for name, m in plain.unet.named_modules(prefix="unet") if isinstance(m, torch.nn.Linear)}
+    assert linear == {name for name in model.recombined.targets if name.startswith("unet.")}
+    rewritten = {name.split(".")[0] for name in model.recombined.targets}
+    assert rewritten == {"unet", "text_encoder"}
+    objectives.build(data).loss(model, batch)[0].backward()
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moved == rewritten
+    after = output(model.eval(), batch)
+    loaded = recombine.load(recombine.save(model, tmp_path / "part", whole=False), plain).eval()
+    alone = recombine.load(recombine.save(model, tmp_path / "whole", whole=True)).eval()
+    for other in (loaded, alone):
+        assert torch.allclose(output(other, batch), after, atol=1e-5)
+
+
 def test_data_of_another_kind_is_refused(plain, tmp_path):
     words = {"sentences": "take data=dreambooth", "offline": "take data=dreambooth"}
     for name, fix in words.items():

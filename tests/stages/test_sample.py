@@ -116,6 +116,10 @@ def test_stable_diffusions_repository_from_end_to_end(hub, tmp_path):  # noqa: F
     fetched = {p.name for p in Path(hub_folder(result)).rglob("*") if p.is_file()}
     assert "model_index.json" in fetched and not {"v2-1_512-ema-pruned.ckpt"} & fetched
     assert not [name for name in fetched if "fp16" in name or "non_ema" in name or name.endswith(".bin")]
+    layers = [drawing.LINEAR, r"text_encoder\..*self_attn\.\w+_proj"]  # of CERSA A.1
+    both = ["model.train_text=true", f"method.targets={layers}".replace("\\\\", "\\")]
+    text = execute(tmp_path / "text", *keys, *both, "method=cersa", "sample.seeds=[]")
+    assert {layer["name"].split(".")[0] for layer in text["layers"]} == {"unet", "text_encoder"}
     hub.stop()
     again = execute(tmp_path / "again", *keys, "stage=sample", f"stage.checkpoint={result['checkpoint']}", *DRAW)
     assert again["test"]["dino"] == pytest.approx(result["test"]["dino"], abs=1e-4)
