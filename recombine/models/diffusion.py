@@ -137,9 +137,7 @@ def build(
     """
     path = folder(name, id=id, revision=revision, pretrained=pretrained, checkpoint=checkpoint)
     config = checked_sizes(sizes) if path is None else agreeing(name, path, read_config(path, "unet"), sizes)
-    if unknown := sorted((schedule or {}).keys() - SCHEDULE):
-        raise UsageError(f"model.schedule.{unknown[0]}: there is no such key; it has {', '.join(sorted(SCHEDULE))}")
-    said = dict(schedule or {}) if path is None else read_config(path, "scheduler")
+    said = checked_schedule(schedule) if path is None else read_config(path, "scheduler")
     try:
         unet = UNet2DConditionModel(**config) if path is None else read_unet(name, path, UNet2DConditionModel)
         source = {"name": name, "library": "diffusers", "arch": arch, "id": id, "revision": revision}
@@ -151,11 +149,17 @@ def build(
     except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError, AttributeError) as error:
         raise UsageError(f"model {name}: the UNet cannot be built ({first_line(error)}); correct its sizes") from error
     source |= {"image_size": fitting(name, image_size or unet.config.sample_size * parts.factor, unet, parts)}
-    if train_text:
-        source |= {"train_text": True, "text_config": configured(encoder)}
+    source |= {"train_text": True, "text_config": configured(encoder)} if train_text else {}
     model.recombine_source = source | written(unet, UNet2DConditionModel)
     model.recombine_weights = path
     return model.train()
+
+
+def checked_schedule(schedule: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keys of a schedule, each known."""
+    if unknown := sorted((schedule or {}).keys() - SCHEDULE):
+        raise UsageError(f"model.schedule.{unknown[0]}: there is no such key; it has {', '.join(sorted(SCHEDULE))}")
+    return dict(schedule or {})
 
 
 def checked_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
