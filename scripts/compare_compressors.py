@@ -52,7 +52,7 @@ RIVALS = {  # label -> overrides
     "kfac_svd, share": ["method=kfac_svd", "method.shrink_outputs=0.7", "method.allocation=share"],
     "kfac_svd, error": ["method=kfac_svd", "method.shrink_outputs=0.7", "method.allocation=error"],
     "kfac_svd, lems": ["method=kfac_svd", "method.shrink_outputs=0.7", "method.allocation=lems"],
-    "crisp, truncated": ["method=crisp", "method.group_size=1", "method.chunk=128"],
+    "crisp, truncated": ["method=crisp", "method.group_size=1", "method.chunk=128", "method.fit=closed"],
     "crisp, aware": ["method=crisp", "method.group_size=1", "method.chunk=128", "method.fit=aware"],
     "jactus": ["method=jactus"],
     "jactus, lagrangian": ["method=jactus", "method.allocation=lagrangian"],
