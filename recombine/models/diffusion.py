@@ -137,29 +137,33 @@ def build(
     """
     path = folder(name, id=id, revision=revision, pretrained=pretrained, checkpoint=checkpoint)
     config = checked_sizes(sizes) if path is None else agreeing(name, path, read_config(path, "unet"), sizes)
-    said = checked_schedule(schedule) if path is None else read_config(path, "scheduler")
+    said = checked_schedule(schedule or {}) if path is None else read_config(path, "scheduler")
     try:
         unet = UNet2DConditionModel(**config) if path is None else read_unet(name, path, UNet2DConditionModel)
-        source = {"name": name, "library": "diffusers", "arch": arch, "id": id, "revision": revision}
-        source |= {"pretrained": pretrained, "checkpoint": checkpoint and str(checkpoint), "text": text, "fold": fold}
-        source |= {"schedule": {key: said[key] for key in sorted(SCHEDULE & said.keys())}}
         parts = Parts(path, text, fold, unet.config.cross_attention_dim)
         encoder = parts.fresh_encoder(text_config if path is None else None) if train_text else None
         model = TextToImage(unet, said, parts, encoder)
     except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError, AttributeError) as error:
         raise UsageError(f"model {name}: the UNet cannot be built ({first_line(error)}); correct its sizes") from error
-    source |= {"image_size": fitting(name, image_size or unet.config.sample_size * parts.factor, unet, parts)}
+    source = {"name": name, "library": "diffusers", "arch": arch, "id": id, "revision": revision}
+    source |= {"pretrained": pretrained, "checkpoint": checkpoint and str(checkpoint), "text": text, "fold": fold}
+    source |= {"schedule": {key: said[key] for key in sorted(SCHEDULE & said.keys())}}
     source |= {"train_text": True, "text_config": configured(encoder)} if train_text else {}
+    source |= {"image_size": fitting(name, image_size or (unet.config.sample_size or 0) * parts.factor, unet, parts)}
     model.recombine_source = source | written(unet, UNet2DConditionModel)
     model.recombine_weights = path
     return model.train()
 
 
-def checked_schedule(schedule: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keys of a schedule, each known."""
-    if unknown := sorted((schedule or {}).keys() - SCHEDULE):
+def checked_schedule(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """A noise schedule of the configuration.
+
+    Raises:
+        UsageError: it has a key that is not of SCHEDULE.
+    """
+    if unknown := sorted(schedule.keys() - SCHEDULE):
         raise UsageError(f"model.schedule.{unknown[0]}: there is no such key; it has {', '.join(sorted(SCHEDULE))}")
-    return dict(schedule or {})
+    return dict(schedule)
 
 
 def checked_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,8 +196,10 @@ def fitting(name: str, size: int, unet: nn.Module, parts: Parts) -> int:
     """The size of pictures, which the UNet has to halve as often as it has levels.
 
     Raises:
-        UsageError: names the sizes nearby that fit.
+        UsageError: there is none, or it does not fit; names the sizes nearby that do.
     """
+    if not size:
+        raise UsageError(f"model {name}: image_size=null, and its UNet does not say: set model.image_size")
     step = parts.factor * 2 ** (len(unet.config.block_out_channels) - 1)
     if size % step:
         near = max(step, size // step * step)

@@ -130,6 +130,7 @@ def test_the_prior_counts_in_training_alone(plain, data):
 
 @pytest.mark.parametrize("change, words", [
     ({"block_out_channels": [16, 33]}, "cannot be built"),
+    ({"image_size": None, "sample_size": None}, "set model.image_size"),
     ({"image_size": 17}, "image_size=17 is no multiple of 4"),
     ({"depth": 3}, "model.depth=3: UNet2DConditionModel has no such key"),
     ({"schedule": {"steps": 3}}, "model.schedule.steps: there is no such key"),
