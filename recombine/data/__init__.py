@@ -6,13 +6,14 @@ Everything is imported on demand, since Lightning takes seconds to load.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pkgutil import walk_packages
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recombine.errors import UsageError
+from recombine.runtime.schema import annotations as accepted
 from recombine.runtime.schema import checked
 from recombine.runtime.user_code import load_class
 
@@ -26,7 +27,7 @@ def build(name: str, **settings) -> DataModule:
     Raises:
         UsageError: there is no such data set, or it takes no such setting, or refuses its value.
     """
-    return find(name)(**checked(find(name), settings, "data"))
+    return find(name)(**checked(find(name), taken(find(name), settings), "data"))
 
 
 def check(name: str, *, key: str = "data", **settings) -> None:
@@ -35,7 +36,12 @@ def check(name: str, *, key: str = "data", **settings) -> None:
     Raises:
         UsageError: as `build` does.
     """
-    checked(find(name, key), settings, key)
+    checked(find(name, key), taken(find(name, key), settings), key)
+
+
+def taken(cls: type[DataModule], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that the class lacks and that are null: the YAML of another data set has them."""
+    return {key: value for key, value in settings.items() if value is not None or key in accepted(cls)}
 
 
 def suite(name: str) -> dict[str, str]:

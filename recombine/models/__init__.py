@@ -98,7 +98,7 @@ def objective(source: Mapping) -> str:
     """What a model is for, by its ``recombine_source``: "lm", "denoising", or "classification" by a classifier."""
     if source.get("library") == "diffusers":
         return "denoising"
-    return "lm" if source["arch"] == "llama" or source.get("task") == "lm" else "classification"
+    return "lm" if source.get("arch") == "llama" or source.get("task") == "lm" else "classification"
 
 
 def for_task(config: Mapping, task: str) -> dict:

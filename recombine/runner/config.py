@@ -19,7 +19,7 @@ from recombine.export.folder import require
 from recombine.methods.from_config import from_name
 from recombine.runner.base import base_file
 from recombine.runner.labels import chosen_labels
-from recombine.runner.method_pair import methods_of
+from recombine.runner.method_pair import ready, resolve_methods
 from recombine.runtime import conf
 from recombine.runtime.kinds import Place, Seed, Word, shown
 from recombine.runtime.schema import annotations, checked, group, typed
@@ -105,8 +105,9 @@ def resolve(cfg: DictConfig) -> RunSpec:
     validate_root(cfg)
     plain = OmegaConf.to_container(cfg, resolve=True)
     stage, export = stage_settings(plain["stage"]), formats(plain.get("export"))
+    methods = resolve_methods(cfg)
     labels, budget = chosen_labels(cfg), Budget.parse(cfg.budget)
-    method, compressor = methods_of(cfg, labels, budget.kind)
+    method, compressor = ready(*methods, labels, budget.kind)
     calibration, analyse = dict(plain["calibration"]), dict(plain["analyse"])
     chosen, transfer_tasks = calibration.pop("data"), analyse.pop("elsewhere")
     if not isinstance(transfer_tasks, list) or not all(isinstance(task, str) for task in transfer_tasks):

@@ -13,9 +13,10 @@ from recombine.runner.labels import chosen_labels
 from recombine.runtime.schema import group
 
 
-def methods_of(cfg: DictConfig, labels: Mapping[str, str], kind: str) -> tuple[Method, Method | None]:
-    """`resolve_methods` as they run: called by these labels, and settled for a budget of that kind."""
-    method, compressor = resolve_methods(cfg)
+def ready(
+    method: Method, compressor: Method | None, labels: Mapping[str, str], kind: str
+) -> tuple[Method, Method | None]:
+    """Both as they run: called by these labels, and settled for a budget of that kind."""
     method.label = labels["method"]
     if compressor is not None:
         compressor.label = labels["compressor"]

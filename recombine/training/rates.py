@@ -53,7 +53,7 @@ def movements(model: nn.Module) -> dict[str, float]:
     """
     found: dict[int, list[float]] = {}
     layers = 0
-    for name, role in model.recombined.targets.items():
+    for name, role in model.recombined.targets.items() if hasattr(model, "recombined") else ():
         layer = model.get_submodule(name)
         trained = ((key, p) for key, p in layer.named_parameters() if p.requires_grad)
         mine = {key: p for key, p in trained if not key.endswith(("bias", "beta"))}

@@ -23,7 +23,7 @@ SIZES = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 METHODS = {
     "svd": (recombine.Svd(), "retained_50"),
     "pivot": (recombine.Svd(factor="pivot"), "retained_50"),
-    "crisp": (recombine.Crisp(chunk=8), "retained_50"),
+    "crisp": (recombine.Crisp(chunk=8, group_size=2), "retained_50"),
     "cersa": (recombine.Cersa(), None),
     "lora": (recombine.Peft(rank=2, options={"init_lora_weights": False}), None),
     "jactus": (recombine.Jactus(), "retained_50"),

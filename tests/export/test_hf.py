@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import recombine
-from recombine.export import hf_layers
+from recombine.export import hf_text
 from scripts.model_matrix import output
 from scripts.tiny_models import MODELS
 from zoo import batch, build, losses, outputs
@@ -36,7 +36,7 @@ METHODS = {  # one for every kind of layer, and for every way that it takes in i
     "pivot": (recombine.Svd(factor="pivot"), "retained_50"),
     "pivot_built": (recombine.Svd(factor="pivot", rank=44), None),
     "shared_pivot": (recombine.BasisSharing(whiten=False, factor="pivot"), "retained_50"),
-    "shared_basis": (recombine.Crisp(chunk=8), "retained_50"),
+    "shared_basis": (recombine.Crisp(chunk=8, group_size=2), "retained_50"),
     "shared_basis_structured": (recombine.Crisp(chunk=8, basis_rank=4), None),
     "shared_basis_temp": (
         recombine.Crisp(chunk=8, basis_rank=4, placement="temp", fit="mimicry", mimicry={"steps": 2}),
@@ -203,9 +203,10 @@ def test_the_card_says_what_it_is(tmp_path):
 
 def test_the_code_is_plain():
     """The part of every folder that is ours imports torch alone."""
-    lines = Path(hf_layers.__file__).read_text().splitlines()
+    lines = "".join(hf_text.layers()).splitlines()
     imports = [line for line in lines if line.startswith(("import ", "from "))]
     assert imports == ["import torch", "import torch.nn.functional as F", "from torch import Tensor, nn"]
+    assert {"class Packed(nn.Module):", "class SharedBasis(Compressed):"} <= {*lines}
 
 
 def test_bad_input_is_one_line(tmp_path):

@@ -24,7 +24,7 @@ from recombine import results
         (["budget=retained_0"], ["retained_0", "more than 0"]),
         (["budget=retained_500"], ["retained_500", "at most 100"]),
         (["budget=retaind_50"], ["retaind_50", "did you mean budget=retained_50"]),
-        (["budget=half"], ["half", "none, retained_50, trainable_150k, energy_95, memory_1200mb"]),
+        (["budget=half"], ["half", "none, retained_50, bytes_50, trainable_150k, energy_95, memory_1200mb"]),
         (["stage=adaptt"], ["adaptt", "adapt", "joint"]),
         (["data.task=dsprite_loc"], ["dsprite_loc", "dsprites_loc"]),
         (["method.basis_rank=0", CHUNK], ["basis_rank=0", "from 1 to"]),

@@ -135,13 +135,13 @@ def test_keys_without_effect_are_said(typed, unread, capsys):
 )
 def test_keys_that_another_key_overrules(typed, unread):
     data = SimpleNamespace(objective="classification", num_classes=3)
-    assert idle(resolve(composed("model=tiny_vit", *typed)), data) - {"harness"} == unread
+    assert idle(resolve(composed("model=tiny_vit", *typed)), data) - {"harness", "sample"} == unread
 
 
 def test_keys_that_the_data_do_not_read():
     spec = resolve(composed("model=tiny_llama", "data=text", "stage=joint", "stage.distil.epochs=0", "method=svd"))
     assert idle(spec, SimpleNamespace(objective="lm", num_classes=None)) == {
-        *("probe", "optim.head", "optim.label_smoothing"),
+        *("probe", "optim.head", "optim.label_smoothing", "sample"),
         *(f"stage.distil.{key}" for key in conf.load("stage", "compress")["distil"] if key != "epochs"),
         *("stage.distil.name", "stage.distil.head", "stage.distil.label_smoothing", "stage.distil.lr_ratio"),
     }

@@ -151,7 +151,10 @@ def test_bad_keys_are_refused_before_the_work(tmp_path, override, why):
 
 
 def test_a_task_without_classes_cannot_be_probed():
+    pytest.importorskip("diffusers")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", ["data=sentences", "data.limit=8", "analyse.elsewhere=[rating]"])
+        cfg = compose(
+            "config", ["model=tiny_diffusion", "data=captions", "data.limit=8", "analyse.elsewhere=[openclipart]"]
+        )
     with pytest.raises(UsageError, match="no classes to probe"):
         pipeline.build_transfer_data(resolve(cfg), pipeline.data.build(**cfg.data, seed=0), {})

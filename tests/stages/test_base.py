@@ -39,8 +39,8 @@ def test_the_result_tells_its_base_and_counts_from_it(base, adapted):
     assert crisp["compressor"] is None and lora["compressor"]["label"] == "crisp"
     before = compressed["account"]
     assert crisp["account"]["retained"] == before["retained"] < lora["account"]["retained"] < before["retained"] + 0.1
-    assert crisp["account"]["trained_without_head"] == 4 * 4 * 14 * 16  # blocks, roles, rank and chunk of the mixers
-    assert crisp["method"]["basis_rank"] == 14 and crisp["method"]["lr"] == config("method=crisp").method.lr
+    assert crisp["account"]["trained_without_head"] == 4 * 4 * 7 * 16  # blocks, roles, rank and chunk of the mixers
+    assert crisp["method"]["basis_rank"] == 7 and crisp["method"]["lr"] == config("method=crisp").method.lr
     size, added = ((adapted[0] / "crisp" / name).stat().st_size for name in ("best.safetensors", "adapter.safetensors"))
     assert added < 0.5 * size
 

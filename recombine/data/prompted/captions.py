@@ -108,7 +108,8 @@ class Captions(PromptedData):
             with exclusive_build(self.path.stem):
                 if cache.description(self.path) is None:
                     source = self.source()
-                    cache.build(self.path, source, self.image_size, self.limit, lambda _: None, f"captions {self.task}")
+                    limits = dict.fromkeys(source.splits, self.limit)
+                    cache.build(self.path, source, self.image_size, limits, lambda _: None, f"captions {self.task}")
 
     def setup(self, stage: str | None = None) -> None:
         """Maps the cached file."""

@@ -35,7 +35,7 @@ def packages(tmp_path, monkeypatch):
 
 def group_of(name: str) -> dict[str, dict[int, set[str]]]:
     share = {"emoji19.csv": (0.2, 1960), "openclipart25.csv": (0.3, 2004)}[name]
-    table, _ = packaged._table(name)
+    table, _ = packaged.read_table(name)
     split = packaged._grouped(table, *share)
     return {s: set(table["group"][split == s].tolist()) for s in SIZES} | {
         "test": set(table["group"][table["test"] == "1"])
