@@ -7,6 +7,7 @@ Only cells of task and seed that every method of a budget has run are compared. 
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -148,7 +149,8 @@ def figure(found: list[Board]) -> Figure:
 
 def main() -> None:
     """Writes the figure and prints the tables and findings that the README holds."""
-    found = boards("leaderboard/joint")
+    if not (found := boards("leaderboard/joint")):
+        sys.exit("leaderboard: no task and seed that two methods have run; python run.py experiment=leaderboard/joint")
     with plt.rc_context(STYLE):
         (FOLDER / "joint.svg").write_text(as_svg(figure(found), "joint"), encoding="utf-8")
     for board in found:

@@ -13,7 +13,7 @@ from pkgutil import walk_packages
 from typing import TYPE_CHECKING, Any
 
 from recombine.errors import UsageError
-from recombine.runtime.schema import annotations as accepted
+from recombine.runtime.schema import annotations as keys_of
 from recombine.runtime.schema import checked
 from recombine.runtime.user_code import load_class
 
@@ -41,7 +41,7 @@ def check(name: str, *, key: str = "data", **settings) -> None:
 
 def taken(cls: type[DataModule], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without those that the class lacks and that are null: the YAML of another data set has them."""
-    return {key: value for key, value in settings.items() if value is not None or key in accepted(cls)}
+    return {key: value for key, value in settings.items() if value is not None or key in keys_of(cls)}
 
 
 def suite(name: str) -> dict[str, str]:

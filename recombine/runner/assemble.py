@@ -51,7 +51,8 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
     for key in ("val", "test"):
         result.setdefault(key, {})
     if "method" not in result:
-        result["method"] = describe_step(run, record.steps[-1], "method") if record and record.steps else None
+        last = run.merged or (record.steps[-1] if record and record.steps else None)
+        result["method"] = last and describe_step(run, last, "method")
     if "account" not in result:
         result["account"] = count(run.model, run.typical_input()).as_dict()
     order = [*Result.__annotations__, *result]  # a key that the schema lacks comes last
@@ -88,7 +89,7 @@ def asked_for(run: RunContext) -> RunPart:
         "stage": run.settings.stage.name,
         "model": run.model.recombine_source,
         "weights": pretrained_weights(run.model) if distributed.rank() == 0 else {},
-        "compressor": describe_step(run, record.steps[0], "compressor") if pair else None,
+        "compressor": describe_step(run, record.steps[0], "compressor") if pair or run.merged else None,
         "budget": str(run.budget),
         "data": run.data.info | {"title": run.data.title},
         "calibration": None if run.calibration_data is None else run.calibration_data.info,

@@ -54,8 +54,8 @@ def adapted_first(run: RunContext) -> StagePart:
     run.checkpointed_step("adapted", lambda: run.rewrite(run.method))
     objective = run.objective(run.settings.optim.label_smoothing)
     _, best = fit(run, objective, run.settings.optim, run.settings.trainer.epochs, "best", run.method)
+    run.merged = run.model.recombined.steps[-1]
     merge(run.model)
-    run.method, run.compressor = run.compressor, None
     part, _ = distil(run)
     train_only(run.model, set())
     run.quantize()

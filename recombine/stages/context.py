@@ -34,6 +34,7 @@ class RunContext:
     calibration_data: what calibrates, if not the data itself. transfer_data: other tasks, which `analyse` probes.
     base: the file of the compressed checkpoint that `model` came from; None: it is the pretrained one.
     continued: the method is the one that made the base, so that it trains what is there.
+    merged: what the method did, where it was merged before the compressor came.
     labels: what the user called the compressor and the method, by "compressor" and "method".
     pictures: what was drawn for each prompt, as files in `out`.
     seconds, curves: fill up as parts of the run finish. earlier: those of the seconds that earlier processes took.
@@ -53,6 +54,7 @@ class RunContext:
     transfer_data: dict[str, DataModule] = field(default_factory=dict)
     base: Path | None = None
     continued: bool = False
+    merged: rewrite.Step | None = None
     labels: dict[str, str] = field(default_factory=dict)
     probe: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -124,7 +126,9 @@ class RunContext:
             finite.refuse_weights(self.model, "the model is not finite; take another model.checkpoint")
         if self.compressor is not None and not hasattr(self.model, "recombined"):
             roles.split_fused(self.model, self.method.targets)  # before the compressor sees a fused qkv
-        budget = pair.budget_of(method, self.model, self.budget, self.compressor, self.method)
+        budget = self.budget  # what was merged adds nothing
+        if self.merged is None:
+            budget = pair.budget_of(method, self.model, self.budget, self.compressor, self.method)
         with self.timed("retrofit"):
             rewrite.apply(self.model, method, budget, self.losses, self.memory(method))
         label = self.labels.get("method" if method is self.method else "compressor", type(method).__name__)

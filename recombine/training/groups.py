@@ -53,8 +53,8 @@ class Rates:
         return self.lr * (self.optim.lr_ratio if kind.second else 1)
 
 
-def peak_rates(model: nn.Module, method: Method, optim: OptimizerSettings, key: str, slot: str) -> tuple[Rates, str]:
-    """The rates of a training, and the key of the configuration that sets them.
+def peak_rate(method: Method, optim: OptimizerSettings, key: str, slot: str) -> tuple[float, bool, str]:
+    """The rate of what the method trains, whether it is relative, and the key of the configuration that sets it.
 
     Args:
         key: of `optim` in the configuration, and slot: of the method.
@@ -64,14 +64,18 @@ def peak_rates(model: nn.Module, method: Method, optim: OptimizerSettings, key: 
     """
     lr, named = (method.lr, f"{slot}.lr") if optim.lr is None else (optim.lr, f"{key}.lr")
     if lr is None and optim.name == "sgd":
-        why = "CRISP's own rate is relative, and a step of sgd is as large as the gradient"
+        why = f"{slot}.lr=null is a relative rate, and a step of sgd is as large as the gradient"
         raise UsageError(f"{key}.name=sgd: {why}; give {key}.lr, or say {key}.name=adamw")
-    if not (optim.relative or lr is None):
-        return Rates(optim, lr, lr), named
-    plain = PLAIN if method.lr is None else method.lr
-    if optim.lr is None:
-        lr, named = RELATIVE, f"{key}.lr"
-    return Rates(optim, lr, plain, movements(model)), named
+    if optim.lr is None and (optim.relative or lr is None):
+        return RELATIVE, True, f"{key}.lr"
+    return lr, optim.relative, named
+
+
+def peak_rates(model: nn.Module, method: Method, optim: OptimizerSettings, lr: float, relative: bool) -> Rates:
+    """The rates of all groups, from that of what the method trains."""
+    if not relative:
+        return Rates(optim, lr, lr)
+    return Rates(optim, lr, PLAIN if method.lr is None else method.lr, movements(model))
 
 
 def grouped(model: nn.Module, rates: Rates) -> dict[Kind, list[nn.Parameter]]:

@@ -1,6 +1,7 @@
 """LitRecombine, the only LightningModule: a model, the method that made it, and an objective."""
 
 import sys
+from functools import cached_property
 
 import lightning as L
 import torch
@@ -10,7 +11,7 @@ from recombine.core.method import Method
 from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
 from recombine.training import distributed, finite, resume
-from recombine.training.groups import grouped, optimizer_groups, peak_rates
+from recombine.training.groups import Rates, grouped, optimizer_groups, peak_rate, peak_rates
 from recombine.training.objectives import Classification, Objective, Shard, labels_of, parts_of
 from recombine.training.optimizers import OPTIMIZERS, fusible, prepare, scale_gradients
 from recombine.training.rates import SCHEDULES, scheduled
@@ -45,8 +46,7 @@ class LitRecombine(L.LightningModule):
         super().__init__()
         self.model, self.method, self.objective, self.seed = model, method, objective, seed
         self.optim, self.key = optim or OptimizerSettings(), key
-        self.rates, self.lr_key = peak_rates(model, method, self.optim, key, slot)
-        self.lr = self.rates.lr
+        self.lr, self.relative, self.lr_key = peak_rate(method, self.optim, key, slot)
         if self.optim.name not in OPTIMIZERS:
             raise UsageError(f"{key}.name={self.optim.name}: must be one of {', '.join(OPTIMIZERS)}")
         if self.optim.schedule not in SCHEDULES:
@@ -65,8 +65,15 @@ class LitRecombine(L.LightningModule):
         """The model's output."""
         return self.model(x)
 
+    @cached_property
+    def rates(self) -> Rates:
+        """The peak rates of a training."""
+        return peak_rates(self.model, self.method, self.optim, self.lr, self.relative)
+
     def configure_model(self) -> None:
         """Divides the model among the ranks, where it is to be trained in shards."""
+        if self.trainer.state.fn == "fit":
+            _ = self.rates  # told from whole weights
         if isinstance(self.trainer.strategy, Sharded) and self.trainer.state.fn == "fit":
             shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
 

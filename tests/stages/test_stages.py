@@ -124,6 +124,10 @@ def test_adapting_first_merges_and_compresses_what_was_adapted(tmp_path):
     assert len(result["curves"]["train/loss"]) == 3 and list(result["seconds"]).index("train_best") > 0
     assert 0.7 < result["account"]["retained"] <= 0.8 and result["account"]["trained_without_head"] == 0
     assert result["distil"]["val_loss"] > 0 and "acc" in result["val"]
+    assert [(result[part]["name"], result[part]["label"]) for part in ("method", "compressor")] == [
+        ("Peft", "lora"),
+        ("Svd", "svd"),
+    ]
     again = execute(tmp_path / "b", "stage=evaluate", f"stage.checkpoint={tmp_path}/a/best.safetensors")
     assert again["test_right"] == result["test_right"]
 

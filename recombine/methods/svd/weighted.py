@@ -90,9 +90,8 @@ class WeightedSvd(Allocated, abstract=True):
     def anchored_pair(self, site: Site, moments: Moments, k: int) -> tuple[Tensor, Tensor]:
         """left and right of a layer at rank k, fitted to what the original model gives, in the type of its weight."""
         left, right = self.pair(site, k)
-        return least_squares(target(site.module.weight, moments, self.anchor, k), left, right, moments[1]).to(
-            left
-        ), right
+        aim = target(site.module.weight, moments, self.anchor, k)
+        return least_squares(aim, left, right, moments[1]).to(left), right
 
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         if not self.refit:
