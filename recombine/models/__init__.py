@@ -21,7 +21,7 @@ from torch import nn
 from recombine.errors import UsageError
 from recombine.models import roles, sizes
 from recombine.models.vision import timm_model
-from recombine.runtime import conf
+from recombine.runtime import conf, logs
 from recombine.runtime.schema import checked
 
 __all__ = [
@@ -154,7 +154,8 @@ def _of_transformers(name: str, library: str, arch: str):
         raise UsageError(f"model {name} sees pictures, not text: take model=minilm, or data=offline")
     if library == "diffusers":
         require_diffusers(name)
-        return import_module("recombine.models.diffusion")
+        with logs.quiet():  # diffusers tells which kernels it does not find
+            return import_module("recombine.models.diffusion")
     if library != "transformers":
         raise UsageError(f"model.library={library}: must be timm, transformers or diffusers")
     return import_module(f"recombine.models.{ {'llama': 'causal_lm', 'auto': 'auto'}.get(arch, 'encoders') }")

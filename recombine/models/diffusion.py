@@ -81,6 +81,8 @@ class TextToImage(nn.Module):
 
     def drawn(self, draw: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The steps (B,) and the noise (B, C, h, w) that the seeds (B,) say, the same on every device."""
+        if draw.is_meta:  # of a plan
+            return torch.zeros_like(draw), torch.empty_like(like)
         steps, noise = [], []
         for seed in draw.tolist():
             generator = torch.Generator().manual_seed(seed)

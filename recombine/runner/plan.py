@@ -93,9 +93,8 @@ def plan(spec: RunSpec, device: Device) -> Plan:
     size = spec.data.get("image_size") or spec.model.get("image_size") or 0
     pictures = sum(told.samples.values()) * 3 * size**2
     fetched = spec.model.get("pretrained", True) and spec.model.get("checkpoint") is None
-    return Plan(
-        told, device, seconds, verdict, told.weights * fetched, pictures, devices if isinstance(devices, int) else 1
-    )
+    fetch = (told.weights + told.phases[0].held.get("frozen parts", 0)) * fetched
+    return Plan(told, device, seconds, verdict, fetch, pictures, devices if isinstance(devices, int) else 1)
 
 
 def least(told: Rehearsal) -> int:

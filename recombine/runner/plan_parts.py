@@ -17,8 +17,11 @@ from recombine.core.memory import Memory
 from recombine.core.method import Method
 from recombine.core.rollback import unchanged_on_failure
 from recombine.data.base import DataModule, TokenModule
+from recombine.data.prompted.base import PromptedData
 from recombine.errors import UsageError
 from recombine.models import roles
+from recombine.models.sizes import require_image_size
+from recombine.runner import plan_drawing
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import Cost
 from recombine.training import objectives
@@ -72,15 +75,15 @@ def build(spec: RunSpec, module: DataModule) -> nn.Module:
     """The model of a run, without memory.
 
     Raises:
-        UsageError: there is no such model, or it draws.
+        UsageError: there is no such model.
     """
-    if module.objective == "denoising":
-        raise UsageError("stage=plan: what a model that draws takes is not planned; leave stage=plan out")
     task = "lm" if module.objective == "lm" else "text" if isinstance(module, TokenModule) else "image"
     config = models.for_task(spec.model, task) | {"pretrained": False, "checkpoint": None}
     with torch.device("meta"):
         model = models.build(**config)
-        if module.objective != "lm":
+        if module.objective == "denoising":
+            plan_drawing.without_files(model, config)
+        elif module.objective != "lm":
             classes = module.num_classes if isinstance(module.num_classes, int) else CLASSES
             models.reset_head(model, classes)
     return model
@@ -159,8 +162,28 @@ class Losses:
         self.peak, self.watch.peak = max(self.peak, self.watch.peak), self.watch.live
 
 
-def batch(module: DataModule, size: int):
-    """A batch of that many samples without values, as `objectives` take it; texts have their largest length."""
+def attach(module: DataModule, model: nn.Module) -> None:
+    """Tells the data what they need of the model, and reads nothing.
+
+    Raises:
+        UsageError: the model cannot read pictures of that size, or these data.
+    """
+    if isinstance(module, TokenModule):
+        return
+    if isinstance(module, PromptedData) and models.objective(model.recombine_source) == "denoising":
+        module.image_size = model.recombine_source["image_size"]
+        return
+    module.attach_model(**models.for_data(model.recombine_source))
+    require_image_size(model, module.image_size)
+
+
+def batch(module: DataModule, model: nn.Module, size: int, learnt: bool = False):
+    """A batch of that many samples without values, as `objectives` take it; texts have their largest length.
+
+    learnt: one of a training.
+    """
+    if isinstance(module, PromptedData):
+        return plan_drawing.batch(module, model, size, learnt)
     if not isinstance(module, TokenModule):
         pictures = torch.zeros(size, 3, module.image_size, module.image_size, device="meta")
         return pictures, torch.zeros(size, dtype=torch.long, device="meta")

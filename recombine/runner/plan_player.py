@@ -5,23 +5,33 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from recombine import data, models
+from recombine import data
 from recombine.core import footprint, memory, rewrite
 from recombine.core.calibration import BACKWARD
 from recombine.core.footprint import Kernels, Watch
 from recombine.core.method import Method
 from recombine.core.pair import budget_of
 from recombine.core.twin import shared_copy
-from recombine.data.base import DataModule, TokenModule
+from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.layers.packed import entries
 from recombine.models import roles
-from recombine.models.sizes import require_image_size
+from recombine.runner import plan_drawing
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_bound import bound
 from recombine.runner.plan_devices import HALF, Cost, Device
 from recombine.runner.plan_packing import pack, packed_budget
-from recombine.runner.plan_parts import Losses, Phase, Rehearsal, attempt, batch, head_names, objective_of, shortened
+from recombine.runner.plan_parts import (
+    Losses,
+    Phase,
+    Rehearsal,
+    attach,
+    attempt,
+    batch,
+    head_names,
+    objective_of,
+    shortened,
+)
 from recombine.stages.retrofit import SAMPLES
 from recombine.training import distillation, engine
 from recombine.training.objectives import Objective, call
@@ -45,9 +55,7 @@ class Player:
         self.module = data.build(**spec.data)
         absolute = spec.budget.kind in ("trainable", "memory")  # is of the whole model
         self.model, self.depth = shortened(spec, self.module, None if absolute else few)
-        if not isinstance(self.module, TokenModule):
-            self.module.attach_model(**models.for_data(self.model.recombine_source))
-            require_image_size(self.model, self.module.image_size)
+        attach(self.module, self.model)
         self.samples = self.told.samples = self.module.foreseen
         self.ranks = count if isinstance(count := self.settings.trainer.devices, int) else 1
         self.batch_size = ceil(min(self.module.batch_size, self.samples.get("train", 2**31)) / self.ranks)
@@ -65,11 +73,12 @@ class Player:
             told.notes.append("base=: the pretrained model is planned in its place")
         told.weights = footprint.size(self.model.parameters())
         self.load()
-        if name == "evaluate":
+        if name in ("evaluate", "sample"):
             pack(self.model, self.budget)
             self.score()
             return self.count()
         self.probe()
+        plan_drawing.prior(self)
         teacher = shared_copy(self.model) if name in ("compress", "joint", "retrofit") else None
         self.change(first, teacher)
         if name == "retrofit":
@@ -101,6 +110,7 @@ class Player:
 
     def add(self, name: str, cost: Cost | None, **held: int) -> None:
         """Adds a phase, of which one rank holds these bytes. In shards it trains beside a whole copy of the weights."""
+        held["frozen parts"] = plan_drawing.frozen(self.model)
         held["mapped file"] = 0 if held.get("teacher") else self.mapped  # which it reads
         if self.sharded and "gradients" in held:
             held |= {part: held[part] / self.ranks for part in ("gradients", "optimizer")}
@@ -208,7 +218,7 @@ class Player:
     def compare(self, teacher: nn.Module) -> None:
         """Both models' outputs on the samples that a retrofit compares."""
         samples = min(SAMPLES, self.samples.get("train", SAMPLES))
-        known, given = footprint.tensors(self.model), batch(self.module, samples)
+        known, given = footprint.tensors(self.model), batch(self.module, self.model, samples)
         apart = footprint.tensors(teacher)
         logits = []
 
@@ -222,7 +232,10 @@ class Player:
         self.add("compare", Cost.of(watch), **held)
 
     def score(self) -> None:
-        """The test."""
+        """The test, and what a model that draws is asked for in it."""
+        plan_drawing.test(self)
+        if self.stage.name == "sample":
+            return
         watch, each = self.scored or self.forward(self.batch_size)
         test = self.samples.get("test")
         weights = footprint.size(footprint.tensors(self.model))
@@ -234,10 +247,10 @@ class Player:
         self.model.eval()
         known = footprint.tensors(self.model)
         known += footprint.tensors(objective.teacher) if hasattr(objective, "teacher") else []
-        watch = footprint.forward(lambda: self.loss(objective, size), known, self.kernels())
+        watch = footprint.forward(lambda: self.loss(objective, size, learnt=False), known, self.kernels())
         self.model.train()
         return watch, Cost.of(watch) * (1 / size)
 
-    def loss(self, objective: Objective, size: int, module: DataModule | None = None) -> Tensor:
-        """The loss of a batch without values."""
-        return objective.loss(self.model, batch(module or self.module, size))[0]
+    def loss(self, objective: Objective, size: int, module: DataModule | None = None, learnt: bool = True) -> Tensor:
+        """The loss of a batch without values. learnt: one of the training rows."""
+        return objective.loss(self.model, batch(module or self.module, self.model, size, learnt))[0]

@@ -1,6 +1,5 @@
 """Rehearses a run on torch's meta device: its own code, phase by phase, without weights, data or memory."""
 
-import logging
 import warnings
 from dataclasses import replace
 from math import ceil
@@ -10,7 +9,7 @@ from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import Device
 from recombine.runner.plan_parts import Phase, Rehearsal
 from recombine.runner.plan_player import Player
-from recombine.runtime import memory, progress
+from recombine.runtime import logs, memory, progress
 
 FEW = 2  # blocks of a deep model that are rehearsed, and twice as many; times the layers that share a basis
 STREAMED = 4 / 3  # passes that a calibration block by block is worth
@@ -24,21 +23,16 @@ def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
     Raises:
         UsageError: the run cannot be: an unknown role, a field out of range, data that the model cannot read.
     """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # what methods say of values, of which there are none
-    try:
-        with progress.display(False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            few = FEW * max(getattr(m, "group_size", 1) for m in (spec.method, spec.compressor or spec.method))
-            player = Player(spec, device, few)
-            if player.depth is None or player.depth < 3 * few:
-                told = Player(spec, device, None).play()
-            else:
-                large = Player(spec, device, 2 * few).play()  # first: what that cannot rehearse, the small one leaves
-                told = extended(player.play(), large, (player.depth - few) / few)
-            return limited(told, spec, device, player.depth or 1) if told.digests else told
-    finally:
-        logging.disable(before)
+    with logs.quiet(), progress.display(False), warnings.catch_warnings():  # methods speak of values that are not there
+        warnings.simplefilter("ignore")
+        few = FEW * max(getattr(m, "group_size", 1) for m in (spec.method, spec.compressor or spec.method))
+        player = Player(spec, device, few)
+        if player.depth is None or player.depth < 3 * few:
+            told = Player(spec, device, None).play()
+        else:
+            large = Player(spec, device, 2 * few).play()  # first: what that cannot rehearse, the small one leaves
+            told = extended(player.play(), large, (player.depth - few) / few)
+        return limited(told, spec, device, player.depth or 1) if told.digests else told
 
 
 def limited(told: Rehearsal, spec: RunSpec, device: Device, depth: int) -> Rehearsal:

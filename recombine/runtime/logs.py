@@ -7,6 +7,8 @@ are signed: they must not land in a log. The hub's client names them in warnings
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LIBRARIES = (
     "alembic", "datasets", "filelock", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "timm",
@@ -27,6 +29,17 @@ def quiet_libraries() -> None:
     for name in ASKING:
         logging.getLogger(name).addFilter(unsigned)
     silence_lightning()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lets only errors through while the block runs: for an import that tells which kernels it did not find."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def unsigned(record: logging.LogRecord) -> bool:

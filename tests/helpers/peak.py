@@ -5,17 +5,21 @@ Large tensors are mapped one by one, so that the process holds no freed ones, wh
 
 import ctypes
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import transformers  # noqa: F401
 from hydra import compose, initialize_config_dir
 from peft import LoraConfig  # noqa: F401
-from transformers import BertForSequenceClassification, LlamaForCausalLM  # noqa: F401
+from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM  # noqa: F401
 
 from helpers import CONF
 from recombine import data
 from recombine.runner import plan, ranks
+
+with suppress(ImportError):  # an extra
+    import recombine.models.diffusion  # noqa: F401
 
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 

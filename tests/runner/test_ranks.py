@@ -103,7 +103,9 @@ def test_an_error_in_one_rank_is_one_line_and_ends_both(tmp_path):
         execute(tmp_path, "method=ssf", "probe=false", f"method._target_={__name__}.Fails", *TWO)
     line = str(caught.value)
     assert "rank 1 of 2: RuntimeError: the second rank has a bad day" in line and "\n" not in line
-    assert "in penalty" in (tmp_path / ".ranks" / "trace.txt").read_text() and not children(os.getpid(), "ranks")
+    assert "in penalty" in (tmp_path / ".ranks" / "trace.txt").read_text()
+    left = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in children(os.getpid(), str(tmp_path))}
+    assert not left
 
 
 def test_a_killed_rank_is_named():

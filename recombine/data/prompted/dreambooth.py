@@ -101,6 +101,10 @@ class DreamBooth(PromptedData):
     def title(self) -> str:
         return f"{self.token} {self.noun} (DreamBooth)"
 
+    @property
+    def foreseen(self) -> dict[str, int]:
+        return {"train": self.repeats * len(self.files), "test": DRAWS * len(self.files)}
+
     def noun_of_folder(self) -> str:
         """What the subject is by its folder's name: backpack_dog of ``backpack_dog2`` is "backpack dog"."""
         return " ".join(re.findall(r"[A-Za-z]+", Path(self.root).expanduser().resolve().name)) or "thing"
