@@ -152,7 +152,8 @@ def layer_report(model: nn.Module) -> list[dict]:
     rows = []
     for name, layer in layers.items():
         spec = layer.spec() if hasattr(layer, "spec") else {}
-        m, n = layer.out_features, layer.in_features
+        m = getattr(layer, "out_features", None) or len(layer.weight)  # a convolution or a norm, which only trains
+        n = getattr(layer, "in_features", None) or layer.weight.numel() // m
         weights, sizes = [p for key, p in layer.named_parameters() if not key.endswith("bias")], entries(layer)
         held = sum(sizes[id(p)] / users[id(p)] for p in weights) / (m * n)
         ranks = {

@@ -12,6 +12,8 @@ import recombine.data  # noqa: E402
 from helpers import config, drawing, refusal  # noqa: E402
 from helpers.rows import ROWS  # noqa: E402
 from recombine import models  # noqa: E402
+from recombine.core.account import layer_report  # noqa: E402
+from recombine.methods.from_config import from_name  # noqa: E402
 from recombine.models import roles  # noqa: E402
 from recombine.training import objectives  # noqa: E402
 
@@ -87,6 +89,16 @@ def test_a_method_rewrites_trains_and_comes_back_from_a_file(name, plain, data, 
         assert recombine.count(other) == recombine.count(model)
     recombine.merge(model)
     assert torch.allclose(output(model, batch), after, atol=1e-4)
+
+
+def test_convolutions_can_be_reported(plain):
+    model = copy.deepcopy(plain)
+    recombine.apply(model, from_name("full", {"targets": [r"unet\..*conv1"]}, "method"))
+    weights = {f"{name}.weight": p for name, p in model.named_modules() if name.endswith("conv1") for p in [p.weight]}
+    assert len(rows := layer_report(model)) == len(weights) > 0
+    for row in rows:
+        p = weights[f"{row['name']}.weight"]
+        assert row["shape"] == [len(p), p[0].numel()] and row["kind"] == "Conv2d" and row["held"] == 1
 
 
 @pytest.mark.parametrize("name", REFUSED)
