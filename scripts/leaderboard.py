@@ -147,12 +147,32 @@ def figure(found: list[Board]) -> Figure:
     return made
 
 
+def differences(found: list[Board]) -> Figure:
+    """A panel for each budget: mean ranks, the best on top; what lies in the band is not told apart from the best."""
+    count = max(len(board.order) for board in found)
+    made, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found) + 1.2, 0.27 * count + 1.1), squeeze=False)
+    for ax, board in zip(axes[0], found, strict=True):
+        ranks, wide = board.paired.ranks(), board.paired.critical_difference()
+        order = sorted(ranks, key=ranks.get, reverse=True)
+        best = ranks[order[-1]]
+        ax.axvspan(best, best + wide, color="0.85", lw=0)
+        for y, method in enumerate(order):
+            ax.plot(ranks[method], y, marker="o", color=COLOURS[1] if method in AT_ONCE else COLOURS[0])
+        ax.set_yticks(range(len(order)), order, fontsize=8)
+        for label in ax.get_yticklabels():
+            label.set_color(COLOURS[1] if label.get_text() in AT_ONCE else COLOURS[0])
+        ax.set_title(f"{words.budget(board.budget)}, {len(board.paired.cells)} tasks and seeds")
+        ax.set_xlabel("mean rank; band: critical difference from the best")
+    return made
+
+
 def main() -> None:
-    """Writes the figure and prints the tables and findings that the README holds."""
+    """Writes the figures and prints the tables and findings that the README holds."""
     if not (found := boards("leaderboard/joint")):
         sys.exit("leaderboard: no task and seed that two methods have run; python run.py experiment=leaderboard/joint")
     with plt.rc_context(STYLE):
-        (FOLDER / "joint.svg").write_text(as_svg(figure(found), "joint"), encoding="utf-8")
+        for name, made in (("joint", figure(found)), ("ranks", differences(found))):
+            (FOLDER / f"{name}.svg").write_text(as_svg(made, name), encoding="utf-8")
     for board in found:
         print(f"\n### {words.budget(board.budget)}\n\n{finding(board)}\n\n{table(board)}\n\n{verdicts(board)}")
 
