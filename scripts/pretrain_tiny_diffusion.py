@@ -28,6 +28,7 @@ from recombine.runtime import conf
 from recombine.training import objectives
 
 NAME = "tiny_diffusion"
+OPTIONS = ("batch", "lr", "seed", "task")  # which every call that goes on has to share
 AVERAGED = 0.999  # of the averaged weights, from step to step, once there are some
 
 
@@ -56,9 +57,11 @@ def train(model: nn.Module, module, given: argparse.Namespace, folder: Path) -> 
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), given.lr, weight_decay=0.01)
     objective, history, step, start = objectives.build(module), [], 0, time.monotonic()
-    path = folder.with_suffix(".state.pt")
+    path, options = folder.with_suffix(".state.pt"), {key: getattr(given, key) for key in OPTIONS}
     if path.is_file():
         state = torch.load(path, weights_only=True)
+        if state["options"] != options:
+            sys.exit(f"{path} was trained with {state['options']}, not {options}: say the same, or move it away")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, step, history = state["average"], state["step"], state["history"]
@@ -81,12 +84,12 @@ def train(model: nn.Module, module, given: argparse.Namespace, folder: Path) -> 
             speed = (time.monotonic() - start) / (step - first)
             print(f"step {step}, loss {history[-1][1]:.4f}, {speed:.2f} s a step", file=sys.stderr, flush=True)
             recent = []
-            save(model, average, optimizer, step, history, folder)
-    save(model, average, optimizer, step, history, folder)
+            save(model, average, optimizer, {"step": step, "history": history, "options": options}, folder)
+    save(model, average, optimizer, {"step": step, "history": history, "options": options}, folder)
 
 
 def drawn(module, given: argparse.Namespace, step: int) -> dict[str, torch.Tensor]:
-    """The batch of a step: rows, noise, mirrored pictures and dropped prompts."""
+    """The batch of a step: rows, noise and dropped prompts."""
     generator = torch.Generator().manual_seed(seed_of(given.seed, step))
     rows = torch.randint(len(module.train), (given.batch,), generator=generator).tolist()
     batch = module.on_after_batch_transfer(module.train.__getitems__(rows), 0)
@@ -97,11 +100,11 @@ def drawn(module, given: argparse.Namespace, step: int) -> dict[str, torch.Tenso
     return batch
 
 
-def save(model: nn.Module, average: dict, optimizer, step: int, history: list, folder: Path) -> None:
+def save(model: nn.Module, average: dict, optimizer, where: dict, folder: Path) -> None:
     """The averaged weights as a folder of diffusers, and the state beside it; a reader sees the whole of each."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-    state |= {"step": step, "history": history}
+    state |= where
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         torch.save(state, part := Path(scratch) / "state.pt")
         os.replace(part, folder.with_suffix(".state.pt"))
@@ -112,7 +115,9 @@ def save(model: nn.Module, average: dict, optimizer, step: int, history: list, f
         whole = Path(scratch) / folder.name
         part.rename((whole.mkdir(), whole / "unet")[1])
         model.schedule.save_pretrained(whole / "scheduler")
-        (whole / "trained.json").write_text(json.dumps({"steps": step, "loss": history}))
+        (whole / "trained.json").write_text(
+            json.dumps({"steps": where["step"], "loss": where["history"], **where["options"]})
+        )
         if folder.is_dir():
             folder.rename(Path(scratch) / "old")
         shutil.move(whole, folder)

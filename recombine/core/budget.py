@@ -123,8 +123,11 @@ def largest(method: Method, field: str, model: nn.Module, sites: list[Site], bud
         return measure()
 
     if (least := at(values[0])) > budget.value:
-        name, near = method.label, Budget(budget.kind, least * 1.0001)  # rounded up: it can be typed
-        raise UsageError(f"budget={budget}: cannot be met, the nearest that {name} can is {near} ({field}={values[0]})")
+        least *= 1.0001  # rounded up: it can be typed
+        beyond = budget.kind in budget_words.SHARES and least > 1
+        near = f"{100 * least:.4g} %" if beyond else Budget(budget.kind, least)
+        near = f"the nearest that {method.label} can is {near}"
+        raise UsageError(f"budget={budget}: cannot be met, {near} ({field}={values[0]})")
     low, high = 0, len(values)  # values[low] fits; from high on nothing does
     while high - low > 1:
         middle = (low + high) // 2

@@ -6,7 +6,8 @@ dino_prior  the same between what is drawn for the class and what the model drew
 dino_leak   between what is drawn for the class and the subject: high where the subject has taken the place of its class
            (DreamBooth's PRES)
 diversity  1 - the mean cosine between pictures drawn for one prompt (DreamBooth's DIV, which takes LPIPS)
-clip_i, clip_t  as dino, by CLIP; and between a picture and the prompt it was drawn for. Where `sample.clip` names one.
+clip_i, clip_t  as dino, by CLIP; and between a picture and its prompt, without the subject's word, over the prompts
+           that are not the class's. Where `sample.clip` names one.
 
 Paper (DreamBooth): DINO ViT-S/16. Here: the packaged DINOv2 ViT-S/14 at 98 px, its class token.
 """
@@ -36,7 +37,7 @@ class Drawn:
     """What was drawn for a prompt, uint8 (N, 3, S, S).
 
     kind: subject, class, or other, which is drawn for neither. beside: real pictures of that kind; None: there are
-    none. subject: pictures of the subject itself, of every kind.
+    none. subject: pictures of the subject itself, of every kind. plain: the prompt without the subject's word.
     """
 
     prompt: str
@@ -44,6 +45,7 @@ class Drawn:
     pictures: Tensor
     beside: Tensor | None = None
     subject: Tensor | None = None
+    plain: str | None = None
 
 
 def scores(drawn: Sequence[Drawn], dino: Features, clip: "Clip | None" = None) -> dict[str, float]:
@@ -63,7 +65,8 @@ def scores(drawn: Sequence[Drawn], dino: Features, clip: "Clip | None" = None) -
             add("diversity", 1 - among(mine))
         if clip is not None:
             seen = clip(one.pictures)
-            add("clip_t", alike(seen, clip.words([one.prompt])))
+            if one.kind != "class":
+                add("clip_t", alike(seen, clip.words([one.plain or one.prompt])))
             if one.kind == "subject" and one.beside is not None:
                 add("clip_i", alike(seen, clip(one.beside)))
     return {name: sum(values) / len(values) for name, values in found.items()}

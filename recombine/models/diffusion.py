@@ -11,6 +11,7 @@ in CERSA (arXiv 2605.08174, A.1), which rewrites its attention beside all linear
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -59,7 +60,7 @@ class TextToImage(nn.Module):
         self, pixels: Tensor, input_ids: Tensor, draw: Tensor, attention_mask: Tensor | None = None
     ) -> Prediction:
         """Pictures (B, 3, S, S) in [-1, 1], tokens (B, T) of their prompts, seeds of their noise (B,)."""
-        with torch.no_grad():
+        with torch.no_grad(), in_full(pixels.device):  # the first steps' noise is small
             latents = self.parts.inner.encode(pixels, draw)
             steps, noise = self.drawn(draw, latents)
             noisy = self.schedule.add_noise(latents, noise, steps)
@@ -77,7 +78,8 @@ class TextToImage(nn.Module):
         if hasattr(self, "text_encoder"):
             mask = {} if attention_mask is None else {"attention_mask": attention_mask}
             return self.text_encoder(input_ids=input_ids, **mask)[0]
-        return self.parts.inner.states(input_ids, attention_mask).to(next(self.unet.parameters()).dtype)
+        with in_full(input_ids.device):  # they are kept, also for what draws in float32
+            return self.parts.inner.states(input_ids, attention_mask).to(next(self.unet.parameters()).dtype)
 
     def drawn(self, draw: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The steps (B,) and the noise (B, C, h, w) that the seeds (B,) say, the same on every device."""
@@ -95,14 +97,27 @@ class TextToImage(nn.Module):
         return draw(self, tokens, empty, seeds, **how)
 
     @property
+    def needs_folder(self) -> bool:
+        """Whether parts of it lie in its folder, so that a file of its weights does not hold all of it."""
+        parts = self.parts.inner
+        return parts.path is not None and (parts.has_vae or parts.text == "folder")
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels and sides of what the UNet works on."""
         size = self.recombine_source["image_size"] // self.parts.inner.factor
         return self.unet.config.in_channels, size, size
 
     def set_grad_checkpointing(self, on: bool) -> None:
-        """Has the backward pass compute each block of the UNet again."""
+        """Has the backward pass compute each block of the UNet again, and of a text encoder that trains."""
         (self.unet.enable_gradient_checkpointing if on else self.unet.disable_gradient_checkpointing)()
+        if (text := getattr(self, "text_encoder", None)) is not None:
+            (text.gradient_checkpointing_enable if on else text.gradient_checkpointing_disable)()
+
+
+def in_full(device: torch.device) -> AbstractContextManager:
+    """Without autocast, which a plan's meta device does not know."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def build(

@@ -2,7 +2,7 @@
 
     unet/ vae/ text_encoder/ tokenizer/ scheduler/      config.json and weights each, as diffusers saves a pipeline
 
-A folder without a vae works on pixels, without a text_encoder it takes the packaged MiniLM's tokens.
+A folder without a vae works on pixels. One without a text_encoder takes model.text=minilm, the packaged MiniLM.
 """
 
 import inspect

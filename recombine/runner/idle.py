@@ -26,6 +26,8 @@ def idle(spec: RunSpec, data: DataModule) -> set[str]:
         keys.add("harness")
     if data.objective != "denoising":
         keys.add("sample")
+    elif distil is not None:
+        keys.add("stage.distil.kl")
     if data.num_classes is None:
         keys |= {"probe", "optim.head"}
     if data.objective != "classification":

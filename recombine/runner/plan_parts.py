@@ -4,13 +4,14 @@ import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from recombine import data, models
-from recombine.core import rewrite
+from recombine.core import footprint, rewrite
 from recombine.core.budget import Budget
 from recombine.core.footprint import Watch
 from recombine.core.memory import Memory
@@ -24,8 +25,9 @@ from recombine.models.sizes import require_image_size
 from recombine.runner import plan_drawing
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import Cost
+from recombine.stages.retrofit import SAMPLES
 from recombine.training import objectives
-from recombine.training.objectives import Objective
+from recombine.training.objectives import Objective, call
 
 if TYPE_CHECKING:
     from recombine.runner.plan_player import Player
@@ -82,7 +84,7 @@ def build(spec: RunSpec, module: DataModule) -> nn.Module:
     with torch.device("meta"):
         model = models.build(**config)
         if module.objective == "denoising":
-            plan_drawing.without_files(model, config)
+            import_module("recombine.models.diffusion_unread").without_files(model, config)
         elif module.objective != "lm":
             classes = module.num_classes if isinstance(module.num_classes, int) else CLASSES
             models.reset_head(model, classes)
@@ -191,6 +193,20 @@ def batch(module: DataModule, model: nn.Module, size: int, learnt: bool = False)
     numbers = torch.float32 if module.objective == "regression" else torch.long
     labels = ids.clone() if module.objective == "lm" else torch.zeros(size, dtype=numbers, device="meta")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def compare(player: "Player", teacher: nn.Module) -> None:
+    """Both models' outputs on the samples that a retrofit compares."""
+    model, samples = player.model, min(SAMPLES, player.samples.get("train", SAMPLES))
+    known, apart, given = footprint.tensors(model), footprint.tensors(teacher), batch(player.module, model, samples)
+
+    def both() -> None:
+        one, other = (call(each.eval(), given) for each in (teacher, model))
+        (other - one).abs().max()
+
+    watch = footprint.forward(both, [*known, *apart], player.kernels())
+    held = {"weights": footprint.size(known), "teacher": footprint.apart(apart, known), "activations": watch.peak}
+    player.add("compare", Cost.of(watch), **held)
 
 
 def objective_of(module: DataModule) -> Objective:

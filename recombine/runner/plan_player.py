@@ -28,13 +28,13 @@ from recombine.runner.plan_parts import (
     attach,
     attempt,
     batch,
+    compare,
     head_names,
     objective_of,
     shortened,
 )
-from recombine.stages.retrofit import SAMPLES
 from recombine.training import distillation, engine
-from recombine.training.objectives import Objective, call
+from recombine.training.objectives import Objective
 from recombine.training.settings import OptimizerSettings
 
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "adamw_8bit": 0.5, "muon": 2}  # copies of what trains, at most, in a state
@@ -53,7 +53,7 @@ class Player:
         self.settings, self.stage = spec.settings, spec.settings.stage
         self.budget = packed_budget(spec, self.told)
         self.module = data.build(**spec.data)
-        absolute = spec.budget.kind in ("trainable", "memory")  # is of the whole model
+        absolute = spec.budget.kind in ("trainable", "memory", "bytes")  # is of the whole model
         self.model, self.depth = shortened(spec, self.module, None if absolute else few)
         attach(self.module, self.model)
         self.samples = self.told.samples = self.module.foreseen
@@ -73,17 +73,17 @@ class Player:
             told.notes.append("base=: the pretrained model is planned in its place")
         told.weights = footprint.size(self.model.parameters())
         self.load()
+        plan_drawing.prior(self)
         if name in ("evaluate", "sample"):
             pack(self.model, self.budget)
             self.score()
             return self.count()
         self.probe()
-        plan_drawing.prior(self)
         teacher = shared_copy(self.model) if name in ("compress", "joint", "retrofit") else None
         self.change(first, teacher)
         if name == "retrofit":
             pack(self.model, self.budget)
-            self.compare(teacher)
+            compare(self, teacher)
         if name in ("compress", "joint") and self.stage.distil.epochs:
             self.distil(first, teacher)
         if name == "compress":
@@ -214,22 +214,6 @@ class Player:
         held |= {"best weights": trains if epochs > 1 and not self.device.gpu else 0}
         held |= {"teacher": footprint.apart(apart, footprint.tensors(self.model))}
         self.add(name, cost, **held)
-
-    def compare(self, teacher: nn.Module) -> None:
-        """Both models' outputs on the samples that a retrofit compares."""
-        samples = min(SAMPLES, self.samples.get("train", SAMPLES))
-        known, given = footprint.tensors(self.model), batch(self.module, self.model, samples)
-        apart = footprint.tensors(teacher)
-        logits = []
-
-        def both() -> None:
-            for model in (teacher, self.model):
-                logits.append(call(model.eval(), given))
-            (logits[1] - logits[0]).abs().max()
-
-        watch = footprint.forward(both, [*known, *apart], self.kernels())
-        held = {"weights": footprint.size(known), "teacher": footprint.apart(apart, known), "activations": watch.peak}
-        self.add("compare", Cost.of(watch), **held)
 
     def score(self) -> None:
         """The test, and what a model that draws is asked for in it."""

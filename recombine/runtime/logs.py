@@ -15,6 +15,7 @@ LIBRARIES = (
     "urllib3",
 )  # fmt: skip
 ASKING = ("huggingface_hub.file_download", "huggingface_hub.utils._http")  # whose warnings name addresses
+KERNELS = ("torchao", "torch.utils._pytree")  # which tell what this machine has no kernels for, at their import
 LIGHTNING = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 
 
@@ -26,6 +27,8 @@ def quiet_libraries() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in KERNELS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in ASKING:
         logging.getLogger(name).addFilter(unsigned)
     silence_lightning()

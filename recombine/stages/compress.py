@@ -47,10 +47,13 @@ def adapted_first(run: RunContext) -> StagePart:
     """Adapt and merge, then compress and distil from the adapted model, with its head as it is.
 
     Raises:
-        UsageError: there is no compressor.
+        UsageError: there is no compressor, or what comes out cannot be kept.
     """
     if run.compressor is None:
         raise UsageError("stage.order=adapt_first: nothing compresses after the method; add method@compressor=svd_llm")
+    if getattr(run.model, "needs_folder", False):
+        why = "all of the model is kept then, and this one draws with parts that lie in its folder"
+        raise UsageError(f"stage.order=adapt_first: {why}; leave it out")
     run.checkpointed_step("adapted", lambda: run.rewrite(run.method))
     objective = run.objective(run.settings.optim.label_smoothing)
     _, best = fit(run, objective, run.settings.optim, run.settings.trainer.epochs, "best", run.method)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recombine.data.prompted.base import Asked, PromptedData
+from recombine.data.prompted.base import Asked, PromptedData, at_once
 from recombine.errors import UsageError
 from recombine.evaluation.pictures import Clip, Dino, Drawn, scores
 from recombine.result_schema import StagePart
@@ -17,7 +17,6 @@ from recombine.stages.context import RunContext
 from recombine.training import distributed
 from recombine.training.logged_values import SHEET
 
-AT_ONCE = 8  # pictures that are drawn together
 GAP = 2  # pixels between the pictures of a sheet
 
 
@@ -62,12 +61,13 @@ def drawn_scores(run: RunContext) -> dict[str, float]:
 def answered(run: RunContext, asked: Asked) -> Drawn:
     """The pictures for one prompt, one for each seed."""
     how, tokens, found = run.settings.sample, run.data.tokens([asked.prompt]), []
-    for start in progress.of(range(0, len(how.seeds), AT_ONCE), f"drawing: {asked.prompt[:40]}", "batches"):
-        seeds = how.seeds[start : start + AT_ONCE]
+    size = at_once(run.data.image_size)
+    for start in progress.of(range(0, len(how.seeds), size), f"drawing: {asked.prompt[:40]}", "batches"):
+        seeds = how.seeds[start : start + size]
         prompts = {key: value.expand(len(seeds), -1) for key, value in tokens.items()}
         options = {"steps": how.steps, "guidance": how.guidance, "scheduler": how.scheduler}
         found.append(run.model.draw(prompts, run.data.empty, seeds, **options))
-    return Drawn(asked.prompt, asked.kind, torch.cat(found), asked.beside, asked.subject)
+    return Drawn(asked.prompt, asked.kind, torch.cat(found), asked.beside, asked.subject, asked.plain)
 
 
 def keep(run: RunContext, drawn: list[Drawn]) -> None:

@@ -38,14 +38,15 @@ class Distillation(Objective):
         classes, rows = logits.shape[-1], logits[..., 0].numel()
         energies = [1 if shard.ranks == 1 else x.float().square().sum() for x in (target, *target_blocks)]
         share, of_last, of_logits, *of_blocks = shard.factors([rows, blocks[-1].numel(), *energies])
-        divergence = F.kl_div(
-            logits.reshape(-1, classes).log_softmax(-1),
-            target.reshape(-1, classes).log_softmax(-1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        loss = self.kl * share * divergence
-        loss = loss + self.mse * of_logits * relative_mse(logits, target)
+        loss = self.mse * of_logits * relative_mse(logits, target)
+        if self.kl and logits.ndim < 4:  # a drawing's have no classes
+            divergence = F.kl_div(
+                logits.reshape(-1, classes).log_softmax(-1),
+                target.reshape(-1, classes).log_softmax(-1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            loss = loss + self.kl * share * divergence
         if self.features and blocks[0].shape == target_blocks[0].shape:
             errors = (share * relative_mse(b, t) for share, b, t in zip(of_blocks, blocks, target_blocks, strict=True))
             loss = loss + self.features * sum(errors) / len(blocks)

@@ -166,7 +166,7 @@ class Denoising(Objective):
         said = model(**inputs_of(batch))
         errors = (said.logits.float() - said.target.float()).square().flatten(1).mean(1)  # (B,)
         learnt = labels_of(batch).bool()
-        kinds = [(1.0, learnt), (self.prior if model.training else 0.0, ~learnt)]
+        kinds = [(1.0, learnt), (self.prior, ~learnt)]
         shares = shard.factors([rows.sum() for _, rows in kinds])
         means = [errors.where(rows, 0.0).sum() / rows.sum().clamp(min=1) for _, rows in kinds]
         return sum(weight * share * mean for (weight, _), share, mean in zip(kinds, shares, means, strict=True)), None

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir  # noqa: E402
 from helpers import CONF, ROOT, config, drawing  # noqa: E402
 from helpers.command import execute  # noqa: E402
 from recombine import models  # noqa: E402
-from recombine.models import packaged  # noqa: E402
+from recombine.models import diffusion_unread, packaged  # noqa: E402
 from recombine.models.drawing import draw  # noqa: E402
 from recombine.runner import plan, plan_devices, plan_drawing, plan_run  # noqa: E402
 from recombine.runner.config import resolve  # noqa: E402
@@ -43,7 +43,7 @@ def test_stable_diffusion_has_the_sizes_of_its_files(tmp_path):
 def test_the_packaged_text_encoder_is_counted():
     model = models.build(**config("tiny_diffusion") | {"pretrained": False})
     own = sum(p.numel() * p.element_size() for p in packaged_encoder(model).parameters())
-    plan_drawing.without_files(model, config("tiny_diffusion"))
+    diffusion_unread.without_files(model, config("tiny_diffusion"))
     assert plan_drawing.frozen(model) == own
 
 

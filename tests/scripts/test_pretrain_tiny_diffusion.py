@@ -39,4 +39,7 @@ def test_what_is_interrupted_goes_on_and_the_folder_is_a_model(tmp_path, monkeyp
     assert not any(torch.equal(a, b) for a, b in zip(one.parameters(), plain.parameters(), strict=True) if a.ndim > 1)
     told = json.loads((tmp_path / "parts" / "trained.json").read_text())
     assert told["steps"] == 4 and [step for step, _ in told["loss"]] == [2, 4]
+    given["seed"] = 1
+    with pytest.raises(SystemExit, match="move it away"):
+        run(tmp_path / "parts", 6)
     assert one.schedule.config.prediction_type == "v_prediction"

@@ -13,6 +13,7 @@ from PIL import Image  # noqa: E402
 from helpers import drawing, hub_content  # noqa: E402
 from helpers.command import execute, line  # noqa: E402
 from helpers.hub_client import hub  # noqa: E402, F401
+from recombine.errors import UsageError  # noqa: E402
 from recombine.models import packaged  # noqa: E402
 
 DRAW = ["sample.seeds=[0,1]", "sample.steps=2"]
@@ -120,6 +121,11 @@ def test_stable_diffusions_repository_from_end_to_end(hub, tmp_path):  # noqa: F
     both = ["model.train_text=true", f"method.targets={layers}".replace("\\\\", "\\")]
     text = execute(tmp_path / "text", *keys, *both, "method=cersa", "sample.seeds=[]")
     assert {layer["name"].split(".")[0] for layer in text["layers"]} == {"unet", "text_encoder"}
+    whole = ["method@compressor=svd_llm", "method=lora", "stage=joint", "stage.order=adapt_first", "budget=retained_75"]
+    with pytest.raises(UsageError, match="parts that lie in its folder; leave it out"):
+        execute(tmp_path / "order", *keys, *whole)
+    small = execute(tmp_path / "small", *keys, "method=svd", "budget=retained_50", "stage=retrofit", "sample.seeds=[]")
+    assert small["account"]["retained"] <= 0.5
     hub.stop()
     again = execute(tmp_path / "again", *keys, "stage=sample", f"stage.checkpoint={result['checkpoint']}", *DRAW)
     assert again["test"]["dino"] == pytest.approx(result["test"]["dino"], abs=1e-4)

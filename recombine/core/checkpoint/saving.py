@@ -102,6 +102,8 @@ def rebuilt(model: nn.Module, meta: dict, tensors: dict) -> nn.Module:
     kind = type(model).__name__
     if meta["architecture"] is None:
         raise CannotRebuild(f"this {kind} is neither timm's nor transformers' own")
+    if getattr(model, "needs_folder", False):
+        raise CannotRebuild(f"this {kind} draws with parts that lie in its folder")
     try:
         twin = loading.built_empty(Path("the file"), json.loads(json.dumps(meta)), tensors)
     except UsageError as error:

@@ -30,13 +30,24 @@ class Asked(NamedTuple):
     """A prompt that a model is tested by.
 
     kind: subject, class or other. beside: real pictures of that kind, uint8 (N, 3, S, S); None: there are none.
-    subject: those of the subject itself, whatever the kind.
+    subject: those of the subject itself, whatever the kind. plain: the prompt for who does not know the subject's word;
+    None: as it is.
     """
 
     prompt: str
     kind: str
     beside: Tensor | None = None
     subject: Tensor | None = None
+    plain: str | None = None
+
+
+def at_once(size: int) -> int:
+    """How many pictures of that many pixels a side are drawn together: 16 of 256 or less, 4 of 512.
+
+    >>> at_once(32), at_once(512), at_once(2048)
+    (16, 4, 1)
+    """
+    return max(1, min(16, 2**20 // size**2))
 
 
 class Prompted(Dataset):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from recombine.data.base import exclusive_build
-from recombine.data.prompted.base import Asked, Prompted, PromptedData
+from recombine.data.prompted.base import Asked, Prompted, PromptedData, at_once
+from recombine.data.prompted.pictures import Repeated, alone, digest, fingerprint, said, square
 from recombine.data.vision.folder import SUFFIXES
 from recombine.data.vision.source import decode
 from recombine.errors import UsageError
@@ -29,7 +30,6 @@ from recombine.runtime.atomic import atomic_write
 from recombine.runtime.kinds import Count, Name, Place, Weight, Whole
 
 DRAWS = 8  # noises of each picture, in the test's loss
-AT_ONCE = 16  # pictures that are drawn together
 APART = 2**40  # between the seeds of the subject's noise and those of the prior's
 
 
@@ -60,7 +60,7 @@ class DreamBooth(PromptedData):
         prompt: of the subject, with {token} and {noun} in it.
         class_prompt: of what the model drew before, with {noun} in it.
         repeats: how often an epoch shows each picture.
-        prior: how many pictures the model draws before; 0: no prior preservation.
+        prior: how many pictures the model draws before, at most one for each row; 0: no prior preservation.
         prior_weight: of their loss.
         prior_steps: of the scheduler, for each of them.
         prior_guidance: see `recombine.models.drawing`.
@@ -89,8 +89,9 @@ class DreamBooth(PromptedData):
     ):
         super().__init__(**kwargs)
         self.root, self.repeats, self.prior_weight = root, repeats, prior_weight
-        self.prior_count, self.prior_how = prior, {"steps": prior_steps, "guidance": prior_guidance}
         self.files = self.found()[: self.limit]
+        self.prior_count = min(prior, repeats * len(self.files))
+        self.prior_how = {"steps": prior_steps, "guidance": prior_guidance}
         self.noun, self.token = noun or self.noun_of_folder(), token
         self.prompt = self.filled("data.prompt", prompt, "token")
         self.class_prompt = self.filled("data.class_prompt", class_prompt)
@@ -117,7 +118,7 @@ class DreamBooth(PromptedData):
         """
         words = {"token": self.token, "noun": self.noun}
         for word in needed:
-            if f"{{{word}}}" not in prompt and words[word] not in prompt.split():
+            if f"{{{word}}}" not in prompt and not said(words[word], prompt):
                 why = f"the subject's word {words[word]!r} is not in it"
                 raise UsageError(f"{key}={prompt}: {why}; write {{{word}}} where it belongs")
         try:
@@ -138,12 +139,15 @@ class DreamBooth(PromptedData):
             why = f"the subject's word {self.token!r} is in none of them"
             raise UsageError(f"sample.prompts=[{','.join(given)}]: {why}; write {{token}} into one")
         own = {"subject": self.subject, "class": self.before, "other": None}
-        return [Asked(prompt, kind, own[kind], self.subject) for prompt, kind in kinds.items()]
+        return [Asked(p, kind, own[kind], self.subject, self.plain(p)) for p, kind in kinds.items()]
 
     def kind(self, prompt: str) -> str:
         """Whether a prompt asks for the subject, its class, or something else."""
-        words = re.findall(r"[\w<>-]+", prompt)
-        return "subject" if self.token in words else "class" if prompt == self.class_prompt else "other"
+        return "subject" if said(self.token, prompt) else "class" if prompt == self.class_prompt else "other"
+
+    def plain(self, prompt: str) -> str:
+        """A prompt without the subject's word, which other models do not know."""
+        return " ".join(re.sub(alone(self.token), "", prompt).split())
 
     def found(self) -> list[Path]:
         """The pictures in the folder.
@@ -155,14 +159,16 @@ class DreamBooth(PromptedData):
         if not folder.is_dir():
             raise UsageError(f"data.root={self.root}: there is no such folder; set it to the subject's pictures")
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        if len(files) < 2:
+        if len(files[: self.limit]) < 2:
             count, kinds = ("one picture" if files else "no pictures"), " ".join(sorted(SUFFIXES))
+            if len(files) > 1:
+                raise UsageError(f"data.limit={self.limit}: a subject needs two pictures or more; take 2 or more")
             raise UsageError(f"data.root={self.root}: holds {count}; a subject needs two or more, best five ({kinds})")
         return files
 
     def pictures(self) -> Tensor:
         """The subject's pictures, uint8 (N, 3, S, S)."""
-        return torch.stack([square(decode(path), self.image_size) for path in self.files])
+        return torch.stack([square(decode(path, upright=True), self.image_size) for path in self.files])
 
     def prepare_data(self) -> None:
         """Nothing: the pictures are few, and the model draws the others."""
@@ -183,6 +189,7 @@ class DreamBooth(PromptedData):
         if not self.prior_count:
             return
         key = [fingerprint(model), self.class_prompt, self.prior_count, self.image_size, *self.prior_how.values()]
+        key += [sorted(model.schedule.config.items()), sorted(map(str, model.recombine_source.items()))]
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         path = cache_dir() / "prior" / f"{name}.npy"
         if not path.is_file():
@@ -198,8 +205,9 @@ class DreamBooth(PromptedData):
     def drawn(self, model: nn.Module) -> Tensor:
         """The model's pictures of the class, uint8 (prior, 3, S, S)."""
         tokens, found = self.tokens([self.class_prompt]), []
-        for start in progress.of(range(0, self.prior_count, AT_ONCE), "pictures of the class", "batches"):
-            seeds = range(start, min(start + AT_ONCE, self.prior_count))
+        size = at_once(self.image_size)
+        for start in progress.of(range(0, self.prior_count, size), "pictures of the class", "batches"):
+            seeds = range(start, min(start + size, self.prior_count))
             prompts = {key: value.expand(len(seeds), -1) for key, value in tokens.items()}
             found.append(model.draw(prompts, self.empty, [APART + seed for seed in seeds], **self.prior_how))
         return torch.cat(found)
@@ -214,41 +222,10 @@ class DreamBooth(PromptedData):
             "licence": "the user's own",
             "note": f"a loss over {DRAWS} noises of each training picture is the test",
             "sizes": self.sizes,
-            "sha256": {"train": hashlib.sha256(self.subject.numpy().tobytes()).hexdigest()},
+            "sha256": {"train": digest(self.subject)} | ({} if self.before is None else {"prior": digest(self.before)}),
             "protocol": f"{count} pictures of {self.prompt!r}, {self.prior_count} of {self.class_prompt!r}, last epoch",
             "image_size": self.image_size,
             "resize": "bicubic, a square around the middle",
             "seed": self.seed,
             "limit": self.limit,
         }
-
-
-class Repeated:
-    """Pictures (N, 3, S, S) again and again: row i is picture i modulo N."""
-
-    def __init__(self, pictures: Tensor):
-        self.pictures = pictures
-
-    def __call__(self, rows: Sequence[int]) -> Tensor:
-        """uint8 (B, 3, S, S)."""
-        return self.pictures[[row % len(self.pictures) for row in rows]]
-
-
-def square(pixels: np.ndarray, size: int) -> Tensor:
-    """A picture uint8 (H, W, 3) as uint8 (3, size, size): the square around its middle, resized."""
-    from PIL import Image
-
-    image = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tells models of other weights apart, by a few entries of each tensor."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        some = p.detach().flatten()[:: max(1, p.numel() // 16)][:16].float().cpu().numpy()
-        digest.update(f"{name} {tuple(p.shape)}".encode() + some.tobytes())
-    return digest.hexdigest()

@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor, stack
 
 from recombine.data.base import require_known
-from recombine.data.prompted.dreambooth import DreamBooth, square
+from recombine.data.prompted.dreambooth import DreamBooth
+from recombine.data.prompted.pictures import square
 from recombine.data.vision import packaged
 from recombine.data.vision.icons import Icons
 from recombine.runtime.assets import ASSETS

@@ -67,18 +67,21 @@ def join(parts: Sequence[Part]) -> Part:
     return Part(Lazy(lambda at: at[0][at[1]], where), labels)
 
 
-def decode(item: Path | tuple[str, bytes]) -> np.ndarray:
+def decode(item: Path | tuple[str, bytes], upright: bool = False) -> np.ndarray:
     """uint8 (H, W, 3).
+
+    Args:
+        upright: turn it as its EXIF says that it was taken.
 
     Raises:
         UsageError: Pillow cannot read it.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     where, file = (item, item) if isinstance(item, Path) else (item[0], io.BytesIO(item[1]))
     try:
         with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on bad files
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise UsageError(f"cannot read the picture {where}: {reason}; replace or remove it") from error

@@ -98,6 +98,8 @@ def find_parts(model: nn.Module, sites: list[Site], losses: Losses) -> Parts:
 
         def part(layer: nn.Module, pruner: Callable, count: int) -> Part:
             score = importance(graph.get_pruning_group(layer, pruner, list(range(count))))
+            if score.is_meta:  # of a plan: all places alike
+                return Part(layer, pruner, torch.arange(count, device="cpu") / count)
             return Part(layer, pruner, score.nan_to_num(0.0).cpu())  # where no gradient comes the mean is 0
 
         return Parts(

@@ -1,5 +1,6 @@
 """Pictures with prompts: captions, packaged subjects, CustomConcept101's folders, and batches of all of them."""
 
+import copy
 import json
 
 import numpy as np
@@ -8,9 +9,12 @@ import torch
 
 pytest.importorskip("diffusers")  # an extra
 
+from PIL import Image  # noqa: E402
+
 from helpers import drawing, refusal  # noqa: E402
 from recombine import data, models  # noqa: E402
 from recombine.data.prompted import captions, customconcept, dreambooth  # noqa: E402
+from recombine.data.prompted.pictures import square  # noqa: E402
 from recombine.training import objectives  # noqa: E402
 
 
@@ -83,7 +87,47 @@ def test_customconcept_takes_the_noun_that_the_release_says(tmp_path, model):
 def test_pictures_are_cut_to_the_square_around_their_middle():
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, 10:30] = 200
-    assert dreambooth.square(pixels, 8).eq(200).all()
+    assert square(pixels, 8).eq(200).all()
+
+
+def test_photographs_stand_upright(tmp_path, model):
+    folder = drawing.subject(tmp_path)
+    lying = np.zeros((20, 40, 3), np.uint8)
+    lying[:, :20] = 200  # as the camera wrote it; upright it is 40 high, and bright at the top
+    Image.fromarray(lying).save(folder / "5.png", exif=turned(6))
+    module = drawing.module(model, folder, prior=0)
+    last = module.subject[-1].float().mean((0, 2))
+    assert last[0] > 190 and last[-1] < 10
+
+
+def turned(how: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = how
+    return exif
+
+
+@pytest.mark.parametrize("token", ["S*", "[V]", "sks!", "<new1>", "V1 cat"])
+def test_any_word_can_be_the_subjects(token, tmp_path):
+    module = data.build("dreambooth", root=str(drawing.subject(tmp_path)), token=token)
+    one, two = module.asked(None)
+    assert (one.kind, two.kind) == ("subject", "class") and one.plain == two.plain == "a photo of cat"
+    assert module.asked([f"{token}, on the moon"])[0].plain == ", on the moon"
+    assert "is in none of them" in refusal(module.asked, ["a photo of cats"])
+
+
+def test_the_prior_is_no_larger_than_what_is_trained_on(tmp_path):
+    root = str(drawing.subject(tmp_path))
+    assert data.build("dreambooth", root=root, prior=200, repeats=3).prior_count == 15
+    assert "data.limit=1: a subject needs two pictures" in refusal(data.build, "dreambooth", root=root, limit=1)
+
+
+def test_another_schedule_draws_another_prior(tmp_path, model):
+    root = drawing.subject(tmp_path)
+    one = drawing.module(model, root)
+    other = copy.deepcopy(model)
+    other.schedule = type(other.schedule).from_config(dict(other.schedule.config) | {"prediction_type": "epsilon"})
+    two = drawing.module(other, root)
+    assert not torch.equal(one.before, two.before) and one.info["sha256"]["prior"] != two.info["sha256"]["prior"]
 
 
 def test_the_prior_is_the_models_own_and_drawn_once(tmp_path, model, monkeypatch):
