@@ -1,8 +1,10 @@
-"""experiments/leaderboard: its page and figures, from the committed runs of leaderboard/joint and leaderboard/adapt.
+"""experiments/leaderboard: figures and the page's tables, from the runs of leaderboard/joint.
 
     python -m recombine.report leaderboard/joint --save && python scripts/leaderboard.py
 
-Only cells of task and seed that every method of a budget has run are compared. Nothing here imports torch.
+Compared are the tasks and seeds that every row of a budget has run. A row with less than half of the others' is left out
+and named. Intervals are over seeds and test pictures; the training pictures are the same for all seeds. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -23,21 +25,23 @@ from recombine.report.records import EVIDENCE, Record
 
 FOLDER = EVIDENCE / "leaderboard"
 AT_ONCE = ("CRISP", "JACTUS", "CERSA", "SVD + its values")
+FEW = 3  # seeds below which nothing is decided
 COLUMNS = {  # what a table shows of a method beside its accuracy: heading -> (path in a record, factor, digits)
     "MiB of weights": ("account.bytes_weights", 2**-20, 1),
     "trained (k)": ("account.trained_without_head", 1e-3, 0),
-    "MiB to train": ("account.memory_mib", 1, 1),
+    "MiB to train it": ("account.memory_mib", 1, 1),
     "seconds": ("seconds.total", 1, 0),
 }
 
 
 @dataclass
 class Board:
-    """The methods of one budget, on the cells that all of them have."""
+    """The methods of one budget, on the cells that all of them have. missing: rows that have too few or no runs."""
 
     budget: str
     records: dict[str, list[Record]]  # by method
     paired: Paired
+    missing: list[str]
 
     @property
     def order(self) -> list[str]:
@@ -45,8 +49,25 @@ class Board:
         return sorted(self.paired.methods, key=lambda method: -self.paired.accuracy(method).mean)
 
     def best(self, at_once: bool) -> str | None:
-        """The best of those that work at once, or of the chains."""
-        return next((method for method in self.order if (method in AT_ONCE) == at_once), None)
+        """The best of those that work at once, or of the chains, by validation; None: there is none."""
+        return max(
+            (method for method in self.order if (method in AT_ONCE) == at_once),
+            key=lambda method: self.mean(method, "val.acc"),
+            default=None,
+        )
+
+    @property
+    def decides(self) -> bool:
+        """Whether there are seeds enough for a verdict."""
+        return min(map(len, self.paired.seeds.values())) >= FEW
+
+    @property
+    def heading(self) -> str:
+        """What was compared."""
+        tasks = ", ".join(words.label("data.task", task) for task in self.paired.tasks)
+        seeds = min(map(len, self.paired.seeds.values()))
+        rest = f"; too few runs of {', '.join(self.missing)}" if self.missing else ""
+        return f"{words.budget(self.budget)}: {tasks}, {seeds} seed{'s' * (seeds > 1)}{rest}"
 
     def mean(self, method: str, path: str) -> float:
         """The mean of a value over the method's runs."""
@@ -64,12 +85,13 @@ def boards(name: str) -> list[Board]:
     methods = list(dict.fromkeys(cell["method"] for cell in loaded.runs.cells))
     made = []
     for budget, runs in found.items():
-        run = [method for method in methods if method in runs]
+        most = max(map(len, runs.values()))
+        run = [method for method in methods if 2 * len(runs.get(method, ())) >= most]
         common = sorted(set.intersection(*(set(runs[method]) for method in run)))
         if len(run) > 1 and common:
             told = {method: {cell: right(runs[method][cell]) for cell in common} for method in run}
             records = {method: [runs[method][cell] for cell in common] for method in run}
-            made.append(Board(budget, records, Paired(told)))
+            made.append(Board(budget, records, Paired(told), [method for method in methods if method not in run]))
     return made
 
 
@@ -90,6 +112,8 @@ def table(board: Board) -> str:
         mean = share(found.mean)
         mean = f"**{mean}**" if method in level else mean
         costs = [f"{board.mean(method, path) * by:,.{digits}f}" for path, by, digits in COLUMNS.values()]
+        if board.records[method][0].get("config.stage.order") == "adapt_first":  # nothing trains in what is left
+            costs[1:3] = ["—", "—"]
         kind = "" if method in AT_ONCE else " (chain)"
         cells = [
             method + kind,
@@ -104,26 +128,33 @@ def table(board: Board) -> str:
 
 def verdicts(board: Board) -> str:
     """How often each that works at once wins against the best chain, ties with it and loses, by task, as Markdown."""
-    chain = board.best(at_once=False)
+    chain, at_once = board.best(at_once=False), [m for m in board.order if m in AT_ONCE]
+    if chain is None or not at_once:
+        return ""
     rows = [
         f"| against {chain} | difference (95 %) | "
         + " | ".join(words.label("data.task", t) for t in board.paired.tasks)
-        + " |"
+        + " | wins / ties / losses |"
     ]
-    rows.append("|---" * (2 + len(board.paired.tasks)) + "|")
-    for method in (m for m in board.order if m in AT_ONCE):
+    rows.append("|---" * (3 + len(board.paired.tasks)) + "|")
+    for method in at_once:
         whole = board.paired.difference(method, chain)
         parts = [board.paired.difference(method, chain, task).verdict for task in board.paired.tasks]
         says = f"{100 * whole.mean:+.1f} ({100 * whole.low:+.1f} to {100 * whole.high:+.1f})"
-        rows.append("| " + " | ".join([method, says, *parts]) + " |")
+        parts = parts if board.decides else ["—"] * len(parts)
+        counted = " / ".join(str(parts.count(kind)) for kind in ("win", "tie", "loss"))
+        rows.append("| " + " | ".join([method, says, *parts, counted if board.decides else "—"]) + " |")
     return "\n".join(rows)
 
 
 def finding(board: Board) -> str:
-    """One sentence: the best that works at once against the best chain."""
+    """One sentence: the best that works at once against the best chain, both chosen by validation."""
     one, chain = board.best(True), board.best(False)
+    if one is None or chain is None:
+        return "only one of the two sides has run."
     found = board.paired.difference(one, chain)
     words_for = {"win": "is ahead of", "tie": "is level with", "loss": "is behind"}[found.verdict]
+    words_for = words_for if board.decides else "has too few seeds to be told apart from"
     size = f"{100 * found.mean:+.1f} points, 95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
     return f"{words.budget(board.budget)}: {one} {words_for} the best chain, {chain} ({size})."
 
@@ -162,7 +193,7 @@ def differences(found: list[Board]) -> Figure:
         for label in ax.get_yticklabels():
             label.set_color(COLOURS[1] if label.get_text() in AT_ONCE else COLOURS[0])
         ax.set_title(f"{words.budget(board.budget)}, {len(board.paired.cells)} tasks and seeds")
-        ax.set_xlabel("mean rank; band: critical difference from the best")
+        ax.set_xlabel("mean rank; band: at least within the critical difference")
     return made
 
 
@@ -174,7 +205,7 @@ def main() -> None:
         for name, made in (("joint", figure(found)), ("ranks", differences(found))):
             (FOLDER / f"{name}.svg").write_text(as_svg(made, name), encoding="utf-8")
     for board in found:
-        print(f"\n### {words.budget(board.budget)}\n\n{finding(board)}\n\n{table(board)}\n\n{verdicts(board)}")
+        print(f"\n### {board.heading}\n\n{finding(board)}\n\n{table(board)}\n\n{verdicts(board)}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A run's `test_right` says which test samples it told right. Two methods with the same seed saw the same training data
 in the same order, and all runs of a task the same test samples. So a resample draws seeds and samples once for all
-methods, and a difference of two methods has a smaller error than either.
+methods, and a difference of two methods has a smaller error than either. Of S seeds it draws S - 1, which makes up for
+the variance that few seeds seem not to have (Rao and Wu 1988). What seeds do not change, intervals do not hold for.
 """
 
 import base64
@@ -78,9 +79,10 @@ class Paired:
             told = np.stack([[runs[method][task, seed] for seed in seeds] for method in runs]).astype(np.float32)
             count = told.shape[-1]
             samples = rng.multinomial(count, np.full(count, 1 / count), draws).astype(np.float32)  # (draws, N)
-            drawn = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), draws)  # (draws, seeds)
+            size = max(1, len(seeds) - 1)
+            drawn = rng.multinomial(size, np.full(len(seeds), 1 / len(seeds)), draws)  # (draws, seeds)
             scores = told @ samples.T / count  # (methods, seeds, draws)
-            self.by_task[task] = told.mean((1, 2)), np.einsum("msd,ds->dm", scores, drawn) / len(seeds)
+            self.by_task[task] = told.mean((1, 2)), np.einsum("msd,ds->dm", scores, drawn) / size
         self.mean, self.resampled = (np.mean(parts, 0) for parts in zip(*self.by_task.values(), strict=True))
 
     def accuracy(self, method: str) -> Difference:
