@@ -2,7 +2,7 @@
 
     python -m recombine.report leaderboard/joint --save && python scripts/leaderboard.py
 
-Compared are the tasks and seeds that every row of a budget has run. A row with less than half of the others' is left out
+Compared are the tasks and seeds that every row of a budget has run. A row with less than half of the others is left out
 and named. Intervals are over seeds and test pictures; the training pictures are the same for all seeds. Nothing here
 imports torch.
 """

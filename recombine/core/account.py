@@ -13,6 +13,7 @@ from recombine.layers.packed import entries
 from recombine.models import roles
 from recombine.models.wrappers import unwrapped
 
+ORDER = 4  # bytes of a place in an order of inputs (`FactoredLinear.order`)
 ADAM = 8  # bytes of AdamW state for each trained weight: two float32 moments
 MIB = 2**20
 
@@ -26,7 +27,8 @@ class Account:
     retained: weights that the target layers hold, as a share of the dense ones they had.
     retained_total: the same share of the whole model.
     bytes_weights: bytes of the weights, in memory and in a file that holds all of the model. Packed ones are integers
-        and scales there; those that `stage.bits` rounded count as the integers they would be stored as.
+        and scales there; those that `stage.bits` rounded count as the integers they would be stored as. The orders of
+        pivot layers are among them, the places of SVFT's and RoSA's sparse entries are not.
     bytes_gradients: bytes of the gradients of what trains.
     bytes_optimizer: bytes of AdamW's two float32 moments. Every run is counted like this, whatever its optimizer, so
         that methods can be compared.
@@ -74,7 +76,8 @@ def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Accoun
         trained_without_head=sum(p.numel() for p in trained) - sum(p.numel() for p in head if p.requires_grad),
         retained=in_targets / record.dense if record and record.dense else 1.0,
         retained_total=stored / record.total if record else 1.0,
-        bytes_weights=sum(getattr(p, "stored_bytes", p.numel() * p.element_size()) for p in parameters.values()),
+        bytes_weights=sum(getattr(p, "stored_bytes", p.numel() * p.element_size()) for p in parameters.values())
+        + sum(order.nbytes for module in model.modules() if (order := getattr(module, "order", None)) is not None),
         bytes_gradients=sum(p.numel() * p.element_size() for p in trained),
         bytes_optimizer=sum(p.numel() * ADAM for p in trained),
         flops=None if sample is None else flops(model, sample),
@@ -97,10 +100,16 @@ def predict(method: Method, model: nn.Module, sites: list[Site]) -> Account:
         trained_without_head=trained,
         retained=stored / dense,
         retained_total=(rest + stored) / total,
-        bytes_weights=size * (rest + stored),
+        bytes_weights=size * (rest + stored) + orders(method, sites),
         bytes_gradients=size * (trained + head),
         bytes_optimizer=ADAM * (trained + head),
     )
+
+
+def orders(method: Method, sites: list[Site]) -> int:
+    """Bytes of the orders of inputs that pivot layers hold beside their weights, where all of them become such."""
+    pivot = getattr(method, "factor", None) == "pivot"
+    return ORDER * sum(site.module.weight.shape[1] for site in sites) if pivot else 0
 
 
 def head_size(model: nn.Module) -> int:

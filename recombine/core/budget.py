@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from recombine.core.account import ADAM, MIB, head_size, held
+from recombine.core.account import ADAM, MIB, head_size, held, orders
 from recombine.core.method import Method, Site
 from recombine.core.packing import Packing, saving
 from recombine.errors import UsageError
@@ -151,10 +151,13 @@ def measures(method: Method, model: nn.Module, sites: list[Site], budget: Budget
         stored, trained = method.sizes(sites)
         return (size * (rest + stored) + (size + ADAM) * (trained + head)) / MIB
 
+    beside = orders(method, sites) / size  # as so many weights
     saved = (lambda: 0.0) if budget.packing is None else saving(method, model, sites, budget.packing)
     return {
         "retained": lambda: method.retained_weights(sites) / dense,
-        "bytes": lambda: (rest - head + method.retained_weights(sites) + budget.reserve - saved()) / (total - head),
+        "bytes": lambda: (
+            (rest - head + method.retained_weights(sites) + budget.reserve + beside - saved()) / (total - head)
+        ),
         "trainable": lambda: method.sizes(sites)[1],
         "memory": memory,
     }[budget.kind]

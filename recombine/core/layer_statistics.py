@@ -182,13 +182,15 @@ def mirrored(total: Tensor | float) -> Tensor | float:
 def clipped(g: Tensor, keep: Tensor | None) -> Tensor:
     """Gradients (B, ..., m) scaled to norms from LEAST to MOST times the mean norm of their sequence.
 
-    A sequence is what has one place along the first dimension. A gradient of 0 stays 0. keep: as in `tokens`.
+    A sequence is what has one place along the first dimension. A gradient of 0 stays 0, and the mean leaves it out: in
+    the last block of a ViT only the class token has one. keep: as in `tokens`.
     """
     if g.ndim == 2:  # a sequence is one token
         return g
     g = g if g.dtype in (torch.float32, torch.float64) else g.float()
     norm = g.norm(dim=-1, keepdim=True)
     counted = torch.ones_like(norm) if keep is None else keep[(..., *[None] * (norm.ndim - 2))].expand_as(norm)
+    counted = counted * (norm > 0)
     inner = tuple(range(1, g.ndim - 1))
     mean = (norm * counted).sum(inner, keepdim=True) / counted.sum(inner, keepdim=True).clamp(min=1)
     return torch.where(norm > 0, g * (norm.clamp(LEAST * mean, MOST * mean) / norm), 0.0)

@@ -31,9 +31,9 @@ class Packing:
     trains: bool = True
 
     def __post_init__(self):
-        if self.bits not in BITS:
+        if self.bits not in BITS or isinstance(self.bits, float):
             raise UsageError(f"quantize.bits={self.bits}: weights are packed to 8 or 4 bits; say one of these, or null")
-        if self.group not in GROUPS:
+        if self.group not in GROUPS or isinstance(self.group, float):
             raise UsageError(f"quantize.group={self.group}: must be a multiple of 8 from 8 to {GROUPS[-1]}; say 64")
 
     def bytes(self, weights: int) -> float:

@@ -32,7 +32,8 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
         group: consecutive entries that share a scale, a multiple of 8.
 
     Raises:
-        UsageError: bits or group are none of these, a tensor has fewer entries than one group, or nothing is frozen.
+        UsageError: bits or group are none of these, a tensor has fewer entries than one group or a value that is not
+            finite, or nothing is frozen.
     """
     wrapped, model = model, unwrapped(model)
     Packing(bits, group)  # refuses others
@@ -40,6 +41,8 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
     if not found:
         raise UsageError("quantize: no linear layer of this model has a frozen weight; what trains stays in float")
     for name, p in found:
+        if not p.is_meta and not p.isfinite().all():
+            raise UsageError(f"quantize: {name} has values that are not finite; restore the weights it came from")
         if p.numel() < group:
             fix = f"say quantize.group={max(8, p.numel() // 8 * 8)} or less"
             raise UsageError(f"quantize.group={group}: {name} has {p.numel()} entries, less than one group; {fix}")

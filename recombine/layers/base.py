@@ -81,7 +81,8 @@ class RecombinedLinear(HoldsPacked, ABC):
         An exported graph has one way for every batch size: the one that is cheaper for many tokens.
         """
         tokens = MANY if torch.compiler.is_exporting() else x.numel() // self.in_features
-        if self.is_cheaper_built(tokens, torch.is_grad_enabled(), self.is_frozen):
+        unpacks = self.is_packed and torch.is_grad_enabled()  # whose backward would keep a built weight
+        if not unpacks and self.is_cheaper_built(tokens, torch.is_grad_enabled(), self.is_frozen):
             return F.linear(x, self.cached(self.dense_weight), self.bias)
         return self.factored_forward(x)
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recombine.layers.base import RecombinedLinear, frozen
+from recombine.layers.packed import linear
 
 
 class DeltaLinear(RecombinedLinear):
@@ -53,7 +54,11 @@ class DeltaLinear(RecombinedLinear):
         return weight + self.scale * (left @ self.right)
 
     def factored_forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.cached(self._pretrained), self.bias)
+        if self.is_packed and self.entries is None:
+            y = linear(x, self.base) * self.keep_base.to(x.dtype)
+            y = y if self.bias is None else y + self.bias.to(y.dtype)
+        else:
+            y = F.linear(x, self.cached(self._pretrained), self.bias)
         if self.left is None:
             return y
         z = F.linear(x, self.right)  # (..., r)

@@ -23,7 +23,7 @@ class FactoredLinear(RecombinedLinear):
         core: (c, c), or (c,) for a diagonal; None: c = 0.
         tail: (t,), the rest of K's diagonal, with c + t = k; None: t = 0. Without core and tail K is the identity.
         entries, index, gate: entries (e,) at the positions index (2, e) of K, and their scalar gate; None: no entries.
-        order: (n,), a permutation of the inputs; None: right is whole.
+        order: (n,), a permutation of the inputs, kept as int32; None: right is whole.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FactoredLinear(RecombinedLinear):
         for name, value in (("core", core), ("tail", tail), ("entries", entries), ("gate", gate)):
             self.register_parameter(name, None if value is None else frozen(value))
         self.register_buffer("index", index)
-        self.register_buffer("order", order)
+        self.register_buffer("order", None if order is None else order.int())
         inner = sum(t.shape[0] for t in (core, tail) if t is not None)
         assert inner in (0, self.rank), f"core and tail cover {inner} of {self.rank} directions"
         assert (entries is None) == (index is None) == (gate is None)
@@ -128,7 +128,7 @@ class FactoredLinear(RecombinedLinear):
         assert self.is_plain and self.order is None
         mixed = self.left.double() @ self.right.index_select(1, order[: self.rank]).double()
         self.left, self.right = frozen(mixed.to(self.left)), right
-        self.order = order.clone()  # a file has no tensor twice
+        self.order = order.int()  # a file has no tensor twice
 
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:
         left, right, core = (self.part(name) for name in ("left", "right", "core"))

@@ -97,9 +97,10 @@ class Packed(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self.dtype = fn(torch.empty((), dtype=self.dtype, device=self.scale.device)).dtype
+        scale = self.scale.data
         super()._apply(fn, recurse)
         if self.scale.dtype != SCALE:
-            self.scale.data = self.scale.data.to(SCALE)
+            self.scale.data = scale.to(self.scale.device)  # another type may have lost some of it
         return self
 
     def extra_repr(self) -> str:
@@ -159,7 +160,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad):
         by_x, _, by_bias, *_ = ctx.needs_input_grad
         weight = _Product.weight(ctx, grad.dtype)
-        over_rows = grad.flatten(0, -2).sum(0) if by_bias else None
+        over_rows = grad.reshape(-1, grad.shape[-1]).sum(0) if by_bias else None
         return (grad @ weight if by_x else None), None, over_rows, None, None, None
 
 

@@ -20,6 +20,8 @@ def load_checkpoint(run: RunContext) -> str | None:
         run.model = checkpoint.load(path, run.model)
     except UsageError as error:
         raise UsageError(f"stage.checkpoint={error}") from error
+    if run.settings.quantize.bits is not None:  # nothing trains any more, and all is packed
+        run.model.requires_grad_(False)
     if (classes := roles.classes(run.model)) not in (None, run.data.num_classes):
         why = f"tells {classes} classes apart, {run.data.task} has {run.data.num_classes}"
         raise UsageError(f"stage.checkpoint={path}: {why}; set data.task to the one it was trained on")

@@ -94,7 +94,7 @@ def errors(run: RunContext) -> dict[str, float | None]:
         UsageError: none can.
     """
     found: dict[str, float | None] = {}
-    refused, budget, pair = None, run.budget, (run.method, run.compressor)
+    refused, budget, pair, seconds = None, run.budget, (run.method, run.compressor), dict(run.seconds)
     if adapts_first(run):
         run.method, run.compressor = run.first_method, None
     for bits in (None, *BITS):
@@ -105,6 +105,8 @@ def errors(run: RunContext) -> dict[str, float | None]:
         except UsageError as reason:
             found[word], refused = None, reason
     run.budget, (run.method, run.compressor) = budget, pair
+    run.seconds.clear()
+    run.seconds.update(seconds)  # those of the trials are of the choice alone
     if refused is not None and not any(value is not None for value in found.values()):
         raise refused
     return found

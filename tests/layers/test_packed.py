@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recombine.layers import FactoredLinear, PackedLinear, SharedBasisLinear
+from recombine.layers import DeltaLinear, FactoredLinear, PackedLinear, SharedBasisLinear
 from recombine.layers.packed import Packed, pack, unpack
 
 
@@ -100,6 +100,18 @@ def test_outputs_and_gradients_are_those_of_the_dense_values(name, bits):
     assert torch.equal(layer.merged().weight, (twin.merged() if hasattr(twin, "merged") else twin).weight)
 
 
+def test_a_faded_base_does_not_wait_for_the_backward_either():
+    made = DeltaLinear(torch.randn(20, 24), torch.randn(20, 3), torch.randn(3, 24), bias=torch.randn(20))
+    made.keep_base.fill_(0.7)
+    layer, twin = packed(made, 4)
+    saved, x = [], torch.randn(2, 24, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer.train()(x)
+        y.sum().backward()
+    assert torch.allclose(y, twin.train()(x), atol=1e-5)
+    assert not [t.shape for t in saved if t.is_floating_point() and t.numel() >= 480]
+
+
 @pytest.mark.parametrize("name", layers())
 def test_no_dense_matrix_waits_for_the_backward(name):
     layer, _ = packed(layers()[name], 4)
@@ -111,6 +123,20 @@ def test_no_dense_matrix_waits_for_the_backward(name):
     big = {"linear": 480, "core": 120, "plain": 120, "basis": 300}[name]
     assert not [t.shape for t in saved if t.is_floating_point() and t.numel() >= big]
     assert any(t.dtype == torch.uint8 for t in saved)
+
+
+def test_one_row_without_a_batch():
+    layer, twin = packed(layers()["linear"], 8)
+    layer.bias.requires_grad_(), twin.bias.requires_grad_()
+    layer.train()(torch.ones(24)).square().sum().backward(), twin(torch.ones(24)).square().sum().backward()
+    assert torch.allclose(layer.bias.grad, twin.bias.grad, atol=1e-4)
+
+
+def test_small_scales_survive_half_precision():
+    new = Packed.of(torch.randn(16, 32) * 1e-5, 8, 8)
+    holder = PackedLinear(nn.Linear(32, 16), new)
+    before = holder.weight.clone()
+    assert torch.equal(holder.half().float().weight, before)
 
 
 def test_casts_and_autocast():

@@ -66,7 +66,8 @@ def test_contract(row, pretrained, request, tmp_path):
     assert sizes(copy.deepcopy(pretrained), row.method) == (stored, trained)
     everything = sum(p.numel() for p in model.parameters())
     assert account.trained == everything if isinstance(row.method, Full) else account.trained_without_head == trained
-    assert account.stored == everything and account.bytes_weights == 4 * everything
+    places = sum(b.nbytes for name, b in model.named_buffers() if name.endswith(".order"))
+    assert account.stored == everything and account.bytes_weights == 4 * everything + places
     assert account.bytes_gradients == 4 * account.trained and account.bytes_optimizer == 8 * account.trained
     assert len(layer_report(model)) == len(model.recombined.targets)
 

@@ -128,7 +128,8 @@ class Allocated(Truncated, abstract=True):
     def ranks_at(self, sites: list[Site], shares: list[float]) -> list[int | None]:
         """The rank of every layer at a share of its own; None: it stays dense."""
         ranks = [self.whole_rank(*dims(site), share) for site, share in zip(sites, shares, strict=True)]
-        return [None if k > self.max_rank(site) else k for site, k in zip(sites, ranks, strict=True)]
+        kept = zip(sites, shares, ranks, strict=True)
+        return [None if share >= 1 or k > self.max_rank(site) else k for site, share, k in kept]
 
     def divergence(self, model: nn.Module, sites: list[Site], ranks: list[int | None], losses: Losses) -> float:
         """What the whole model's predictions lose at these ranks."""

@@ -146,6 +146,7 @@ def test_atp_tapers_the_shares_and_chooses_the_best():
     sums = [[sum(ranks[per * b : per * b + per]) for b in range(4)] for ranks in full]
     assert len({*sums[0]}) == 1 and all(a >= b for row in sums for a, b in zip(row, row[1:], strict=False))
     assert sums[-1][0] > 2 * sums[-1][-1]
+    assert method.ranks_at(sites, [1.0] * len(sites)) == [None] * len(sites)
     assert all(0.45 * dense < method.stored(sites, ranks) <= 0.5 * dense for ranks in choices)
     scores = [method.divergence(model, sites, ranks, losses(model)) for ranks in choices]
     assert method.ranks(sites) == choices[scores.index(min(scores))]
