@@ -31,6 +31,7 @@ class Method:
         apply                   settled                     another with open fields decided
                                 survey                      what the layers do not say, such as the number of heads
                                 check                       the fields, against the target layers
+                                before_statistics           learns without them what the sizes depend on
                                 statistics_needed           then the statistics are collected into `self.stats`
                                 groups, digest              they are worked off group by group, and dropped
                                 before_budget               learns what the sizes depend on
@@ -108,6 +109,9 @@ class Method:
 
     def check(self, sites: list[Site]) -> None:
         """Checks the fields against the target layers; raises UsageError for one that is out of range."""
+
+    def before_statistics(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        """Learns from model and data what `sizes` depends on, where no statistics are needed for that."""
 
     def statistics_needed(self) -> set[str]:
         """Kinds of statistics to collect into `self.stats`, out of `calibration.KINDS`: {"inputs"}, for example."""

@@ -157,6 +157,7 @@ def prepare(model: nn.Module, method: Method, budget: Budget, losses: Losses | N
     sites = [Site(name, role, model.get_submodule(name)) for name, role, _ in sites]
     method.memory, method.kept = memory, memory.store(device_of(model))
     with fields_as_typed(method):
+        method.before_statistics(model, sites, losses)
         if early := budget.kind != "none" and not method.sizes_need_statistics:
             solve(method, model, sites, budget)
         if kinds := method.statistics_needed():

@@ -29,6 +29,7 @@ def sizes(model, method):
     method = replace(method)
     roles.split_fused(model, method.targets)
     sites = find_sites(model, method)
+    method.before_statistics(model, sites, losses(model))
     if wanted := method.statistics_needed():
         calibrate(model, method, sites, losses(model), wanted)
     method.before_budget(model, sites, losses(model))

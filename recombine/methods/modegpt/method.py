@@ -69,16 +69,12 @@ class Modegpt(Structural):
 
     paper: ClassVar[dict[str, Any]] = {"query_key": "select", "intercept": False, "allocation": "blocks"}
     budget_fields: ClassVar[dict[str, str]] = {"retained": "ratio", "memory": "ratio"}
+    sizes_need_statistics: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()
         self.known: blocks.Known | None = None  # of `survey`
         self.scores: Tensor | None = None  # of the blocks, for the allocation by them
-
-    @property
-    def sizes_need_statistics(self) -> bool:
-        """The scores of the blocks come from data."""
-        return self.allocation == "blocks"
 
     def survey(self, model: nn.Module, sites: list[Site]) -> None:
         comes_first(self, model)
@@ -105,14 +101,12 @@ class Modegpt(Structural):
 
     def groups(self, sites: list[Site]) -> list[list[Site]]:
         self.by_name = {part.read[0].name: part for part in self.parts(sites)}
-        self.left = {} if self.sizes_need_statistics else self.widths(sites)
+        self.left = self.widths(sites)
         return [list(part.read) for part in self.by_name.values()]
 
     def digest(self, group: list[Site]) -> dict[str, Tensor]:
-        """The new tensors of a part of a block, or the moments that they will come from, once its width is known."""
+        """The new tensors of a part of a block."""
         part, inputs = self.by_name[group[0].name], self.stats[group[0].name].inputs
-        if part.name not in self.left:
-            return {"second": inputs.xx, "mean": inputs.mean}
         return self.cut(part, Moments(inputs.xx, inputs.mean), self.left[part.name])
 
     def cut(self, part: Part, moments: Moments, width: int) -> dict[str, Tensor]:
@@ -123,7 +117,7 @@ class Modegpt(Structural):
             return cutting.attention(part, moments, width, self.query_key == "select", self.intercept)
         return cutting.mlp(part, moments, width, self.leverage, self.ridge, self.intercept)
 
-    def before_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+    def before_statistics(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
         if self.allocation == "blocks":
             need_losses(self, losses)
             self.scores = turns(model, losses)
@@ -176,8 +170,6 @@ class Modegpt(Structural):
         self.rotary: dict[str, list[list[int]]] = {}
         for part in progress.of(parts, "cutting", "parts"):
             tensors = self.digested(list(part.read))
-            if part.name not in self.left:
-                tensors = self.cut(part, Moments(tensors["second"], tensors["mean"]), widths[part.name])
             if width := widths[part.name] if widths[part.name] < part.width else 0:
                 cutting.put(model, part, tensors, width)
                 if "turns" in tensors:
