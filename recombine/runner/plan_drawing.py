@@ -18,12 +18,8 @@ if TYPE_CHECKING:
 
 def frozen(model: nn.Module) -> int:
     """Bytes of what lies beside the model's parameters and never trains."""
-    parts = model.parts.inner if hasattr(model, "parts") else None
-    return (
-        0
-        if parts is None
-        else footprint.size(p for part in (parts.encoder, parts.vae) if part for p in part.parameters())
-    )
+    own = (model.parts.inner.encoder, model.parts.inner.vae) if hasattr(model, "parts") else ()
+    return footprint.size(p for part in filter(None, own) for p in part.parameters())
 
 
 def batch(module: PromptedData, model: nn.Module, size: int, learnt: bool) -> dict[str, Tensor]:
