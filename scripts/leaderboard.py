@@ -112,7 +112,7 @@ def table(board: Board) -> str:
         mean = share(found.mean)
         mean = f"**{mean}**" if method in level else mean
         costs = [f"{board.mean(method, path) * by:,.{digits}f}" for path, by, digits in COLUMNS.values()]
-        if board.records[method][0].get("config.stage.order") == "adapt_first":  # nothing trains in what is left
+        if not board.mean(method, "account.trained"):  # it trained before it was compressed
             costs[1:3] = ["—", "—"]
         kind = "" if method in AT_ONCE else " (chain)"
         cells = [
@@ -192,8 +192,8 @@ def differences(found: list[Board]) -> Figure:
         ax.set_yticks(range(len(order)), order, fontsize=8)
         for label in ax.get_yticklabels():
             label.set_color(COLOURS[1] if label.get_text() in AT_ONCE else COLOURS[0])
-        ax.set_title(f"{words.budget(board.budget)}, {len(board.paired.cells)} tasks and seeds")
-        ax.set_xlabel("mean rank; band: at least within the critical difference")
+        ax.set_title(f"{words.budget(board.budget)}, {len(board.paired.cells)} runs a row")
+        ax.set_xlabel("mean rank (band: critical difference, at least)")
     return made
 
 
