@@ -171,12 +171,8 @@ class Method:
 
     def to_spec(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
         """What `from_spec` needs to shape the rewritten layers again, by module name; JSON can hold it."""
-        layers = {name: model.get_submodule(name) for name in names}
-        return {
-            name: {"kind": type(layer).__name__, "spec": layer.spec()}
-            for name, layer in layers.items()
-            if isinstance(layer, RecombinedLinear)
-        }
+        layers = {name: layer for name in names if isinstance(layer := model.get_submodule(name), RecombinedLinear)}
+        return {name: {"kind": type(layer).__name__, "spec": layer.spec()} for name, layer in layers.items()}
 
     def from_spec(self, model: nn.Module, layers: dict[str, dict]) -> None:
         """Puts the layers that `to_spec` described into a pretrained model. They are empty: nothing is factorised."""
