@@ -41,8 +41,6 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
     if not found:
         raise UsageError("quantize: no linear layer of this model has a frozen weight; what trains stays in float")
     for name, p in found:
-        if not p.is_meta and not p.isfinite().all():
-            raise UsageError(f"quantize: {name} has values that are not finite; restore the weights it came from")
         if p.numel() < group:
             fix = f"say quantize.group={max(8, p.numel() // 8 * 8)} or less"
             raise UsageError(f"quantize.group={group}: {name} has {p.numel()} entries, less than one group; {fix}")
@@ -51,7 +49,9 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
     with unchanged_on_failure(model), kept_around(model):
         for name, p in progress.of(found, "quantizing", "tensors"):
             if (key := id(p)) not in packed:
-                packed[key] = Packed.of(p, bits, group)
+                packed[key] = new = Packed.of(p, bits, group)
+                if not p.is_meta and not new.scale.isfinite().all():
+                    raise UsageError(f"quantize: {name} has values that are not finite; restore the weights")
                 release([p])
             put_packed(model, name, lambda _, key=key: packed[key])
         names = {name for name, _ in model.named_parameters()}

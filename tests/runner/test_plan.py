@@ -1,7 +1,6 @@
 """A plan before the run: what it takes, whether it fits, and what is refused."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from helpers import CONF, ROOT, refusal
-from helpers.command import line
+from helpers.command import line, own_peak
 from recombine import data, models
 from recombine.core import footprint, memory, rewrite
 from recombine.core.calibration import collect
@@ -239,12 +238,8 @@ SIX = {
 def test_the_peak_is_that_of_a_real_run(tmp_path, given):
     """experiments/scale/plan.md has the numbers."""
     given = [*given, "trainer=cpu", "trainer.epochs=1", "trainer.progress=false", "probe=false"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "helpers.peak", str(tmp_path), *given]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    own = int(done.stdout.rpartition("own ")[2])
     told = plan_run.rehearse(spec(*given), plan_devices.find("here", "cpu", timed=False))
-    assert told.largest.bytes == pytest.approx(own, rel=0.15)
+    assert told.largest.bytes == pytest.approx(own_peak(tmp_path, given), rel=0.15)
 
 
 def test_samples_are_known_before_the_data_are():

@@ -1,9 +1,5 @@
 """A plan of a model that draws: sizes as in Stable Diffusion's files, numbers as in a run, nothing fetched."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,8 +7,8 @@ pytest.importorskip("diffusers")  # an extra
 
 from hydra import compose, initialize_config_dir  # noqa: E402
 
-from helpers import CONF, ROOT, config, drawing  # noqa: E402
-from helpers.command import execute  # noqa: E402
+from helpers import CONF, config, drawing  # noqa: E402
+from helpers.command import execute, own_peak  # noqa: E402
 from recombine import models  # noqa: E402
 from recombine.models import diffusion_unread, packaged  # noqa: E402
 from recombine.models.drawing import draw  # noqa: E402
@@ -81,9 +77,5 @@ def test_the_peak_is_that_of_a_real_run(tmp_path):
     ]
     given += ["data.prior=0", "data.batch_size=64", "method=full", "sample.seeds=[]", "trainer=cpu", "trainer.epochs=1"]
     given += ["trainer.progress=false"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "helpers.peak", str(tmp_path), *given]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    own = int(done.stdout.rpartition("own ")[2])
     told = plan_run.rehearse(spec(*given), plan_devices.find("here", "cpu", timed=False))
-    assert told.largest.bytes == pytest.approx(own, rel=0.15)
+    assert told.largest.bytes == pytest.approx(own_peak(tmp_path, given), rel=0.15)
