@@ -3,7 +3,7 @@
     grid:
       method:                                # an axis of labelled cells: label -> overrides
         LoRA: {method: lora, method.rank: 16}
-        CERSA: {method: cersa}
+        CERSA: {method: cersa, data.task=dtd: {optim.lr: 1e-4}}  # with overrides for some labels of another axis
       data.task: [cifar100, dtd]             # an axis that is a list: the axis is the key, the labels are the values
       seed: [0, 1, 2]
 
@@ -137,17 +137,20 @@ def cells(grid: Mapping[str, Any], overrides: Iterable[str] = (), only: Sequence
     axes: dict[str, dict[str, list[str]]] = {}
     for axis, found in grid.items():
         axes[axis] = points(axis, found)
+    special = exceptions(grid, axes)
+    for axis, found in grid.items():
         if axis in given and isinstance(found, list):
             axes[axis] = {line.split("=", 1)[1]: [line] for line in values(given.pop(axis))}
     for key, line in given.items():
         for axis, labels in axes.items():
-            if any(key_of(o) == key for lines in labels.values() for o in lines):
+            own = [lines for where, lines in special if axis in where]
+            if any(key_of(o) == key for lines in (*labels.values(), *own) for o in lines):
                 raise UsageError(f"{line}: the labels of grid.{axis} set {key}; choose some of them with only=[...]")
         axes[key] = {choice.partition("=")[2] or choice: [choice] for choice in values(line)}  # ~key has no value
     axes = choose(axes, only)
     product = itertools.product(*[[(axis, name) for name in axes[axis]] for axis in reversed(axes)])
     runs = [
-        Cell(labels, tuple(line for axis, name in labels.items() for line in axes[axis][name]))
+        Cell(labels, overriding([line for axis, name in labels.items() for line in axes[axis][name]], labels, special))
         for labels in (dict(reversed(combination)) for combination in product)
     ]
     if len({cell.folder for cell in runs}) < len(runs):
@@ -173,12 +176,44 @@ def choose(axes: dict[str, dict], only: Sequence[str] | None) -> dict[str, dict]
     }
 
 
+def exceptions(grid: Mapping[str, Any], axes: Mapping[str, Mapping]) -> list[tuple[dict[str, str], list[str]]]:
+    """The overrides that a label has for some labels of another axis: the two labels by axis, and the lines.
+
+    Raises:
+        UsageError: one names an axis or a label that is not there.
+    """
+    found = []
+    for axis, labels in grid.items():
+        for name, keys in labels.items() if isinstance(labels, Mapping) else ():
+            for key, sets in keys.items():
+                if "=" in key:
+                    other, _, label = key.partition("=")
+                    if other == axis or label not in axes.get(other, ()) or not isinstance(sets, Mapping):
+                        raise UsageError(
+                            f"grid.{axis}.{name}: {key}: {sets}: must be AXIS=LABEL of another axis of the grid, with "
+                            "overrides as in data.task=dtd: {optim.lr: 0.1}"
+                        )
+                    found.append(({axis: str(name), other: label}, [f"{k}={quoted(v)}" for k, v in sets.items()]))
+    return found
+
+
+def overriding(lines: Sequence[str], labels: Mapping[str, str], special: Sequence[tuple[dict, list]]) -> tuple[str, ...]:
+    """A cell's lines, with those of the exceptions that hold for its labels in place of the others of the same key."""
+    for where, theirs in special:
+        if where.items() <= labels.items():
+            lines = [line for line in lines if key_of(line) not in set(map(key_of, theirs))] + theirs
+    return tuple(lines)
+
+
 def points(axis: str, found: Any) -> dict[str, list[str]]:
     """The labels of one axis with their overrides."""
     if isinstance(found, list) and found:
         return {quoted(value).strip("'"): [f"{axis}={quoted(value)}"] for value in found}
     if isinstance(found, Mapping) and found and all(isinstance(v, Mapping) for v in found.values()):
-        return {str(name): [f"{key}={quoted(v)}" for key, v in keys.items()] for name, keys in found.items()}
+        return {
+            str(name): [f"{key}={quoted(v)}" for key, v in keys.items() if "=" not in key]
+            for name, keys in found.items()
+        }
     raise UsageError(
         f"grid.{axis}={found}: must be a list of values, or labels with overrides as in LoRA: {{method: lora}}"
     )

@@ -34,7 +34,20 @@ def test_the_command_line_narrows_a_grid():
     assert {c.folder for c in grid.cells(GRID, ["seed=0"])} < {c.folder for c in grid.cells(GRID)}
 
 
+def test_a_label_has_other_overrides_beside_some_label_of_another_axis():
+    rows = {"A": {"method": "lora", "optim.lr": 0.1, "seed=1": {"optim.lr": 0.2, "x": 3}}, "B": {"method": "svd"}}
+    cells = {tuple(c.labels.values()): set(c.overrides) for c in grid.cells({"method": rows, "seed": [0, 1]})}
+    assert cells["A", "0"] == {"method=lora", "optim.lr=0.1", "seed=0"}
+    assert cells["A", "1"] == {"method=lora", "optim.lr=0.2", "x=3", "seed=1"}
+    assert cells["B", "1"] == {"method=svd", "seed=1"}
+    typed = grid.cells({"method": rows, "seed": [0, 1]}, ["seed=1,5"], ["A"])
+    assert [set(c.overrides) & {"optim.lr=0.1", "optim.lr=0.2"} for c in typed] == [{"optim.lr=0.2"}, {"optim.lr=0.1"}]
+
+
 @pytest.mark.parametrize("axes, overrides, only, why", [
+    ({"x": {"A": {"seed=3": {"y": 1}}}, "seed": [1]}, [], None, "grid.x.A: seed=3: .*: must be AXIS=LABEL of another"),
+    ({"x": {"A": {"seed=1": 4}}, "seed": [1]}, [], None, "grid.x.A: seed=1: 4: must be AXIS=LABEL of another axis"),
+    ({"x": {"A": {"seed=1": {"y": 1}}}, "seed": [1]}, ["y=2"], None, "y=2: the labels of grid.x set y"),
     (GRID, ["method=svd"], None, r"method=svd: the labels of grid.method set method; choose some of them with only"),
     (GRID, [], ["LoRa"], r"only=LoRa: no axis of the grid has this label; they are LoRA, CERSA"),
     ({"seed": []}, [], None, r"grid.seed=\[\]: must be a list of values, or labels"),
