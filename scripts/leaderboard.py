@@ -3,14 +3,15 @@
     python -m recombine.report leaderboard/joint --save && python scripts/leaderboard.py
 
 Compared are the tasks and seeds that every row of a budget has run. A row with less than half of the others is left out
-and named. Intervals are over seeds and test pictures; the training pictures are the same for all seeds. Nothing here
+and named, and so is a task with fewer than three seeds where another has them. Intervals are over seeds and test pictures; the training pictures are the same for all seeds. Nothing here
 imports torch.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
@@ -41,7 +42,7 @@ class Board:
     budget: str
     records: dict[str, list[Record]]  # by method
     paired: Paired
-    missing: list[str]
+    missing: list[str]  # and tasks
 
     @property
     def order(self) -> list[str]:
@@ -75,23 +76,25 @@ class Board:
         return sum(values) / len(values)
 
 
-def boards(name: str) -> list[Board]:
-    """A board for each budget of an experiment of which every method has a run in common."""
+def boards(methods: Sequence[str], records: Iterable[Record]) -> list[Board]:
+    """A board for each budget of the records of which these methods, or most of them, have a run in common."""
     found: dict[str, dict[str, dict[tuple[str, int], Record]]] = defaultdict(lambda: defaultdict(dict))
-    loaded = report.load(name)
-    for record in loaded.runs.records:
+    for record in records:
         cell = record.get("data.task"), record.get("seed")
         found[record.get("budget")][record.labels["method"]][cell] = record
-    methods = list(dict.fromkeys(cell["method"] for cell in loaded.runs.cells))
     made = []
     for budget, runs in found.items():
         most = max(map(len, runs.values()))
         run = [method for method in methods if 2 * len(runs.get(method, ())) >= most]
         common = sorted(set.intersection(*(set(runs[method]) for method in run)))
+        seeds = Counter(task for task, _ in common)
+        few = [task for task, count in seeds.items() if count < FEW <= max(seeds.values())]
+        common = [(task, seed) for task, seed in common if task not in few]
         if len(run) > 1 and common:
             told = {method: {cell: right(runs[method][cell]) for cell in common} for method in run}
-            records = {method: [runs[method][cell] for cell in common] for method in run}
-            made.append(Board(budget, records, Paired(told), [method for method in methods if method not in run]))
+            kept = {method: [runs[method][cell] for cell in common] for method in run}
+            missing = [method for method in methods if method not in run]
+            made.append(Board(budget, kept, Paired(told), missing + [words.label("data.task", task) for task in few]))
     return made
 
 
@@ -197,9 +200,15 @@ def differences(found: list[Board]) -> Figure:
     return made
 
 
+def load(name: str) -> list[Board]:
+    """The boards of an experiment."""
+    runs = report.load(name).runs
+    return boards(list(dict.fromkeys(cell["method"] for cell in runs.cells)), runs.records)
+
+
 def main() -> None:
     """Writes the figures and prints the tables and findings that the README holds."""
-    if not (found := boards("leaderboard/joint")):
+    if not (found := load("leaderboard/joint")):
         sys.exit("leaderboard: no task and seed that two methods have run; python run.py experiment=leaderboard/joint")
     with plt.rc_context(STYLE):
         for name, made in (("joint", figure(found)), ("ranks", differences(found))):
