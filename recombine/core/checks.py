@@ -16,6 +16,7 @@ from recombine.core.calibration import Losses
 from recombine.core.method import Method, Site, method_classes
 from recombine.core.rollback import HELD
 from recombine.errors import UsageError
+from recombine.layers import PackedLinear, RecombinedLinear
 from recombine.runtime.mapped import release
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "none"}
@@ -140,6 +141,9 @@ def check_layers(model: nn.Module, method: Method, sites: list[Site]) -> None:
             release([p])
         if nn.Module in method.target_types or not isinstance(site.module, nn.Linear):
             continue
+        if isinstance(site.module, PackedLinear) and RecombinedLinear not in method.target_types:
+            why = "which LoRA can adapt and nothing can rewrite; apply the method first and quantize then"
+            raise UsageError(f"{site.name} holds packed integers, {why}")
         if (owner := owners.get(id(site.module.weight), site.name)) != site.name:
             why = "rewriting one would untie them; leave its role out of targets"
             raise UsageError(f"{site.name} shares its weight with {owner}: {why}")

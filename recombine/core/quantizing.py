@@ -18,6 +18,8 @@ from recombine.models.wrappers import unwrapped
 from recombine.runtime import progress
 from recombine.runtime.mapped import release
 
+SMALLEST = 8  # entries of a tensor that is packed
+
 
 def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
     """Packs every frozen matrix of the linear layers to integers, in place; returns the model.
@@ -25,7 +27,7 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
     These are the layers that a method rewrote, and all linear layers of the model's blocks: the base under an adapter,
     factors, cores, bases and mixers. What trains stays as it is, and so do vectors, embeddings, norms and the head.
     A forward unpacks one tensor at a time, and gradients pass through it to its input. Call it after `apply`, when
-    nothing more is learnt of the weights. Of a model that no method rewrote all linear layers of the blocks are packed.
+    nothing more is learnt of the weights. Tensors of less than 8 entries stay as they are. Of a model that no method rewrote all linear layers of the blocks are packed.
 
     Args:
         bits: 8 or 4 an integer.
@@ -37,13 +39,15 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
     """
     wrapped, model = model, unwrapped(model)
     Packing(bits, group)  # refuses others
-    found = [(name, p) for name, p in frozen_matrices(model) if p.is_floating_point()]
+    found = [(name, p) for name, p in frozen_matrices(model) if p.is_floating_point() and p.numel() >= SMALLEST]
     if not found:
-        raise UsageError("quantize: no linear layer of this model has a frozen weight; what trains stays in float")
-    for name, p in found:
-        if p.numel() < group:
-            fix = f"say quantize.group={max(8, p.numel() // 8 * 8)} or less"
-            raise UsageError(f"quantize.group={group}: {name} has {p.numel()} entries, less than one group; {fix}")
+        done = any(isinstance(part, Packed) for part in model.modules())
+        why = "is packed already" if done else "has a frozen weight; what trains stays in float"
+        raise UsageError(f"quantize: {'every' if done else 'no'} linear layer of this model {why}")
+    name, p = min(found, key=lambda pair: pair[1].numel())
+    if p.numel() < group:
+        fix = f"say quantize.group={p.numel() // 8 * 8} or less"
+        raise UsageError(f"quantize.group={group}: {name} has {p.numel()} entries, less than one group; {fix}")
     record = getattr(model, "recombined", None) or plain_record(model)
     packed: dict[int, Packed] = {}  # layers that share a tensor go on sharing it
     with unchanged_on_failure(model), kept_around(model):

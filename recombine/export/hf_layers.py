@@ -42,7 +42,8 @@ class Compressed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight under nn.Linear's name, for who reads it."""
-        return self.build(next(self.parameters()))
+        given = (p for p in self.parameters() if p.is_floating_point())
+        return self.build(next(given, torch.empty(0)))
 
     def dense(self, x: Tensor) -> Tensor:
         """The dense weight; in eval mode without gradients the one of before, unless a part has changed."""

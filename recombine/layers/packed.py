@@ -174,7 +174,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, rows: int | No
     matrix = weight if rows is None else weight.view(rows, -1)
     if packed is None or not torch.is_grad_enabled():
         return F.linear(x, matrix, bias)
-    return _Product.apply(x, matrix, bias, packed.codes, packed.scale, packed)
+    y = _Product.apply(x.flatten(0, -2) if x.ndim > 2 else x, matrix, bias, packed.codes, packed.scale, packed)
+    return y.unflatten(0, x.shape[:-1]) if x.ndim > 2 else y  # outside: what follows may write into it
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The type in which a module's weights are read, which a packed one does not show."""
+    packed = next((part for part in module.modules() if isinstance(part, Packed)), None)
+    return next(module.parameters()).dtype if packed is None else packed.dtype
 
 
 def entries(module: nn.Module) -> dict[int, int]:

@@ -49,11 +49,11 @@ def heads(name: str, module: nn.Module) -> Heads:
         UsageError: its heads cannot be made narrower.
     """
     kind, home = type(module).__name__, type(module).__module__
-    if kind not in WIDTH or not (home in TIMM[kind] if kind in TIMM else home.startswith("transformers.")):
-        raise UsageError(f"{name} is a {kind}, whose heads cannot be made narrower: {FIX}")
     normed = [key for key, part in module.named_children() if "norm" in key and not isinstance(part, nn.Identity)]
     if normed:
         raise UsageError(f"{name}.{normed[0]} normalises what would be cut: {FIX}")
+    if kind not in WIDTH or not (home in TIMM[kind] if kind in TIMM else home.startswith("transformers.")):
+        raise UsageError(f"{name} is a {kind}, whose heads cannot be made narrower: {FIX}")
     if getattr(module, "gate", None) is not None:
         raise UsageError(f"{name}.gate multiplies what would be cut: {FIX}")
     if kind in TIMM:

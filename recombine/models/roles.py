@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 from recombine.errors import AlreadyRewritten, UsageError, did_you_mean
+from recombine.layers import PackedLinear
 from recombine.models import fused_qkv, targets
 from recombine.models.family import FUSED, Family
 from recombine.models.fused_qkv import SplitLinear, as_linear, is_transposed
@@ -99,6 +100,9 @@ def layer_at(model: nn.Module, name: str) -> nn.Module:
     owner, _, part = name.rpartition(".")
     fused = model.get_submodule(owner)
     if parts := next((parts for parts in FUSED.values() if part in parts and not hasattr(fused, part)), None):
+        if isinstance(fused, PackedLinear):
+            why = "as packed integers, which are not taken apart; name the whole layer, or apply the method first and"
+            raise UsageError(f"{owner} holds {', '.join(parts)} {why} quantize then")
         fused, holder, layout = as_linear(fused), model.get_submodule(owner.rpartition(".")[0]), family(model).layout
         order = layout(holder, fused) if layout else fused_qkv.layout_of(holder, fused, parts)
         return fused_qkv.part_of(fused, parts, part, order)

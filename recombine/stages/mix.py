@@ -6,6 +6,7 @@ packed and measured, and the model is put back. The error is that of the outputs
 """
 
 import json
+import logging
 import math
 from dataclasses import replace
 from itertools import islice
@@ -24,6 +25,8 @@ from recombine.runtime.atomic import atomic_write
 from recombine.stages.context import RunContext
 from recombine.stages.settings import QuantizeSettings, StageSettings
 from recombine.training import distributed, objectives
+
+log = logging.getLogger(__name__)
 
 BATCHES = 4  # of the calibration, whose outputs are compared
 NONE = "none"  # no bits: the weights stay in float
@@ -104,6 +107,7 @@ def errors(run: RunContext) -> dict[str, float | None]:
             found[word] = error(run)
         except UsageError as reason:
             found[word], refused = None, reason
+            log.warning("note: quantize.bits=auto: %s bits are no choice: %s", word, reason)
     run.budget, (run.method, run.compressor) = budget, pair
     run.seconds.clear()
     run.seconds.update(seconds)  # those of the trials are of the choice alone

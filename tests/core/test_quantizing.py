@@ -155,6 +155,57 @@ def test_refusals(given, said):
         quantize(apply(build("tiny_vit"), recombine.Full(targets=("qkv", "o", "up", "down"))))
 
 
+BASES = {"plain": None, "pivot": recombine.SvdLlm(factor="pivot"), "cersa": Cersa(alpha=0.9), "crisp": Crisp(chunk=16)}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_lora_on_a_base_that_was_packed_before(base, tmp_path):
+    """No layer of this model has a bias, so what is packed leaves no other tensor to take a type from."""
+    from zoo import losses
+
+    model = build("tiny_llama")
+    if BASES[base] is not None:
+        apply(model, BASES[base], losses=losses(model))
+        model.requires_grad_(False)
+    before = outputs(quantize(model, 4, 16).eval(), x := batch(model))
+    apply(model, Peft(rank=2, targets=tuple(model.recombined.targets) or ("q", "v"))).eval()
+    assert torch.allclose(outputs(model, x), before, atol=1e-5)
+    train(model, steps=2)
+    y = outputs(model.eval(), x)
+    assert not torch.allclose(y, before, atol=1e-5)
+    assert torch.equal(outputs(load(save(model, tmp_path / "m")).eval(), x), y)
+
+
+@pytest.mark.parametrize("method", [Svd(targets=("qkv",)), Svd(), Peft(), recombine.Dgmr(targets=("up", "down")), recombine.Full()])
+def test_what_needs_weights_is_refused_on_a_packed_model(method):
+    from zoo import losses
+
+    model = made("plain")
+    with pytest.raises(UsageError, match="packed integers") as error:
+        apply(model, method, losses=losses(model))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="init_lora_weights=pissa: .* holds no weight"):
+        apply(model, Peft(targets=("o",), options={"init_lora_weights": "pissa"}))
+    with pytest.raises(UsageError, match="every linear layer of this model is packed already"):
+        quantize(model, 4, 16)
+
+
+def test_tensors_of_a_few_entries_stay_in_float():
+    model = apply(build("tiny_vit"), Cersa(rank=2, targets=("o",)))
+    model.requires_grad_(False)
+    with pytest.raises(UsageError, match="has .* entries, less than one group; say quantize.group="):
+        quantize(model, 4, 4096)
+    quantize(model, 4, 16)
+    assert model.blocks[0].attn.proj.core.shape == (2, 2) and model.blocks[0].attn.proj.is_packed
+
+
+def test_the_largest_share_of_packed_weights_is_all_of_them():
+    """At 8 bits the whole model fits into half of its bytes, and so no method cuts it."""
+    whole = quantize(build("tiny_vit"), 8, 16).eval()
+    model = apply(build("tiny_vit"), Svd(), Budget("bytes", 0.5, packing=Packing(8, 16)))
+    assert torch.equal(outputs(quantize(model, 8, 16).eval(), x := batch(model)), outputs(whole, x))
+
+
 @pytest.mark.parametrize(
     "keys, said",
     [

@@ -52,6 +52,20 @@ def test_the_same_as_torchao(bits):
     assert (ours - weight).norm() <= (theirs - weight).norm()
 
 
+def test_what_follows_may_write_into_the_output():
+    """As an in-place activation does, and so do the hooks that watch gradients."""
+    torch.manual_seed(0)
+    layer = PackedLinear(nn.Linear(24, 20), Packed.of(torch.randn(20, 24), 4, 8))
+    x = torch.randn(2, 3, 24, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (2, 3, 20)
+    y.relu_().sum().backward()
+    given = x.grad.clone()
+    x.grad = None
+    F.linear(x, layer.weight.detach(), layer.bias).relu().sum().backward()
+    assert torch.allclose(x.grad, given, atol=1e-6)
+
+
 def layers() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     made = {

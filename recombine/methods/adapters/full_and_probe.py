@@ -32,5 +32,11 @@ class Full(LinearProbe):
         dense = sum(site.module.weight.numel() for site in sites)
         return dense, dense
 
+    def check(self, sites: list[Site]) -> None:
+        super().check(sites)
+        for site in sites:
+            if not all(p.is_floating_point() for p in site.module.parameters()):
+                raise UsageError(f"{site.name} holds packed integers, which cannot train; say method=lora")
+
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         model.requires_grad_(True)

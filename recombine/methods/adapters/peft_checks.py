@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from recombine.core.method import Site
 from recombine.errors import UsageError
-from recombine.layers import RecombinedLinear
+from recombine.layers import PackedLinear, RecombinedLinear
+from recombine.layers.packed import dtype_of
 from recombine.methods.ranks import widths
 from recombine.models.allowed import refuse
 
@@ -101,7 +102,8 @@ def check_options(options: dict[str, Any], targets: tuple[str, ...], sites: list
         why = "needs gradients that peft collects in a loop of its own, and would be a plain LoRA; take eva or corda"
         raise UsageError(f"method.options.init_lora_weights=lora_ga: {why}")
     for site in sites:
-        if isinstance(site.module, RecombinedLinear) and isinstance(init, str) and init not in ("gaussian", "eva"):
+        compressed = isinstance(site.module, RecombinedLinear | PackedLinear)
+        if compressed and isinstance(init, str) and init not in ("gaussian", "eva"):
             why = f"{site.name} is a {type(site.module).__name__}, which holds no weight to take a part of"
             raise UsageError(f"method.options.init_lora_weights={init}: {why}; set it to true")
 
@@ -164,4 +166,4 @@ def warn_if_moved(config: str, before: dict[str, Tensor], after: dict[str, Tenso
 def output(layer: nn.Module) -> Tensor:
     """The output (8, out) of a layer for Gaussian inputs that are the same every time."""
     x = torch.randn(8, layer.in_features, generator=torch.Generator().manual_seed(0))
-    return layer(x.to(next(layer.parameters())))
+    return layer(x.to(next(layer.parameters()).device, dtype_of(layer)))

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from recombine.core.calibration import Losses
 from recombine.core.method import Site, need, need_losses
 from recombine.layers import FactoredLinear
-from recombine.methods.svd import lems
+from recombine.methods.svd import lems, svd_llm_v2
 from recombine.methods.svd.divergence import divergences
 from recombine.methods.svd.low_rank import dims
 from recombine.methods.svd.truncated import Truncated
 from recombine.runtime import progress
 
 MEASURED = ("lems", "atp")
-ALLOCATIONS = ("uniform", "share", "error", *MEASURED)
+ALLOCATIONS = ("uniform", "share", "error", "svd_llm_v2", *MEASURED)
 
 
 @dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class Allocated(Truncated, abstract=True):
     Args:
         allocation: of ranks. uniform: every layer keeps the same share. share, error: `ratio` is that of all layers
             together, and a layer may stay dense; what a rank loses counts as a share of the layer's energy, as in BALF,
-            or as it is. lems weighs it by what cutting the layer does to the model's predictions, atp lets the share
+            or as it is. svd_llm_v2 shares it out within each role (svd_llm_v2.py). lems weighs it by what cutting the layer does to the model's predictions, atp lets the share
             fall from block to block (lems.py); both look at data.
         multiple_of: ranks under lems are multiples of it, in layers that have one.
         judged: calibration batches on which predictions are measured, under lems and atp; None: all.
@@ -41,6 +41,7 @@ class Allocated(Truncated, abstract=True):
         super().__post_init__()
         self._effects: list[lems.Effect] = []  # of the sites, under lems
         self._ranks: list[int | None] | None = None  # of the sites, once they are measured
+        self._kind: str | None = None  # of the predictions, once they are measured
 
     @property
     def needs_trained_head(self) -> bool:
@@ -65,6 +66,10 @@ class Allocated(Truncated, abstract=True):
             why = f"is less than the smallest ranks of all layers store; from {least} on it fits"
             need(self.ratio >= least, self, "ratio", why)
 
+    def notes(self, sites: list[Site]) -> list[str]:
+        why = "this model returns no logits, so what a cut costs is the rise of the loss, not a KL divergence"
+        return super().notes(sites) + [f"allocation={self.allocation}: {why}"] * (self._kind == "loss")
+
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         if self.allocation == "uniform":
             return super().budget_values(field, sites)
@@ -85,6 +90,10 @@ class Allocated(Truncated, abstract=True):
         if self.allocation in MEASURED:
             assert self._ranks is not None
             return self._ranks
+        if self.allocation == "svd_llm_v2":
+            uniform = [self.whole_rank(*dims(site), self.ratio) for site in sites]
+            errors = [float(self.spectrum(site)[k:].norm()) for site, k in zip(sites, uniform, strict=True)]
+            return self.ranks_at(sites, svd_llm_v2.shares([site.role for site in sites], errors, self.ratio))
         relative = self.allocation == "share"
         found = [self.options(site, relative) for site in progress.of(sites, "factors", "layers")]
         return self.spend(sites, found, self.ratio)
@@ -96,7 +105,7 @@ class Allocated(Truncated, abstract=True):
         if self.allocation == "lems":
             ranks = [min(lems.cut_rank(*dims(site)), self.max_rank(site)) for site in sites]
             cuts = [{site.name: self.pair(site, k)} if k else {} for site, k in zip(sites, ranks, strict=True)]
-            found, self._tokens = divergences(model, cuts, self.judging(losses))
+            found, self._kind = divergences(model, cuts, self.judging(losses))
             self._effects = list(map(lems.Effect, found, ranks, lems.blocks_of(model, sites)[0]))
 
     def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
@@ -119,7 +128,7 @@ class Allocated(Truncated, abstract=True):
         else:
             options, allowed = [self.options(site) for site in sites], [self.allowed(site) for site in sites]
             found = []
-            for alpha, gamma in lems.DEPTHS if self._tokens else lems.DEPTHS[:1]:
+            for alpha, gamma in lems.DEPTHS if self._kind == "token" else lems.DEPTHS[:1]:
                 depth = lems.depths(count, alpha).tolist()
                 scale = [1 + gamma * (0 if b is None else depth[b]) for b in blocks]
                 found.append(lems.allocate(options, self._effects, allowed, scale, budget))
@@ -134,7 +143,8 @@ class Allocated(Truncated, abstract=True):
     def divergence(self, model: nn.Module, sites: list[Site], ranks: list[int | None], losses: Losses) -> float:
         """What the whole model's predictions lose at these ranks."""
         cut = {site.name: self.pair(site, k) for site, k in zip(sites, ranks, strict=True) if k is not None}
-        return divergences(model, [cut], self.judging(losses))[0][0]
+        found, self._kind = divergences(model, [cut], self.judging(losses))
+        return found[0]
 
     def judging(self, losses: Losses) -> Losses:
         """The losses of the batches on which predictions are measured."""

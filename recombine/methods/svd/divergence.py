@@ -17,12 +17,12 @@ ROWS = 256  # predictions that are compared at once: a vocabulary may be large
 Cut = Mapping[str, tuple[Tensor, Tensor]]  # left (m, k) and right (k, n) in place of weights, by module name
 
 
-def divergences(model: nn.Module, cuts: Sequence[Cut], losses: Losses) -> tuple[list[float], bool]:
-    """The mean KL(model || cut model) of each cut over all predictions, and whether each token has one.
+def divergences(model: nn.Module, cuts: Sequence[Cut], losses: Losses) -> tuple[list[float], str]:
+    """The mean KL(model || cut model) of each cut over all predictions, and what has a prediction: token or sample.
 
     One pass over the calibration batches serves all cuts: whenever the model is called, its forward runs again with
     every cut in place. Padding does not count. Where the model returns no logits, or one number a sample, it is the
-    rise of the loss instead, at least 0, with a pass for every cut.
+    rise of the loss instead, at least 0, with a pass for every cut, and the word is loss.
 
     Raises:
         UsageError: a pass had no batch, or a divergence is not finite.
@@ -35,28 +35,29 @@ def divergences(model: nn.Module, cuts: Sequence[Cut], losses: Losses) -> tuple[
         finally:
             hook.remove()
         if not found.count:
+            found.kind = "loss"
             found.sums, found.count = [max(0.0, rise(model, cut, losses) - before) for cut in cuts], 1
     values = [total / found.count for total in found.sums]
     if not all(map(math.isfinite, values)):
         raise UsageError("calibration: a cut model's predictions are not finite; use float32 or other batches")
-    return values, found.tokens
+    return values, found.kind
 
 
 class Predictions:
     """The running sums of the divergences.
 
-    sums: of each cut. count: predictions so far. tokens: each token has one.
+    sums: of each cut. count: predictions so far. kind: as `divergences` says it.
     """
 
     def __init__(self, model: nn.Module, cuts: Sequence[Cut]):
         self.model, self.cuts = model, cuts
-        self.sums, self.count, self.tokens = [0.0] * len(cuts), 0, False
+        self.sums, self.count, self.kind = [0.0] * len(cuts), 0, "sample"
 
     def compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook of the model, with_kwargs, that adds a call's predictions."""
         if (logits := logits_of(output)) is None:
             return
-        mask, self.tokens = kwargs.get("attention_mask"), logits.ndim == 3
+        mask, self.kind = kwargs.get("attention_mask"), "token" if logits.ndim == 3 else "sample"
         keep = mask.bool() if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] else None
         self.count += logits[..., 0].numel() if keep is None else int(keep.sum())
         for i, cut in enumerate(self.cuts):

@@ -47,6 +47,9 @@ class Svd(Allocated):
             return energy_rank(self.spectrum(group[0]), self.energy)
         return super().group_rank(group)
 
+    def stays_dense(self, group: list[Site]) -> bool:
+        return not self.train_core and super().stays_dense(group)
+
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         core = self.train_core * sum(self.group_rank([site]) for site in sites)
         return super().sizes(sites)[0] + core, core

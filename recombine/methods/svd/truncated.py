@@ -15,7 +15,8 @@ class Truncated(LowRank, abstract=True):
     A matrix is a layer's weight, or the weights of a group of layers in one stack.
 
     Args:
-        ratio: share of the weights of a matrix (m, n) that is kept, k = ratio m n / (m + n) with `factor=plain`.
+        ratio: share of the weights of a matrix (m, n) that is kept, k = ratio m n / (m + n) with `factor=plain`; at 1
+            it stays dense.
         rank: the same k for all matrices, instead of `ratio`; narrower ones have their full rank.
     """
 
@@ -51,11 +52,18 @@ class Truncated(LowRank, abstract=True):
         return self.whole_rank(m, n, self.ratio) if self.rank is None else min(self.rank, m, n)
 
     def stays_dense(self, group: list[Site]) -> bool:
-        """Whether a group's layers are smallest as they are."""
+        """Whether a group's layers are kept whole, which at that size loses nothing."""
+        if self.ratio == 1 and all(getattr(self, name) is None for name in self.conflicting_fields):
+            return True
         return self.factor == "pivot" and self.group_rank(group) == min(shape(group))
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        return sum(self.form.weights(*shape(group), self.group_rank(group)) for group in self.groups(sites)), 0
+        return sum(self.group_size_of(group) for group in self.groups(sites)), 0
+
+    def group_size_of(self, group: list[Site]) -> int:
+        """Weights that a group stores."""
+        m, n = shape(group)
+        return m * n if self.stays_dense(group) else self.form.weights(m, n, self.group_rank(group))
 
 
 def shape(group: list[Site]) -> tuple[int, int]:

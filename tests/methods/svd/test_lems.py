@@ -1,6 +1,7 @@
 """LEMS and ATP: ranks by what cut layers do to predictions."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from recombine import Asvd, KfacSvd, Svd, SvdLlm
 from recombine.core.calibration import capture_attention_mask
 from recombine.core.rewrite import prepare
 from recombine.layers import FactoredLinear
-from recombine.methods.svd import lems
+from recombine.methods.svd import lems, svd_llm_v2
 from recombine.methods.svd.divergence import divergences
 from recombine.models import roles
 from zoo import ARCHS, batch, build, loss, losses, outputs
@@ -61,7 +62,7 @@ def test_a_layer_alone_is_cut_and_its_divergence_measured(arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("method", [Svd(), Asvd(), SvdLlm(), KfacSvd(), SvdLlm(factor="pivot")])
-@pytest.mark.parametrize("allocation", ["lems", "atp"])
+@pytest.mark.parametrize("allocation", ["lems", "atp", "svd_llm_v2"])
 def test_budgets_are_met_in_multiples(arch, method, allocation):
     model = build(arch)
     method = replace(method, targets=SPLIT, allocation=allocation, multiple_of=4)
@@ -177,8 +178,8 @@ def test_without_logits_the_rise_of_the_loss_is_measured():
     layer = inner.blocks[0].mlp.fc1
     u, s, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
     cuts = [{"inner.blocks.0.mlp.fc1": (u[:, :k] * s[:k], vh[:k])} for k in (1, 4, 48)]
-    found, tokens = divergences(model, cuts, run)
-    assert not tokens and len(passes) == 4 and all(value >= 0 for value in found) and found[2] < 1e-5
+    found, kind = divergences(model, cuts, run)
+    assert kind == "loss" and len(passes) == 4 and all(value >= 0 for value in found) and found[2] < 1e-5
     cut = copy.deepcopy(model)
     cut.inner.blocks[0].mlp.fc1.weight.data = (u[:, :4] * s[:4]) @ vh[:4]
     with torch.no_grad():
@@ -187,6 +188,37 @@ def test_without_logits_the_rise_of_the_loss_is_measured():
             for m in (model, cut)
         ]
     assert found[1] == pytest.approx(max(0.0, means[1] - means[0]), abs=1e-5)
+
+
+def test_a_model_without_logits_says_how_it_is_judged():
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = build("tiny_vit")
+
+        def forward(self, x):
+            return {"scores": self.inner(x)}
+
+    model = Scores()
+    batches = [batch(model.inner, seed=i) for i in range(2)]
+    by = [F.cross_entropy, torch.arange(len(batches[0])) % 5]
+    recombine.apply(
+        model,
+        SvdLlm(targets=["fc1"], allocation="atp"),
+        "retained_60",
+        lambda: (by[0](model(x)["scores"], by[1]) for x in batches),
+    )
+    assert any("allocation=atp: this model returns no logits" in note for note in model.recombined.notes)
+
+
+def test_svd_llm_v2_shares_the_cut_out_by_the_logarithm_of_the_loss():
+    roles, errors = ["q", "o", "q", "q"], [20.0, 7.0, 400.0, 3.0]
+    kept, inverse = svd_llm_v2.shares(roles, errors, 0.6), [1 / math.log(e) for e in errors]
+    scale = 3 * 0.4 / (inverse[0] + inverse[2] + inverse[3])
+    assert kept == pytest.approx([1 - scale * inverse[0], 0.6, 1 - scale * inverse[2], 1 - scale * inverse[3]])
+    whole = svd_llm_v2.shares(["q"] * 3, [1.01, 90.0, 40.0], 0.5)  # the first would lose more than all of it
+    assert whole[0] == 0 and sum(whole) == pytest.approx(1.5) and whole[1] > whole[2] > 0
+    assert svd_llm_v2.shares(["q"] * 2, [0.0, 0.0], 0.5) == pytest.approx([0.5, 0.5])
 
 
 def test_refusals():
