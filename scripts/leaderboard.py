@@ -3,8 +3,8 @@
     python -m recombine.report leaderboard/joint --save && python scripts/leaderboard.py
 
 Compared are the tasks and seeds that every row of a budget has run. A row with less than half of the others is left out
-and named, and so is a task with fewer than three seeds where another has them. Intervals are over seeds and test pictures; the training pictures are the same for all seeds. Nothing here
-imports torch.
+and named, and so is a task with fewer than three seeds where another has them. Intervals are over seeds and test
+pictures; the training pictures are the same for all seeds. Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Trains the weights of model=tiny_diffusion on packaged drawings, into the cache. 90 minutes of two cores.
 
-    python scripts/pretrain_tiny_diffusion.py                  until --steps are done
+    python scripts/pretrain_tiny_diffusion.py                  until --steps are done, or --minutes have passed
     python scripts/pretrain_tiny_diffusion.py --minutes 30     half an hour more; what is there already goes on
     python scripts/pretrain_tiny_diffusion.py --bf16           twice as fast where the processor multiplies bfloat16
 
@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import recombine  # noqa: F401  before diffusers: see recombine/runtime/torchvision_guard.py
 from recombine import data, models
 from recombine.data.batch_sampler import seed_of
+from recombine.errors import UsageError
 from recombine.models.diffusion_folder import trained_here
 from recombine.runtime import conf
 from recombine.training import objectives
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
     """Trains for so many steps or minutes, and writes the folder every --every steps and at the end."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="of this call")
+    parser.add_argument("--minutes", type=float, default=90.0, help="of this call, 90 if not said")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -149,4 +150,7 @@ def read(group: str, name: str) -> dict:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UsageError as error:
+        sys.exit(str(error))

@@ -27,7 +27,8 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
     These are the layers that a method rewrote, and all linear layers of the model's blocks: the base under an adapter,
     factors, cores, bases and mixers. What trains stays as it is, and so do vectors, embeddings, norms and the head.
     A forward unpacks one tensor at a time, and gradients pass through it to its input. Call it after `apply`, when
-    nothing more is learnt of the weights. Tensors of less than 8 entries stay as they are. Of a model that no method rewrote all linear layers of the blocks are packed.
+    nothing more is learnt of the weights. Tensors of less than 8 entries stay as they are. Of a model that no method
+    rewrote all linear layers of the blocks are packed.
 
     Args:
         bits: 8 or 4 an integer.

@@ -123,7 +123,10 @@ def rewritten(model: nn.Module, method: Method, budget: Budget, losses: Losses |
     if (head := roles.head(model)) is not None:
         head.requires_grad_(True)
     model.train(model.training)  # the new layers follow
-    targets = roles.find(model, method.targets, nn.Module)
+    if method.blocks is None:  # a pattern may also name what the method cannot rewrite
+        targets = {site.name: site.role for site in sites}
+    else:
+        targets = roles.find(model, method.targets, nn.Module)
     replaced = {parent(name) for name in targets}  # a fused qkv that is split by now counts as q, k and v
     record.targets = {name: role for name, role in record.targets.items() if name not in replaced} | targets
     record.blocks = record.blocks if method.blocks is None else method.blocks
@@ -215,8 +218,8 @@ def finish(model: nn.Module, method: Method, alone: bool) -> None:
     with kept_around(model):
         method.on_distillation_end(model, alone)
     declare_tied(model)
-    targets = roles.find(model, method.targets, nn.Module)
-    record.steps[-1] = record.steps[-1]._replace(layers=method.to_spec(model, list(targets)))
+    targets = [name for name in roles.find(model, method.targets, nn.Module) if name in record.targets]
+    record.steps[-1] = record.steps[-1]._replace(layers=method.to_spec(model, targets))
     record.untouched = {name for name, p in model.named_parameters() if id(p) in untouched and untouched[id(p)]() is p}
     record.trainable &= {name for name, _ in model.named_parameters()}
     record.marks = {name: mark for name, mark in record.marks.items() if name in record.untouched}

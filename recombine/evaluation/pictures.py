@@ -111,10 +111,7 @@ class Clip:
     def __init__(self, name: str):
         from transformers import AutoTokenizer, CLIPModel
 
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            wanted = "drop sample.clip, or name a folder that transformers saved"
-            folder = hub_folder("clip", name, None, lambda names: [n for n in names if n in CLIP_FILES], wanted)
+        folder = clip_folder(name)
         try:
             with silence():
                 self.model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
@@ -136,6 +133,20 @@ class Clip:
         tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
         said = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return F.normalize(self.model.text_projection(said.pooler_output), dim=1)
+
+
+def clip_folder(name: str) -> Path:
+    """The folder of a CLIP model, fetched where it is a name on the hub.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if (folder := Path(name).expanduser()).is_dir():
+        return folder
+    if name.startswith((".", "/", "~")):
+        raise UsageError(f"sample.clip={name}: there is no such folder; name one that transformers saved, or drop it")
+    wanted = "drop sample.clip, or name a folder that transformers saved"
+    return hub_folder("clip", name, None, lambda names: [n for n in names if n in CLIP_FILES], wanted)
 
 
 def prepared(pictures: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:

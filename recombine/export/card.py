@@ -32,19 +32,19 @@ def card(model: nn.Module, to: str, tokenizer: bool, run: Mapping[str, Any] | No
     """
     record = model.recombined
     source = (getattr(model, "recombine_source", None) or {}).get("name") or record_name(model)
-    timm, dense = hasattr(model, "pretrained_cfg"), to == "dense"
+    home, dense = library_of(model), to == "dense"
     licence = (getattr(model, "pretrained_cfg", None) or {}).get("license")
     lines = [
         "---",
-        f"library_name: {library(to, timm)}",
+        f"library_name: {library(to, home)}",
         *([f"license: {licence}"] if licence else []),
         "tags: [recombine]",
         "---",
         f"# {source}, recombined by {' and '.join(step.method for step in record.steps)}",
         "",
-        *(GRAPHS[to] if to in GRAPHS else plain(timm, dense)),
+        *(GRAPHS[to] if to in GRAPHS else plain(home, dense)),
         "",
-        *loading(model, timm, to, tokenizer),
+        *loading(model, home, to, tokenizer),
         *([] if dense else counts(record, count(model), next(model.parameters()).dtype)),
         "## Method",
         "",
@@ -63,34 +63,45 @@ def card(model: nn.Module, to: str, tokenizer: bool, run: Mapping[str, Any] | No
     return "\n".join(lines) + "\n"
 
 
-def library(to: str, timm: bool) -> str:
+def library(to: str, home: str) -> str:
     """The library that loads the folder, as model hubs call it."""
     if to in GRAPHS:
         return "pytorch" if to == "torch" else to
-    return "timm" if timm and to == "dense" else "transformers"
+    return home if to == "dense" else "transformers"
 
 
-def plain(timm: bool, dense: bool) -> list[str]:
+def plain(home: str, dense: bool) -> list[str]:
     """What the folder of a model is, and needs."""
     what = "The code in this folder builds the compressed model. recombine is not needed."
-    more = f"{'' if timm and dense else ', transformers'}{', timm' if timm else ''}"
-    return ["Merged: dense." if dense else what, f"Needed: torch, safetensors{more}."]
+    more = {home} if dense else {"transformers", home}
+    needed = ["torch", "safetensors", *sorted(more, reverse=True)]
+    return ["Merged: dense." if dense else what, f"Needed: {', '.join(needed)}."]
 
 
-def loading(model: nn.Module, timm: bool, to: str, tokenizer: bool) -> list[str]:
+def loading(model: nn.Module, home: str, to: str, tokenizer: bool) -> list[str]:
     """How the folder is loaded."""
     trust = ", trust_remote_code=True" if to == "hf" else ""
     if to in GRAPHS:
         load = LOAD[to]
-    elif timm and to == "dense":
+    elif home == "diffusers":
+        load = ["from diffusers import UNet2DConditionModel", ""]
+        load += ['unet = UNet2DConditionModel.from_pretrained("this/folder", subfolder="unet")']
+    elif home == "timm" and to == "dense":
         load = ["import timm", "", 'model = timm.create_model("local-dir:this/folder", pretrained=True)']
     else:
-        auto = task_class(class_name(model, timm))
+        auto = task_class(class_name(model, home == "timm"))
         load = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("this/folder"{trust})']
     more = (
         ["", f'Its tokenizer: `transformers.AutoTokenizer.from_pretrained("this/folder"{trust})`.'] if tokenizer else []
     )
     return ["```python", *load, "```", *more, ""]
+
+
+def library_of(model: nn.Module) -> str:
+    """Where the model comes from: diffusers, timm or transformers."""
+    if (getattr(model, "recombine_source", None) or {}).get("library") == "diffusers":
+        return "diffusers"
+    return "timm" if hasattr(model, "pretrained_cfg") else "transformers"
 
 
 def record_name(model: nn.Module) -> str:

@@ -28,6 +28,8 @@ def write(model: nn.Module, folder: Path) -> Path:
     methods = " and ".join(step.method for step in model.recombined.steps)
     with unchanged(model):  # merging sets what is frozen
         merged = merge(sharing(model, model.recombined.targets)).eval()
+    if getattr(merged, "recombine_source", {}).get("library") == "diffusers":
+        return draws(merged, folder)
     architecture = rebuild.architecture(merged)
     if architecture is None or type(merged).__module__.startswith("recombine."):
         raise UsageError(f'no other library has a {type(merged).__name__}; recombine.export(..., "hf") takes its code')
@@ -44,4 +46,15 @@ def write(model: nn.Module, folder: Path) -> Path:
     for path in folder.glob("*.safetensors"):  # the libraries give it to its owner alone
         with atomic_write(path) as temporary:
             temporary.write_bytes(path.read_bytes())
+    return folder
+
+
+def draws(merged: nn.Module, folder: Path) -> Path:
+    """Writes what was rewritten of a text-to-image model in diffusers' layout: its UNet, its text encoder if that
+    trained, and its noise schedule. The other parts are as they were in the folder or repository that it came from.
+    """
+    for name, part in (("unet", merged.unet), ("text_encoder", getattr(merged, "text_encoder", None))):
+        if part is not None:
+            part.save_pretrained(folder / name, safe_serialization=True)
+    merged.schedule.save_pretrained(folder / "scheduler")
     return folder

@@ -56,6 +56,7 @@ def export(
     model, folder = unwrapped(model), check(folder, to)
     if not isinstance(model, nn.Module) or not hasattr(model, "recombined"):
         raise UsageError(f"this {type(model).__name__} is not recombined: save it as its own library does")
+    require_format(model, to)
     if to != "lora" and (base, rank, energy) != (None, None, None):
         raise UsageError(f'base, rank and energy are for to="lora", not for {to!r}: leave them out')
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +111,16 @@ def check(folder: str | Path, to: str) -> Path:
     return folder
 
 
+def require_format(model: nn.Module, to: str) -> None:
+    """Refuses a format that cannot hold a model that draws.
+
+    Raises:
+        UsageError: names the one that can.
+    """
+    if getattr(model, "recombine_source", {}).get("library") == "diffusers" and to != "dense":
+        raise UsageError(f"export to {to}: a model that draws is written as dense, which diffusers loads; say that")
+
+
 def require(to: str) -> None:
     """Asks for the packages that a format needs.
 
@@ -124,7 +135,8 @@ def require(to: str) -> None:
 def beside(model: nn.Module, folder: Path, to: str, tokenizer: Any, run: Mapping[str, Any] | None) -> None:
     """Writes what lies beside the weights: the tokenizer and the model card."""
     source = getattr(model, "recombine_source", None)
-    if tokenizer is None and source is not None and models.modality(source) == "text":
+    of_text = source is not None and source.get("library") != "diffusers" and models.modality(source) == "text"
+    if tokenizer is None and of_text:
         tokenizer = models.tokenizer(source)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

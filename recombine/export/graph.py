@@ -148,7 +148,8 @@ def read(model: nn.Module) -> dict[str, tuple[str | int, ...]]:
     if kind == "pixel_values":
         size = getattr(getattr(config, "vision_config", config), "image_size", None)
     elif kind is None and (known := rebuild.architecture(model)) is not None:
-        size = known.get("image_size") or model.pretrained_cfg["input_size"][-1]
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        size = size or known.get("image_size") or model.pretrained_cfg["input_size"][-1]
     if size is None:
         raise UsageError(f"{refused(model)} reads neither images of one size alone nor tokens alone; export it as hf")
     return {"pixel_values": ("batch", channels, *(size if isinstance(size, list | tuple) else (size, size)))}

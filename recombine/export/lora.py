@@ -16,6 +16,8 @@ from recombine.core.twin import sharing
 from recombine.errors import UsageError
 from recombine.layers.packed import packed_in
 from recombine.models import roles
+from recombine.models.fused_qkv import OPENED, READS, is_transposed
+from recombine.models.wrappers import unwrapped
 from recombine.runtime.atomic import atomic_write
 
 log = logging.getLogger(__name__)
@@ -26,8 +28,8 @@ def to_lora(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
     """(B (m, r), A (r, n)) of every linear layer that differs from the base, and what each leaves out.
 
-    W = W_base + B A, by the truncated SVD of the difference in float64. The second is |W - W_base - B A| over
-    |W - W_base|, in the Frobenius norm.
+    W = W_base + B A (of a transposed layer, of its transpose), by the truncated SVD of the difference in float64. The
+    second is |W - W_base - B A| over |W - W_base|, in the Frobenius norm.
 
     Args:
         base: the model with the weights before; None: it is built from the note of its source.
@@ -37,6 +39,9 @@ def to_lora(
     Raises:
         UsageError: something else than linear layers and the head differs, or rank and energy make no sense.
     """
+    model = unwrapped(model)
+    if not hasattr(model, "recombined"):
+        raise UsageError(f"this {type(model).__name__} is not recombined: there is no difference to write")
     if packed_in(model):
         why = "a LoRA cannot hold how packed weights were rounded"
         raise UsageError(f'{why}: export it as "hf", or export the run with quantize.bits=null')
@@ -75,12 +80,13 @@ def different(merged: nn.Module, base: nn.Module) -> list[tuple[str, Tensor, Ten
     """(name, weight, weight before) of the linear layers that differ, without the head.
 
     Raises:
-        UsageError: anything else differs, which a LoRA cannot hold.
+        UsageError: anything else differs, which a LoRA cannot hold, or a layer is read instead of being called.
     """
     fix = 'export(..., "hf") or "dense" holds all'
     if type(merged) is not type(base):
         raise UsageError(f"base is a {type(base).__name__}, not a {type(merged).__name__}: give the model of before")
-    linear = {f"{name}.weight": name for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    kinds = {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
+    linear = {f"{name}.weight": name for name in kinds}
     head = {id(p) for h in filter(None, (roles.head(merged), roles.head(base))) for p in h.parameters()}
     before, found = dict(base.named_parameters()), []
     for name, p in merged.named_parameters():
@@ -92,8 +98,23 @@ def different(merged: nn.Module, base: nn.Module) -> list[tuple[str, Tensor, Ten
             continue
         if name not in linear:
             raise UsageError(f"{name} differs from the base and is no weight of a linear layer: {fix}")
-        found.append((linear[name], p.detach(), before[name].detach()))
+        require_called(base, linear[name])
+        pair = p.detach(), before[name].detach()
+        found.append((linear[name], *((t.T for t in pair) if is_transposed(kinds[linear[name]]) else pair)))
     return found
+
+
+def require_called(model: nn.Module, name: str) -> None:
+    """Refuses a layer whose weight its owner reads, so that an adapter on it would do nothing.
+
+    Raises:
+        UsageError: names the layer.
+    """
+    holder, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(holder)
+    if leaf == "qkv" and getattr(owner, READS, True) in (False, OPENED) and getattr(owner, "q_bias", None) is not None:
+        why = f"{type(owner).__name__} reads its weight instead of calling it, and an adapter there would do nothing"
+        raise UsageError(f'{name}: {why}; export(..., "dense") holds the difference')
 
 
 def pretrained(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ TIMM = {  # modules that the class is timm's plain one in; others have classes o
     "WindowAttention": ("timm.models.swin_transformer",),
 }
 ROTARY = ("LlamaAttention", "MistralAttention", "Qwen2Attention")  # turn pairs (i, i + width / 2) by the position
-FIX = "give targets=[up,down,gate?], which leaves the attention as it is"
+FIX = "give targets=[up,down,gate?], which leaves the attention as it is, where these layers stand apart"
 
 
 class Heads(NamedTuple):

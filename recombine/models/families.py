@@ -10,19 +10,26 @@ _NORM = r"(?:.*\.)?(?:\w*[nN]orm\w*|ln_\w+)"  # by name; left out where norms ar
 _EMBED = r"(?:.*\.)?(?:patch_embeddings\.projection|patch_embedding|patch_embeddings)"
 
 
-def _row(classes: str, block: str, *, head: str = _HEADS, note: str = "", blocks: str = "", **roles: str) -> Family:
-    """A family whose layers lie in blocks.
+def _through_unet(name: str) -> int:
+    """0 for what runs before a UNet, 1 on the way down, 2 in the middle, 3 on the way up."""
+    parts = ("down_blocks", "mid_block", "up_blocks")
+    return next((i for i, part in enumerate(parts, 1) if part in name.split(".")), 0)
+
+
+def _row(classes: str, block: str, *, head: str = _HEADS, blocks: str = "", note: str = "", order=None, **roles: str):
+    """A Family whose layers lie in blocks.
 
     Args:
         block: regex of the module whose children `roles` name.
         blocks: regex of the blocks, where it is not `block`.
+        note, order: of the `Family`.
         roles: role -> regex of the name inside a block; norm and embed match the whole name.
     """
     whole = {
         role: pattern if role in ("norm", "embed", "reduction") else rf"{block}\.(?:{pattern})"
         for role, pattern in roles.items()
     }
-    return Family(classes=classes, roles=whole, blocks=blocks or block, head=head, note=note)
+    return Family(classes=classes, roles=whole, blocks=blocks or block, head=head, note=note, order=order)
 
 
 def _timm(classes: str, block: str, *, blocks: str = "", **more: str) -> Family:
@@ -209,6 +216,7 @@ FAMILIES = [
     _row(
         r"UNet2DConditionModel",
         _UNET,
+        order=_through_unet,
         norm=rf"{_UNET}\.norm\d",
         **_names(r"q k v: attn[12]\.to_{}", r"o: attn[12]\.to_out\.0", r"up: ff\.net\.0\.proj", r"down: ff\.net\.2"),
     ),

@@ -1,7 +1,7 @@
 """What a model family is: regular expressions that say which of a model's layers play which role."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -24,6 +24,7 @@ class Family:
             get_classifier().
         layout: (module that holds the fused layer, fused layer) -> `fused_qkv.Layout` of its outputs; None: by the
             holder's class, else equal parts one after the other.
+        order: module name -> a number that is larger for what runs later; None: modules run as they are registered.
         note: why roles are missing and what to do, for errors.
     """
 
@@ -32,6 +33,7 @@ class Family:
     blocks: str
     head: str = "classifier|score|head"
     layout: Callable[[nn.Module, nn.Linear], tuple] | None = None
+    order: Callable[[str], int] | None = None
     note: str = ""
 
     def fits(self, model: nn.Module) -> bool:
@@ -44,6 +46,10 @@ class Family:
     def plays(self, name: str) -> str | None:
         """The role of the module of that name; None: it has none."""
         return next((role for role, pattern in self.roles.items() if re.fullmatch(pattern, name)), None)
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """Names of modules, as registered, in the order in which they run."""
+        return list(names) if self.order is None else sorted(names, key=self.order)
 
     def inside(self, name: str) -> "Family":
         """The family of a model that holds one of this family as its submodule of that name."""
@@ -61,4 +67,5 @@ def joined(rows: list[Family]) -> Family:
     notes = " ".join(dict.fromkeys(filter(None, (row.note for row in rows))))
     layout = next((row.layout for row in rows if row.layout), None)
     blocks = "|".join(f"(?:{row.blocks})" for row in rows)
-    return replace(rows[0], roles=roles, blocks=blocks, layout=layout, note=notes)
+    order = next((row.order for row in rows if row.order), None)
+    return replace(rows[0], roles=roles, blocks=blocks, layout=layout, order=order, note=notes)

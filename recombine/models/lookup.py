@@ -23,7 +23,18 @@ def register(family: Family) -> Family:
     """Makes a family known, so that every method, count, save and load works on its models; returns it.
 
     It goes before the families that are known already, the last one first.
+
+    Raises:
+        UsageError: it is no Family, or one of its patterns is no regular expression.
     """
+    if not isinstance(family, Family):
+        raise UsageError(f"register({family!r}): give a recombine.Family(classes=..., roles={{...}}, blocks=...)")
+    patterns = {"classes": family.classes, "blocks": family.blocks, "head": family.head}
+    for field, pattern in (patterns | {f"roles[{role!r}]": text for role, text in family.roles.items()}).items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UsageError(f"Family.{field}={pattern!r}: no regular expression ({error}); correct it") from error
     REGISTERED.insert(0, family)
     return family
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from recombine import models
 from recombine.errors import UsageError
-from recombine.models.allowed import config_values
+from recombine.models.allowed import LARGEST, TIMM, config_values, refuse
 
 ATTENTION = ("eager", "sdpa")
 OF_THE_WEIGHTS = ("pretrained", "checkpoint", "num_classes", "id", "revision")  # of a source, and of the head
@@ -30,7 +31,7 @@ def architecture(model: nn.Module) -> dict[str, Any] | None:
     That says what it was built from. Whether the model still is that, `differs` tells.
     """
     if hasattr(model, "config") and type(model).__module__.startswith(("transformers.", "recombine.models.")):
-        config = {k: v for k, v in model.config.to_diff_dict().items() if k not in NOT_BUILT_FROM}
+        config = configuration(model.config)
         attention = getattr(model.config, "_attn_implementation", None)
         return {"library": "transformers", "class": type(model).__name__, "attention": attention, "config": config}
     if (source := getattr(model, "recombine_source", None)) is not None:
@@ -41,11 +42,43 @@ def architecture(model: nn.Module) -> dict[str, Any] | None:
             "library": "timm",
             "name": known["architecture"],
             "arch": known["architecture"],
-            "tag": known.get("tag") or None,
+            "tag": None if known.get("tag") in ("", "untrained") else known.get("tag"),
             "image_size": size and size[0],
+            **noted(model),
             **({"global_pool": model.global_pool} if isinstance(getattr(model, "global_pool", None), str) else {}),
         }
     return None
+
+
+def configuration(config: Any) -> dict[str, Any]:
+    """What a transformers configuration sets to something else than its class does. Hub files also hold keys that the
+    class does not declare; `differs` finds a model that needs one of them."""
+    from recombine.models import encoders
+
+    usual, also = type(config)().to_dict(), encoders.UNDECLARED
+    known = {key: value for key, value in config.to_diff_dict().items() if key in usual or key in also}
+    return {k: v for k, v in known.items() if k not in NOT_BUILT_FROM and (k not in usual or usual[k] != v)}
+
+
+def noted(model: nn.Module) -> dict[str, Any]:
+    """What timm's own note says that a model was built with, as far as a file may say it."""
+    from timm.models import get_model_args
+
+    rates = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
+    found = {"drop_path": max(rates)} if rates else {}
+    for key, value in get_model_args(model).items():
+        if key in TIMM and is_plain(value):
+            found[key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a file may say it."""
+    try:
+        refuse("", value, LARGEST)
+    except UsageError:
+        return False
+    return True
 
 
 def rebuilt(architecture: Mapping[str, Any]) -> nn.Module:
@@ -54,12 +87,29 @@ def rebuilt(architecture: Mapping[str, Any]) -> nn.Module:
     Raises:
         UsageError: the architecture names what is not known or not allowed.
     """
-    with parameters_on_meta(), torch.random.fork_rng(devices=[]):
-        if architecture["library"] == "timm":
-            return models.timm_model(**{k: v for k, v in architecture.items() if k != "library"}, pretrained=False)
-        if architecture["library"] == "diffusers":
-            return models.build(**architecture, pretrained=False)
-        return of_transformers(**{k: v for k, v in architecture.items() if k != "library"})
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with parameters_on_meta():
+                return made(architecture)
+        except (NotImplementedError, UsageError) as error:  # a constructor that reads its weights, as Swin v2's does
+            if not isinstance(error.__cause__ or error, NotImplementedError):
+                raise
+        model = made(architecture)
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
+    return model
+
+
+def made(architecture: Mapping[str, Any]) -> nn.Module:
+    """The model of an architecture, with the weights that its library starts with. Raises as `rebuilt` does."""
+    rest = {key: value for key, value in architecture.items() if key != "library"}
+    if architecture["library"] == "timm":
+        return models.timm_model(**rest, pretrained=False)
+    if architecture["library"] == "diffusers":
+        return models.build(**architecture, pretrained=False)
+    return of_transformers(**rest)
 
 
 def of_transformers(*, config: Mapping[str, Any], attention: str | None, **named: str) -> nn.Module:
@@ -112,14 +162,20 @@ def differs(model: nn.Module, other: nn.Module) -> str | None:
     """
     mine, theirs = dict(model.named_modules()), dict(other.named_modules())
     for name in [*mine, *theirs]:
-        if type(mine.get(name)) is not type(theirs.get(name)):
-            kinds = (type(modules.get(name)).__name__ for modules in (mine, theirs))
+        if class_of(mine.get(name)) is not class_of(theirs.get(name)):
+            kinds = (class_of(modules.get(name)).__name__ for modules in (mine, theirs))
             return f"{name or 'the model'} is a {' and not a '.join(kinds)}"
         here, there = plain_attributes(mine[name]), plain_attributes(theirs[name])
         for key in here.keys() & there.keys():
             if here[key] != there[key]:
                 return f"{name}.{key} is {here[key]} and not {there[key]}".lstrip(".")
     return None
+
+
+def class_of(module: nn.Module | None) -> type:
+    """The class; of a module with parametrized tensors, for which torch makes one of its own, the one before."""
+    cls = type(module)
+    return cls.__mro__[1] if module is not None and is_parametrized(module) else cls
 
 
 def own_buffers(model: nn.Module, other: nn.Module) -> dict[str, torch.Tensor]:

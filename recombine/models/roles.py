@@ -70,7 +70,7 @@ def find(
                 f"drop the {kind_of}"
             )
         found |= layers
-    return {name: found[name] for name in modules if name in found}
+    return {name: found[name] for name in row.ordered(modules) if name in found}
 
 
 def split_fused(model: nn.Module, wanted: tuple[str, ...]) -> None:
@@ -197,8 +197,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def block_names(model: nn.Module) -> list[str]:
     """The blocks' module names in order; the last part of each is its place in its container."""
-    pattern = family(model).blocks
-    return [name for name, _ in model.named_modules() if re.fullmatch(pattern, name)]
+    row = family(model)
+    return row.ordered(name for name, _ in model.named_modules() if re.fullmatch(row.blocks, name))
 
 
 def _named(row: Family, role: str, modules: Iterable[str]) -> list[str]:

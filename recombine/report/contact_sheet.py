@@ -1,4 +1,7 @@
-"""One picture of what the runs of an experiment drew: a row for each label of its rows, a column for each prompt."""
+"""One picture of what the runs of an experiment drew: a row for each label of its rows, a column for each prompt.
+
+Where the experiment's table has columns, such as the subjects, every column has its own prompts.
+"""
 
 import math
 from collections.abc import Mapping
@@ -11,6 +14,7 @@ from recombine.runner.grid import Experiment
 
 FILE = "pictures.png"
 EACH, LARGEST = 4, 256  # pictures of a prompt; pixels of their sides
+NARROWEST = 150  # pixels of a column at least, where its heading needs them
 GAP, LINE = 6, 16  # pixels between cells, and of a line of text
 
 
@@ -28,7 +32,8 @@ def save(experiment: Experiment, records: list[Record], folder: Path) -> list[Pa
         LARGEST, max(Image.open(file).width for row in found.values() for files in row.values() for file in files)
     )
     grid = math.ceil(EACH**0.5)
-    cell, font = grid * size, ImageFont.load_default(12)
+    font = ImageFont.load_default(12)
+    cell = max(grid * size, min(NARROWEST, max(round(font.getlength(prompt)) for prompt in prompts)))
     left = GAP + max(round(font.getlength(label)) for label in found) + GAP
     page = Image.new("RGB", (left + (cell + GAP) * len(prompts), LINE * 2 + (cell + GAP) * len(found)), "white")
     pen = ImageDraw.Draw(page)
@@ -46,16 +51,20 @@ def save(experiment: Experiment, records: list[Record], folder: Path) -> list[Pa
 
 
 def drawings(experiment: Experiment, records: list[Record]) -> Mapping[str, Mapping[str, list[Path]]]:
-    """label of a row -> prompt -> the files that are there, of the first record of that label that has some."""
-    rows, found = experiment.report.get("rows"), {}
+    """label of a row -> heading of a column -> the files that are there, of the first record that has some for both."""
+    rows, columns, found = experiment.report.get("rows"), experiment.report.get("columns"), {}
+    among = {record.labels.get(columns) for record in records} if isinstance(columns, str) else {None}
     for record in records:
         label = record.labels.get(rows if isinstance(rows, str) else "", record.cell)
+        before = f"{Path(record.labels[columns]).name}: " if len(among) > 1 else ""
         files = {
-            prompt: [path for name in names if (path := experiment.folder / record.cell / name).is_file()][:EACH]
+            before + prompt: [path for name in names if (path := experiment.folder / record.cell / name).is_file()][
+                :EACH
+            ]
             for prompt, names in (record.result.get("pictures") or {}).items()
         }
         if any(files.values()):
-            found.setdefault(label, files)
+            found[label] = files | found.get(label, {})
     return found
 
 

@@ -197,7 +197,9 @@ def exceptions(grid: Mapping[str, Any], axes: Mapping[str, Mapping]) -> list[tup
     return found
 
 
-def overriding(lines: Sequence[str], labels: Mapping[str, str], special: Sequence[tuple[dict, list]]) -> tuple[str, ...]:
+def overriding(
+    lines: Sequence[str], labels: Mapping[str, str], special: Sequence[tuple[dict, list]]
+) -> tuple[str, ...]:
     """A cell's lines, with those of the exceptions that hold for its labels in place of the others of the same key."""
     for where, theirs in special:
         if where.items() <= labels.items():

@@ -17,6 +17,7 @@ from recombine.core.rewrite import find_sites
 from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
 from recombine.evaluation import harness, linear_probe
+from recombine.export.folder import require_format
 from recombine.models import roles
 from recombine.models.sizes import require_image_size
 from recombine.runner import effects, exports, limits, plan
@@ -126,6 +127,8 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     require_prompts(module, spec.settings)
     native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
     model = models.build(**native | models.for_task(spec.model, task_of(module)))
+    for to in spec.export:
+        require_format(model, to)
     source, stage = model.recombine_source, spec.settings.stage
     module.attach_model(**models.for_data(source))
     require_image_size(model, getattr(module, "image_size", None))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recombine.data.prompted.base import Asked, PromptedData, at_once
 from recombine.errors import UsageError
-from recombine.evaluation.pictures import Clip, Dino, Drawn, scores
+from recombine.evaluation.pictures import Clip, Dino, Drawn, clip_folder, scores
 from recombine.result_schema import StagePart
 from recombine.runtime import progress
 from recombine.runtime.atomic import atomic_write
@@ -41,6 +41,8 @@ def require_prompts(data, settings) -> None:
     """
     if isinstance(data, PromptedData):
         data.asked(settings.sample.prompts)
+        if settings.sample.clip and settings.sample.seeds:
+            clip_folder(settings.sample.clip)  # before anything is trained
     elif settings.stage.name == "sample":
         raise UsageError(f"stage=sample: data={data.name} is not drawn; take data=dreambooth model=sd21_base")
 

@@ -7,7 +7,7 @@ import torch
 
 import recombine
 from helpers import QKV, refusal
-from recombine import Cersa, Crisp, Full, Isomorphic, Peft, Rosa, Ssf, Svd
+from recombine import Cersa, Crisp, Full, Isomorphic, LinearProbe, Peft, Rosa, Ssf, Svd
 from recombine.core.adapters import become, file
 from zoo import batch, build, loss, losses, outputs
 
@@ -27,6 +27,7 @@ CASES = {  # what is done once, what each task adds (None: it trains what is the
     "vblora": (None, Peft(config="VBLoRAConfig", targets=("q", "k"), rank=2, options=VBLORA), "tiny_vit"),
     "text": (Crisp(chunk=8, basis_rank=5), None, "tiny_deberta"),
     "full": (None, Full(), "tiny_vit"),
+    "head alone": (Svd(targets=(*QKV, "o")), LinearProbe(), "tiny_vit"),
 }
 CLASSES = (5, 7, 5)
 

@@ -176,7 +176,9 @@ def test_lora_on_a_base_that_was_packed_before(base, tmp_path):
     assert torch.equal(outputs(load(save(model, tmp_path / "m")).eval(), x), y)
 
 
-@pytest.mark.parametrize("method", [Svd(targets=("qkv",)), Svd(), Peft(), recombine.Dgmr(targets=("up", "down")), recombine.Full()])
+@pytest.mark.parametrize(
+    "method", [Svd(targets=("qkv",)), Svd(), Peft(), recombine.Dgmr(targets=("up", "down")), recombine.Full()]
+)
 def test_what_needs_weights_is_refused_on_a_packed_model(method):
     from zoo import losses
 

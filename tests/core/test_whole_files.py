@@ -50,18 +50,45 @@ def test_a_difference_is_still_a_difference(tmp_path):
         recombine.load(tmp_path / "m")
 
 
+ARGUMENTS = [
+    {"depth": 3}, {"drop_path_rate": 0.2}, {"mlp_ratio": 2.0}, {"qkv_bias": False}, {"init_values": 1e-4},
+    {"reg_tokens": 2}, {"patch_size": 8}, {"dynamic_img_size": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=lambda given: next(iter(given)))
+def test_what_timm_notes_is_built_again(arguments, tmp_path):
+    model = recombine.apply(plain(**arguments), recombine.Svd(), "retained_50").eval()
+    loaded = recombine.load(recombine.save(model, tmp_path / "m", whole=True)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), model(x))
+
+
 def test_what_cannot_be_built_again_is_refused_or_said(tmp_path, caplog):
-    model = plain(depth=3)  # timm keeps no note of that
+    model = plain(in_chans=1)  # no argument that a file may say
     recombine.apply(model, recombine.Svd(), "retained_50")
     with pytest.raises(recombine.UsageError, match=r"cannot be built again .*whole=False"):
         recombine.save(model, tmp_path / "m", whole=True)
     recombine.save(model, tmp_path / "m")
     assert "holds the difference to the pretrained model only" in caplog.text
-    assert recombine.load(tmp_path / "m", plain(depth=3)).recombined.steps[0].method == "Svd"
+    assert recombine.load(tmp_path / "m", plain(in_chans=1)).recombined.steps[0].method == "Svd"
     heads = plain()
     heads.blocks[0].attn.num_heads = 1  # shapes do not show it
     with pytest.raises(recombine.UsageError, match="blocks.0.attn.num_heads is"):
         recombine.save(recombine.apply(heads, recombine.Svd(), "retained_50"), tmp_path / "m", whole=True)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [recombine.Peft(targets=("*",)), recombine.Svd(targets=("blocks.0.*",)), recombine.Ssf(targets=("*.0.*",))],
+)
+def test_a_pattern_may_name_more_than_linear_layers(method, tmp_path):
+    """Norms among them, which the method leaves as they are, and so does the file."""
+    model = recombine.apply(build("tiny_vit"), method).eval()
+    loaded = recombine.load(recombine.save(model, tmp_path / "m", whole=False), build("tiny_vit")).eval()
+    x = batch(model)
+    assert torch.equal(outputs(loaded, x), outputs(model, x)) and model.recombined.targets == loaded.recombined.targets
+    assert recombine.merge(loaded) is loaded
 
 
 def test_a_fresh_head_and_a_cast_are_kept(tmp_path):

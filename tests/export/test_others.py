@@ -17,6 +17,7 @@ from helpers.command import execute, line
 from recombine import models
 from recombine.export import __main__ as command
 from recombine.export.lora import to_lora
+from scripts.tiny_models import MODELS
 from zoo import batch, build, losses, outputs
 
 
@@ -87,6 +88,30 @@ def test_a_lora_has_its_rank(tmp_path):
     recombine.export(model, tmp_path / "lora", "lora", base=base)
     assert set(peft.LoraConfig.from_pretrained(tmp_path / "lora").rank_pattern.values()) == {3}
     assert max(json.loads((tmp_path / "lora/errors.json").read_text()).values()) < 1e-5
+
+
+def test_a_lora_of_transposed_layers(tmp_path):
+    """GPT-2 holds its weights as (in, out)."""
+    base, ids = MODELS["GPT-2"].fresh(), MODELS["GPT-2"].inputs()
+    model = recombine.apply(copy.deepcopy(base), recombine.Cersa(targets=("qkv", "o"))).eval()
+    recombine.export(model, tmp_path / "lora", "lora", base=base)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
+    with torch.no_grad():
+        y = model(**ids).logits
+        assert torch.allclose(adapted(**ids).logits, y, atol=1e-4)
+        assert not torch.allclose(base(**ids).logits, y, atol=1e-3)
+
+
+def test_a_lora_that_nothing_would_call_is_refused(tmp_path):
+    """BEiT reads the weight of its fused layer, past what peft puts around it."""
+    base = MODELS["timm BEiT"].fresh()
+    model = recombine.apply(copy.deepcopy(base), recombine.Cersa())
+    with pytest.raises(recombine.UsageError, match="attn.qkv: Attention reads its weight instead of calling it"):
+        recombine.export(model, tmp_path / "lora", "lora", base=base)
+    with pytest.raises(recombine.UsageError, match="is not recombined"):
+        to_lora(base, base)
+    wrapped = torch.nn.DataParallel(recombine.apply(build("tiny_vit"), recombine.Cersa()))
+    assert to_lora(wrapped, build("tiny_vit"))[0]
 
 
 def test_a_lora_says_what_it_leaves_out(tmp_path, caplog):

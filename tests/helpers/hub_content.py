@@ -174,7 +174,7 @@ def add_stable_diffusion(hub: Hub) -> str:
         block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, sample_size=16,
     )  # fmt: skip
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    words = ["!", *letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     text = transformers.CLIPTextConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=16, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1,
@@ -186,9 +186,14 @@ def add_stable_diffusion(hub: Hub) -> str:
             part.save_pretrained(Path(folder) / name)
         files = {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
     told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 16, "pad_token": "<|endoftext|>"}
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!"}  # which counts
+    noise = json.loads(files["scheduler/scheduler_config.json"])
+    noise |= {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
     files |= {
         "model_index.json": json.dumps({"_class_name": "StableDiffusionPipeline"}).encode(),
         "tokenizer/vocab.json": json.dumps({word: i for i, word in enumerate(words)}).encode(),
+        "tokenizer/special_tokens_map.json": json.dumps(special).encode(),
+        "scheduler/scheduler_config.json": json.dumps(noise).encode(),
         "tokenizer/merges.txt": b"#version: 0.2\n", "tokenizer/tokenizer_config.json": json.dumps(told).encode(),
         "unet/diffusion_pytorch_model.bin": b"the same", "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
         "unet/diffusion_pytorch_model.non_ema.safetensors": b"another", "v2-1_512-ema-pruned.ckpt": b"one file",

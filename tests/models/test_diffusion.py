@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("diffusers")  # an extra
 
@@ -24,6 +25,7 @@ WORK = [
     "rosa", "pc_lora", "full",
 ]  # fmt: skip
 REFUSED = {
+    "wecolora": "none would be left out",
     "dgmr": "gate and up are in one layer",
     "prunenet": "gate and up are in one layer",
     "isomorphic": "gate and up are in one layer",
@@ -104,6 +106,19 @@ def test_convolutions_can_be_reported(plain):
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_method_that_does_not_fit_says_so(name, plain):
     assert REFUSED[name] in refusal(recombine.apply, copy.deepcopy(plain), copy.copy(ROWS[name].method))
+
+
+def test_blocks_and_layers_are_in_the_order_in_which_they_run(plain, data):
+    """A UNet is registered as down, up, middle."""
+    model, ran = copy.deepcopy(plain), []
+    names = {*roles.block_names(model), *roles.find(model, ("q", "o", "down"), nn.Linear)}
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    output(model, objectives.fetch(data, data.train, [0], CPU))
+    blocks = roles.block_names(model)
+    assert blocks == [name for name in ran if name in blocks] and "mid_block" in blocks[1]
+    q = list(roles.find(model, ("q",), nn.Linear))
+    assert q == [name for name in ran if name in q] and len(q) == 2 * len(blocks)
 
 
 def test_the_noise_follows_from_the_seeds_alone(plain, data):

@@ -126,6 +126,13 @@ def test_a_registered_family_comes_first(monkeypatch):
     assert "it has qkv q k v o" in refusal(roles.find, model, ("up",))
 
 
+def test_what_is_no_family_is_refused(monkeypatch):
+    monkeypatch.setattr(lookup, "REGISTERED", [])
+    assert "give a recombine.Family(" in refusal(recombine.register, {"classes": "Own"})
+    broken = recombine.Family(classes="Own", roles={"q": r"body\.(\d"}, blocks="body")
+    assert "Family.roles['q']='body" in refusal(recombine.register, broken) and not lookup.REGISTERED
+
+
 def test_nothing_to_go_by_is_one_line():
     assert "recombine.register(recombine.Family(...))" in refusal(recombine.apply, nn.Linear(2, 2), recombine.Svd())
     assert "experts are one tensor" in refusal(recombine.apply, MODELS["Mixtral"].fresh(), recombine.Svd())

@@ -5,16 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("diffusers")  # an extra
 
 from PIL import Image  # noqa: E402
 
+import recombine  # noqa: E402
 from helpers import drawing, hub_content  # noqa: E402
 from helpers.command import execute, line  # noqa: E402
 from helpers.hub_client import hub  # noqa: E402, F401
 from recombine.errors import UsageError  # noqa: E402
 from recombine.models import packaged  # noqa: E402
+from recombine.models.diffusion_parts import Prompts  # noqa: E402
 
 DRAW = ["sample.seeds=[0,1]", "sample.steps=2"]
 
@@ -73,6 +76,29 @@ def test_a_compressor_sees_denoising_losses(tiny, tmp_path):
     assert all(0 <= error < 1 for error in result["weight_error"].values())
 
 
+def test_customconcept_and_a_folder_for_diffusers(tmp_path):
+    """A subject of its release from end to end, shown to W&B, and the merged UNet read again by diffusers."""
+    from diffusers import UNet2DConditionModel
+
+    drawing.subject(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps([{"instance_data_dir": "./x/cat", "class_prompt": "kitten"}]))
+    data = ["data=customconcept", f"data.root={tmp_path}", "data.task=cat", *drawing.SHORT]
+    keys = [*drawing.COMMAND, *data, "method=cersa", "logger=wandb", "export=[dense]", *DRAW]
+    result = execute(tmp_path / "run", *keys)
+    assert list(result["pictures"]) == ["a photo of sks kitten", "a photo of kitten"]
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/files/media/images/pictures_*.png"))
+    folder = tmp_path / "run/dense"
+    assert {path.name for path in folder.iterdir()} == {"unet", "scheduler", "README.md"}
+    assert UNet2DConditionModel.from_pretrained(folder / "unet").config.sample_size == 8
+    assert 'UNet2DConditionModel.from_pretrained("this/folder", subfolder="unet")' in (folder / "README.md").read_text()
+    model = recombine.apply(drawing.build(seed=0), recombine.Cersa(alpha=0.5, targets=("q", "o", "down")))
+    theirs = UNet2DConditionModel.from_pretrained(recombine.export(model, tmp_path / "own", "dense") / "unet").eval()
+    model, x, states = model.eval(), torch.randn(2, 12, 8, 8), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        ours, found = (unet(x, 3, encoder_hidden_states=states).sample for unet in (model.unet, theirs))
+    assert torch.allclose(ours, found, atol=1e-5)
+
+
 def test_prompts_of_the_users_own(tiny, tmp_path):
     asked = "sample.prompts=['a {token} {noun} on the moon','a photo of cat','rain']"
     result = execute(tmp_path / "run", *tiny, "stage=sample", asked, *DRAW, "sample.scheduler=dpm", "sample.guidance=1")
@@ -117,6 +143,8 @@ def test_stable_diffusions_repository_from_end_to_end(hub, tmp_path):  # noqa: F
     fetched = {p.name for p in Path(hub_folder(result)).rglob("*") if p.is_file()}
     assert "model_index.json" in fetched and not {"v2-1_512-ema-pruned.ckpt"} & fetched
     assert not [name for name in fetched if "fp16" in name or "non_ema" in name or name.endswith(".bin")]
+    folder = next(Path(hub_folder(result)).iterdir())
+    assert Prompts(folder, "folder")(["a"])["input_ids"][0, 3:].unique().tolist() == [0]  # SD 2 pads with "!"
     layers = [drawing.LINEAR, r"text_encoder\..*self_attn\.\w+_proj"]  # of CERSA A.1
     both = ["model.train_text=true", f"method.targets={layers}".replace("\\\\", "\\")]
     text = execute(tmp_path / "text", *keys, *both, "method=cersa", "sample.seeds=[]")
@@ -144,6 +172,8 @@ def hub_folder(result) -> str:
     ("data.image_size=24", "data.image_size=24: the model draws 16 x 16 pixels"),
     ("model.image_size=18", "image_size=18 is no multiple of 4"),
     ("data.root=/nowhere", "data.root=/nowhere: there is no such folder"),
+    ("export=[hf]", "export to hf: a model that draws is written as dense"),
+    ("sample.clip=/nowhere", "sample.clip=/nowhere: there is no such folder"),
     ("sample.scheduler=plms", "sample.scheduler=plms: must be one of ddim, dpm, euler"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(change, words, tiny, capsys, monkeypatch, tmp_path):

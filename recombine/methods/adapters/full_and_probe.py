@@ -19,6 +19,9 @@ class LinearProbe(Method):
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         return sum(site.module.weight.numel() for site in sites), 0
 
+    def to_spec(self, model: nn.Module, names: list[str]) -> dict[str, dict]:
+        return {}  # it replaces no layer
+
     def rewrite(self, model: nn.Module, sites: list[Site], losses=None) -> None:
         if roles.head(model) is None:
             raise UsageError(f"{type(self).__name__}: {type(model).__name__} has no classification head to train")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from recombine.core.method import Site, need
+from recombine.errors import UsageError
 from recombine.methods.low_rank import last_layers, low_rank
 from recombine.methods.pruning.base import Structural, comes_first
 from recombine.models import roles
@@ -42,6 +43,9 @@ class WeCoLora(Structural):
         comes_first(self, model)
         names = roles.block_names(model)
         self.blocks = [i for i, name in enumerate(names) if int(name.rpartition(".")[2]) % self.keep_every == 0]
+        if len(self.blocks) == len(names) and self.keep_every > 1:
+            why = "every block of this model is the first of its container, so none would be left out"
+            raise UsageError(f"{self.key}.keep_every={self.keep_every}: {why}; choose another compressor")
         stay = tuple(f"{names[i]}." for i in self.blocks)
         self.left = [site.module.weight.shape for site in sites if site.name.startswith(stay)]
 

@@ -27,8 +27,9 @@ class Allocated(Truncated, abstract=True):
     Args:
         allocation: of ranks. uniform: every layer keeps the same share. share, error: `ratio` is that of all layers
             together, and a layer may stay dense; what a rank loses counts as a share of the layer's energy, as in BALF,
-            or as it is. svd_llm_v2 shares it out within each role (svd_llm_v2.py). lems weighs it by what cutting the layer does to the model's predictions, atp lets the share
-            fall from block to block (lems.py); both look at data.
+            or as it is. svd_llm_v2 shares it out within each role (svd_llm_v2.py). lems weighs it by what cutting the
+            layer does to the model's predictions, atp lets the share fall from block to block (lems.py); both look at
+            data.
         multiple_of: ranks under lems are multiples of it, in layers that have one.
         judged: calibration batches on which predictions are measured, under lems and atp; None: all.
     """
