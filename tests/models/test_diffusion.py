@@ -22,12 +22,10 @@ CPU = torch.device("cpu")
 WORK = [
     "crisp", "crisp small", "recast", "cersa", "cersa whole", "jactus", "svd", "fwsvd", "asvd", "svd_llm", "kfac_svd",
     "basis_sharing", "dfjr", "balf", "dobi_svd", "lora all", "dora", "pissa", "ia3", "eva", "svfit", "svft", "ssf",
-    "rosa", "pc_lora", "full",
+    "rosa", "pc_lora", "full", "dgmr", "prunenet",
 ]  # fmt: skip
 REFUSED = {
     "wecolora": "none would be left out",
-    "dgmr": "gate and up are in one layer",
-    "prunenet": "gate and up are in one layer",
     "isomorphic": "gate and up are in one layer",
     "modegpt": "whose heads cannot be made narrower",
     "linear_probe": "no classification head",

@@ -32,7 +32,7 @@ class Dgmr(MlpPruning):
 
     def choose(self, mlps: list[Mlp], counts: list[int]) -> list[Tensor]:
         return [
-            gram_schmidt(rows(mlp), k).sort().values if k < mlp.up.out_features else torch.arange(k)
+            gram_schmidt(rows(mlp), k).sort().values if k < mlp.width else torch.arange(k)
             for mlp, k in zip(mlps, counts, strict=True)
         ]
 

@@ -16,7 +16,10 @@ from recombine.models import roles
 
 
 class Mlp(NamedTuple):
-    """The layers of one MLP. Neuron i is row i of up, row i of gate where there is one, and column i of down."""
+    """The layers of one MLP. Neuron i is row i of up, row i of gate where there is one, and column i of down.
+
+    Where up holds both halves of a gated MLP, twice as many rows as down has columns, it is row i of each half.
+    """
 
     up: nn.Linear
     down: nn.Linear
@@ -28,9 +31,14 @@ class Mlp(NamedTuple):
         return [self.up] if self.gate is None else [self.gate, self.up]
 
     @property
+    def width(self) -> int:
+        """Its neurons."""
+        return self.down.in_features
+
+    @property
     def neuron(self) -> int:
         """Weights of one neuron."""
-        return sum(linear.in_features for linear in self.into) + self.down.out_features
+        return sum(linear.weight.numel() for linear in self.into) // self.width + self.down.out_features
 
 
 @dataclass(kw_only=True)
@@ -62,8 +70,8 @@ class MlpPruning(Structural, abstract=True):
         need(self.compensate in ("none", "ridge"), self, "compensate", "must be none or ridge")
         need(0 < self.ratio <= 1, self, "ratio", "is a share of the weights, so it must lie in (0, 1]")
         need({"up", "down"} <= {site.role for site in sites}, self, "targets", "a neuron is cut out of up and down")
-        whole = all(mlp.up.out_features == mlp.down.in_features for mlp in self.mlps(sites))
-        need(whole, self, "targets", "up is not as wide as down here: gate and up are in one layer")
+        whole = all(mlp.up.out_features in (mlp.width, 2 * mlp.width) for mlp in self.mlps(sites))
+        need(whole, self, "targets", "up is neither as wide as down here nor twice as wide")
         least = math.ceil(1000 * self.least(sites)) / 1000
         need(self.ratio >= least, self, "ratio", f"must be at least {least}: one neuron an MLP, other targets whole")
 
@@ -99,18 +107,18 @@ class MlpPruning(Structural, abstract=True):
     def weights(self, sites: list[Site]) -> tuple[int, int]:
         """Weights (of all target layers, of the MLPs among them)."""
         total = sum(site.module.weight.numel() for site in sites)
-        return total, sum(mlp.neuron * mlp.up.out_features for mlp in self.mlps(sites))
+        return total, sum(mlp.neuron * mlp.width for mlp in self.mlps(sites))
 
     def least(self, sites: list[Site]) -> float:
         """The ratio that leaves one neuron in the narrowest MLP, and the same share in the others."""
         total, mlp = self.weights(sites)
-        return (total - mlp + mlp / min(m.up.out_features for m in self.mlps(sites))) / total
+        return (total - mlp + mlp / min(m.width for m in self.mlps(sites))) / total
 
     def counts(self, sites: list[Site]) -> list[int]:
         """Neurons left in each MLP."""
         total, mlp = self.weights(sites)
         share = (self.ratio * total - (total - mlp)) / mlp
-        return [max(1, int(m.up.out_features * share + 1e-9)) for m in self.mlps(sites)]
+        return [max(1, int(m.width * share + 1e-9)) for m in self.mlps(sites)]
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
         total, mlp = self.weights(sites)
@@ -123,10 +131,10 @@ class MlpPruning(Structural, abstract=True):
         downs = [site for site in sites if site.role == "down"]
         chosen = [self.chosen[site.name] for site in downs] if ridge else self.choose(mlps, counts)
         for mlp, kept, site in zip(mlps, chosen, downs, strict=True):
-            if len(kept) < mlp.up.out_features:
-                say_neurons(model.get_submodule(parent(site.name)), mlp.up.out_features, len(kept))
+            if len(kept) < mlp.width:
+                say_neurons(model.get_submodule(parent(site.name)), mlp.width, len(kept))
                 for linear in mlp.into:
-                    cut(linear, kept, 0)
+                    cut(linear, torch.cat([kept + start for start in range(0, linear.out_features, mlp.width)]), 0)
                 cut(mlp.down, kept, 1)
                 for key, tensor in self.digested([site]).items() if ridge else ():
                     setattr(mlp.down, key, nn.Parameter(tensor, requires_grad=False))
@@ -165,4 +173,4 @@ def cut(linear: nn.Linear, kept: Tensor, dim: int) -> None:
 
 def rows(mlp: Mlp) -> Tensor:
     """The input weights of every neuron, in float64: (h, d), or [gate, up] (h, 2 d) of a gated MLP."""
-    return torch.cat([linear.weight.detach().double() for linear in mlp.into], 1)
+    return torch.cat([half.double() for linear in mlp.into for half in linear.weight.detach().split(mlp.width)], 1)

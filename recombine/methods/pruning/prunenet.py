@@ -1,10 +1,10 @@
 """PruneNet: a policy learns from the weights alone which neurons of the MLPs to keep (arXiv 2501.15296).
 
 One policy for all MLPs of a shape scores the rows of the state W (h, d), which is the gate's weight where there is one
-and else up's: a = sigmoid((W P^T + b) s), with P (h, d), b (h,) and s (h,). k rows are drawn without replacement, with
-probabilities in proportion to a. The reward is 1 / KS, with KS the Kolmogorov-Smirnov distance between the singular
-values of W and those of the drawn rows. The drawn neurons stay: rows of up and gate, columns of down. An MLP stores
-k (2 d) weights, or k (3 d) with a gate. All of them train in distillation.
+(the second half of a GEGLU) and else up's: a = sigmoid((W P^T + b) s), with P (h, d), b (h,) and s (h,). k rows are
+drawn without replacement, with probabilities in proportion to a. The reward is 1 / KS, with KS the Kolmogorov-Smirnov
+distance between the singular values of W and those of the drawn rows. The drawn neurons stay: rows of up and gate,
+columns of down. An MLP stores k (2 d) weights, or k (3 d) with a gate. All of them train in distillation.
 
 Twenty episodes, AdamW at 1e-3 and a discount of 0.99 per layer are those of the authors' code. There is no KL term,
 which is optional in it. The result depends on the seed alone.
@@ -63,7 +63,7 @@ class PruneNet(MlpPruning):
             alike[mlp.up.weight.shape].append(i)
         kept: list[Tensor] = [torch.empty(0)] * len(mlps)
         for places in alike.values():
-            states = [mlps[i].into[0].weight.detach() for i in places]
+            states = [mlps[i].into[0].weight.detach()[-mlps[i].width :] for i in places]
             how = self.episodes, self.policy_lr, self.seed, self.estimator
             slices = search(states, counts[places[0]], *how)
             for i, slice_ in zip(places, slices, strict=True):
