@@ -10,6 +10,7 @@ import torch_pruning
 import recombine
 from recombine import Dgmr, Isomorphic, PruneNet
 from recombine.methods.pruning.isomorphic_graph import best, gradients
+from recombine.models import roles
 from zoo import batch, build, losses, outputs
 
 
@@ -119,12 +120,39 @@ def test_isomorphic_refuses_what_it_cannot_cut(options):
         recombine.apply(model, Isomorphic(), losses=losses(model))
 
 
-@pytest.mark.parametrize("method", [Dgmr(), PruneNet(), Isomorphic()], ids=["Dgmr", "PruneNet", "Isomorphic"])
 @pytest.mark.parametrize("mlp", ["SwiGLUPacked", "GluMlp"])
-def test_a_packed_gate_is_refused(mlp, method):
+def test_a_packed_gate_is_refused(mlp):
     model = other_vit("vit_tiny_patch16_224", {"mlp_layer": getattr(timm.layers, mlp)})
     with pytest.raises(recombine.UsageError, match="wide"):
-        recombine.apply(model, method, losses=losses(model))
+        recombine.apply(model, Isomorphic(), losses=losses(model))
+
+
+@pytest.mark.parametrize("method", [Dgmr(), Dgmr(compensate="ridge"), PruneNet()], ids=["Dgmr", "ridge", "PruneNet"])
+@pytest.mark.parametrize("mlp", ["SwiGLUPacked", "GluMlp"])
+def test_a_neuron_is_cut_out_of_both_halves_of_a_packed_gate(mlp, method, tmp_path):
+    model = other_vit("vit_tiny_patch16_224", {"mlp_layer": getattr(timm.layers, mlp)})
+    before, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
+    batches = torch.randn(3, 4, 3, 32, 32)
+    recombine.apply(model, method, "retained_70", losses=lambda: (model(part).logsumexp(1).mean() for part in batches))
+    assert 0.65 < recombine.count(model).retained <= 0.7
+    for new, old in zip(roles.blocks(model), roles.blocks(before), strict=True):
+        half, width = len(new.mlp.fc1.weight) // 2, old.mlp.fc2.in_features
+        rows = {tuple(row.tolist()): i for i, row in enumerate(old.mlp.fc1.weight[:width])}
+        kept = [rows[tuple(row.tolist())] for row in new.mlp.fc1.weight[:half]]
+        assert torch.equal(new.mlp.fc1.weight[half:], old.mlp.fc1.weight[width:][kept])
+        old.mlp.fc2.weight.data[:, [i for i in range(width) if i not in kept]] = 0
+        if method.compensate == "ridge":
+            old.mlp.fc2.weight.data[:, kept] = new.mlp.fc2.weight.data
+            old.mlp.fc2.bias.data = new.mlp.fc2.bias.data
+    with torch.no_grad():
+        assert torch.allclose(model(x), before(x), atol=1e-5)
+        assert torch.equal(
+            recombine.load(
+                recombine.save(model, tmp_path / "m", whole=False),
+                other_vit("vit_tiny_patch16_224", {"mlp_layer": getattr(timm.layers, mlp)}),
+            ).eval()(x),
+            model.eval()(x),
+        )
 
 
 @pytest.mark.parametrize("method", [Dgmr(), PruneNet()], ids=["Dgmr", "PruneNet"])
