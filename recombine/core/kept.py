@@ -7,6 +7,7 @@ method and weights.
 
 import hashlib
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from recombine.runtime.mapped import on_disk, release
 
 log = logging.getLogger(__name__)
 
+OWN = re.compile(r"\.lock|.*-[0-9a-f]{8}\.safetensors.*")  # names of files in a folder of factors
+
 
 class Spilled(Mapping):
     """The tensors of a group that lie in a file; each is read when it is asked for, and is then a copy in memory."""
@@ -29,11 +32,20 @@ class Spilled(Mapping):
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]):
         self.path, self.devices = path, {name: tensor.device for name, tensor in tensors.items()}
         self.small = {name: tensor.clone() for name, tensor in tensors.items() if tensor.ndim < 2}
+        self.whole = False  # it has been read since it was written, and is as it was
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self.small:
             return self.small[name]
         device = self.devices[name]  # KeyError: there is none
+        if not self.whole:
+            try:
+                tensor_file.read(self.path)
+            except UsageError as error:
+                self.path.unlink(missing_ok=True)
+                fix = "start again, and its layers are computed anew"
+                raise UsageError(f"{self.path}: damaged since it was written ({error}); {fix}") from error
+            self.whole = True
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(name).to(device, copy=True)
 
@@ -122,12 +134,18 @@ class Kept:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = FileLock(self.folder / ".lock")
                 self.lock.acquire(timeout=0)
+                others = [p.name for p in self.folder.iterdir() if p.is_file() and not OWN.fullmatch(p.name)]
             except Timeout as error:
                 why = "another process keeps its factors there; wait for it, or choose another folder"
                 raise UsageError(f"{self.folder}: {why}") from error
             except OSError as error:
                 why = f"cannot be written ({error.strerror}); choose another folder"
                 raise UsageError(f"{self.folder}: {why}") from error
+            if others:
+                self.lock.release()
+                self.lock = None
+                why = f"holds other files, such as {min(others)}, and is removed at the end; name a folder of its own"
+                raise UsageError(f"{self.folder}: {why}")
         return self.folder / f"{key(name)}.safetensors"
 
     def find(self, stamp: str) -> None:

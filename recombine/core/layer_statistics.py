@@ -153,7 +153,7 @@ def added(total: Tensor | float, term: Tensor) -> Tensor:
     """total + term in float64, in the memory of `total`; a term of float64 may become the total."""
     if not isinstance(total, Tensor):
         return term.double()
-    rows = max(1, PIECE // (term.numel() // len(term)))
+    rows = len(term) if term.is_meta else max(1, PIECE // (term.numel() // len(term)))  # one operation of a plan
     for into, piece in zip(total.split(rows), term.split(rows), strict=True):
         into += piece  # no whole copy of the term in float64
     return total
@@ -162,7 +162,7 @@ def added(total: Tensor | float, term: Tensor) -> Tensor:
 def gram_added(total: Tensor | float, x: Tensor) -> Tensor:
     """total + x^T x in float64, in the memory of `total`, for x (tokens, n). Of a wide one the upper half alone."""
     n = x.shape[1]
-    if n < WIDE:
+    if n < WIDE or x.is_meta:
         return added(total, x.T @ x)
     if not isinstance(total, Tensor):
         total = x.new_zeros(n, n, dtype=torch.float64)
@@ -173,7 +173,7 @@ def gram_added(total: Tensor | float, x: Tensor) -> Tensor:
 
 def mirrored(total: Tensor | float) -> Tensor | float:
     """The sum of `gram_added` with its lower half, in its memory."""
-    if isinstance(total, Tensor) and len(total) >= WIDE:
+    if isinstance(total, Tensor) and len(total) >= WIDE and not total.is_meta:
         for i in range(0, len(total), STRIPE):
             total[i + STRIPE :, i : i + STRIPE] = total[i : i + STRIPE, i + STRIPE :].T
     return total

@@ -1,6 +1,7 @@
 """Writes a recombined model as the plain one that it computes: an ordinary folder, at the dense size."""
 
 import logging
+import shutil
 from pathlib import Path
 
 from torch import nn
@@ -45,7 +46,7 @@ def write(model: nn.Module, folder: Path) -> Path:
         save_for_hf(merged, folder, model_args=more, safe_serialization=True)
     for path in folder.glob("*.safetensors"):  # the libraries give it to its owner alone
         with atomic_write(path) as temporary:
-            temporary.write_bytes(path.read_bytes())
+            shutil.copyfile(path, temporary)
     return folder
 
 

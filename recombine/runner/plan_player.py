@@ -93,6 +93,9 @@ class Player:
         if name == "joint":
             rewrite.train_only(self.model, set(self.model.recombined.trainable))
         pack(self.model, self.budget)
+        if name == "profile" and getattr(self.stage, "rounds", 0) and footprint.trained(self.model):
+            turns = 2 * self.stage.rounds  # of the method and of the reference, which waits beside it
+            self.train("time", objective_of(self.module), self.settings.optim, 1, None, turns)
         if name in ("adapt", "compress", "joint"):
             if footprint.trained(self.model):
                 self.train("train", objective_of(self.module), self.settings.optim, self.settings.trainer.epochs, None)
@@ -193,16 +196,28 @@ class Player:
             rewrite.finish(self.model, method, alone=self.spec.compressor is None)
 
     def train(
-        self, name: str, objective: Objective, optim: OptimizerSettings, epochs: int, teacher: nn.Module | None
+        self,
+        name: str,
+        objective: Objective,
+        optim: OptimizerSettings,
+        epochs: int,
+        teacher: nn.Module | None,
+        turns: int | None = None,
     ) -> None:
-        """A training: its steps, and what validates it."""
+        """A training: its steps, and what validates it.
+
+        Args:
+            turns: so many steps instead, each followed by a forward, beside a second model.
+        """
         self.model.train()
         apart = footprint.tensors(teacher) if teacher is not None else []
         with engine.recomputed(self.model, self.settings.trainer.gradient_checkpointing):
             watch = footprint.step(self.model, lambda: self.loss(objective, self.batch_size), self.kernels(), apart)
         trains, moments = footprint.size(footprint.trained(self.model)), MOMENTS[optim.name]
         cost = None
-        if train := self.samples.get("train"):
+        if turns:
+            cost = (Cost.of(watch) + self.forward(self.batch_size)[1] * self.batch_size) * turns
+        elif train := self.samples.get("train"):
             steps = ceil(train / (self.batch_size * self.ranks)) * epochs
             cost = (Cost.of(watch) + Cost(moved=(3 + 2 * moments) * trains)) * steps
             if val := self.samples.get("val"):
@@ -213,6 +228,7 @@ class Player:
         held |= {"optimizer": moments * trains, "activations": max(0, watch.peak - trains)}
         held |= {"best weights": trains if epochs > 1 and not self.device.gpu else 0}
         held |= {"teacher": footprint.apart(apart, footprint.tensors(self.model))}
+        held |= {"reference": self.told.weights if turns and not self.device.gpu else 0}
         self.add(name, cost, **held)
 
     def score(self) -> None:

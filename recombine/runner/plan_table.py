@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recombine import data, results
 from recombine.errors import EXPECTED, UsageError, one_line
+from recombine.models.weights import first_line
 from recombine.runner import grid
 from recombine.runner.config import resolve
 from recombine.runner.ledger import duration
@@ -54,10 +55,19 @@ def made(out: Path) -> Path:
 
 
 def planned(cfg: DictConfig, device: Device) -> Plan:
-    """The plan of a configuration; of a suite, of its first task."""
+    """The plan of a configuration; of a suite, of its first task.
+
+    Raises:
+        UsageError: the run cannot be, or not be rehearsed.
+    """
     if cfg.data.task == "all":
         cfg = OmegaConf.merge(cfg, {"data": {"task": next(iter(data.suite(cfg.data.name)), "all")}})
-    return plan(resolve(cfg), device)
+    spec = resolve(cfg)
+    try:
+        return plan(spec, device)
+    except (RuntimeError, TypeError, ValueError) as error:  # what reads values, of which there are none
+        why = f"{spec.method.label} cannot be rehearsed without weights ({first_line(error)})"
+        raise UsageError(f"stage=plan: {why}; profile it, or plan another") from error
 
 
 def shown(found: Plan, path: Path) -> str:
@@ -103,16 +113,18 @@ def several(loader, config: DictConfig, arguments: Sequence[str]) -> None:
     cells = grid.cells(grid.plain_axes(config), arguments, config.only)
     named: dict[tuple[str, ...], list[str]] = {}  # what a run takes -> the runs, by their labels
     plans: dict[tuple[str, ...], tuple[str, ...]] = {}
+    notes: dict[str, None] = {}
     jobs = list(zip(cells, grid.jobs(config, arguments), strict=True))
     for cell, job in progress.of(jobs, "plan", "runs"):
         kept = tuple(o for o in job if grid.key_of(o) not in ALIKE)
         if kept not in plans:
             try:
-                plans[kept] = row(planned(loader.load_sweep_config(config, list(kept)), device))
+                found = planned(loader.load_sweep_config(config, list(kept)), device)
+                plans[kept], notes = row(found), notes | dict.fromkeys(found.told.notes)
             except EXPECTED as error:
                 plans[kept] = ("", "", "", "", "", one_line(error))
         named.setdefault(plans[kept], []).append(called(cell, cells))
-    print(table(named, device))
+    print(table(named, device), *(f"note: {note}" for note in notes), sep="\n")
     if not any(taken[0] for taken in named):
         raise UsageError("stage=plan: none of the runs can be; the table says why")
 

@@ -9,9 +9,10 @@ import torch
 from filelock import FileLock
 
 import recombine
-from helpers import MIB
+from helpers import MIB, refusal
 from recombine import Asvd, Balf, BasisSharing, Cersa, Crisp, DobiSvd, Fwsvd, Jactus, KfacSvd, Rosa, Svd, SvdLlm
 from recombine.core import memory, stream
+from recombine.core.kept import Spilled
 from recombine.core.memory import Memory, joined, sums
 from recombine.core.method import Site
 from recombine.core.rewrite import find_sites
@@ -137,6 +138,42 @@ def test_a_killed_run_goes_on_and_a_damaged_file_is_computed_again(tmp_path, mon
     passes = Passes(fresh)
     recombine.apply(fresh, method, losses=passes, memory=given)
     assert passes.count == whole
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip"])
+def test_a_file_that_is_damaged_while_it_waits_is_named_and_computed_anew(harm, tmp_path, monkeypatch):
+    """Of a method that digests all layers first and reads them when it rewrites."""
+    folder, harmed, whole = tmp_path / "spill", [], build("tiny_llama")
+    method = Jactus(top_k=4)
+    given = Memory(sizes.parse(least("tiny_llama", method, None), "memory"), folder)
+    recombine.apply(whole, method, losses=losses(whole))
+    model, getitem = build("tiny_llama"), Spilled.__getitem__
+
+    def harming(self, name):
+        if not harmed:
+            harmed.append(self.path)
+            content = self.path.read_bytes()
+            middle = len(content) // 2
+            flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            self.path.write_bytes(content[:middle] if harm == "cut" else flipped)
+        return getitem(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spilled, "__getitem__", harming)
+        said = refusal(recombine.apply, model, method, losses=losses(model), memory=given)
+    assert harmed and f"{harmed[0]}: damaged since it was written" in said and not harmed[0].exists()
+    recombine.apply(model, method, losses=losses(model), memory=given)
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    model = build("tiny_llama")
+    method = Jactus(top_k=4)
+    limit = sizes.parse(least("tiny_llama", method, None), "memory")
+    said = refusal(recombine.apply, model, method, losses=losses(model), memory=Memory(limit, tmp_path))
+    assert "holds other files, such as mine.txt" in said and (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_a_full_disk_and_a_folder_in_use_are_one_line(tmp_path, monkeypatch):

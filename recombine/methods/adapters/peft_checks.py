@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recombine.core.footprint import Endless
 from recombine.core.method import Site
 from recombine.errors import UsageError
 from recombine.layers import PackedLinear, RecombinedLinear
@@ -131,6 +132,8 @@ def one_line(config: str, options: dict[str, Any]):
     """
     try:
         yield
+    except Endless:
+        raise
     except Exception as error:  # peft raises nearly every kind
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"method.options={options}: {config}: {reason}; change that option") from error
