@@ -53,10 +53,9 @@ def export(
         UsageError: the model is not recombined or cannot be written so, the format is unknown or lacks its extra, or
             the folder is full.
     """
-    model, folder = unwrapped(model), check(folder, to)
+    model, folder = unwrapped(model), check(folder, to, model)
     if not isinstance(model, nn.Module) or not hasattr(model, "recombined"):
         raise UsageError(f"this {type(model).__name__} is not recombined: save it as its own library does")
-    require_format(model, to)
     if to != "lora" and (base, rank, energy) != (None, None, None):
         raise UsageError(f'base, rank and energy are for to="lora", not for {to!r}: leave them out')
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +91,8 @@ def write(model: nn.Module, folder: Path, to: str) -> None:
         import_module(f"recombine.export.{to}").write(model, folder)
 
 
-def check(folder: str | Path, to: str) -> Path:
-    """The folder as a path, once it is free, and the format is known and installed.
+def check(folder: str | Path, to: str, model: Any = None) -> Path:
+    """The folder as a path, once it is free, and the format is known, installed and one that can hold the model.
 
     Raises:
         UsageError: it is not.
@@ -103,6 +102,7 @@ def check(folder: str | Path, to: str) -> Path:
             f"to={to!r}: no such format; {did_you_mean(str(to), [*FORMATS])}choose from {', '.join(FORMATS)}"
         )
     require(to)
+    require_format(unwrapped(model), to)
     if not isinstance(folder, str | Path):
         raise UsageError(f"folder={folder!r}: must be the path of a folder")
     folder = Path(folder).expanduser().absolute()
@@ -111,7 +111,7 @@ def check(folder: str | Path, to: str) -> Path:
     return folder
 
 
-def require_format(model: nn.Module, to: str) -> None:
+def require_format(model: Any, to: str) -> None:
     """Refuses a format that cannot hold a model that draws.
 
     Raises:

@@ -179,8 +179,7 @@ def choose(axes: dict[str, dict], only: Sequence[str] | None) -> dict[str, dict]
 def exceptions(grid: Mapping[str, Any], axes: Mapping[str, Mapping]) -> list[tuple[dict[str, str], list[str]]]:
     """The overrides that a label has for some labels of another axis: the two labels by axis, and the lines.
 
-    Raises:
-        UsageError: one names an axis or a label that is not there.
+    Raises UsageError where one names an axis or a label that is not there.
     """
     found = []
     for axis, labels in grid.items():

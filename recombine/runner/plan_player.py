@@ -93,9 +93,8 @@ class Player:
         if name == "joint":
             rewrite.train_only(self.model, set(self.model.recombined.trainable))
         pack(self.model, self.budget)
-        if name == "profile" and getattr(self.stage, "rounds", 0) and footprint.trained(self.model):
-            turns = 2 * self.stage.rounds  # of the method and of the reference, which waits beside it
-            self.train("time", objective_of(self.module), self.settings.optim, 1, None, turns)
+        if name == "profile" and (turns := 2 * getattr(self.stage, "rounds", 0)) and footprint.trained(self.model):
+            self.train("time", objective_of(self.module), self.settings.optim, 1, None, turns)  # beside a reference
         if name in ("adapt", "compress", "joint"):
             if footprint.trained(self.model):
                 self.train("train", objective_of(self.module), self.settings.optim, self.settings.trainer.epochs, None)
@@ -204,11 +203,7 @@ class Player:
         teacher: nn.Module | None,
         turns: int | None = None,
     ) -> None:
-        """A training: its steps, and what validates it.
-
-        Args:
-            turns: so many steps instead, each followed by a forward, beside a second model.
-        """
+        """A training: its steps, and what validates it. turns: of a profile, so many steps and forwards instead."""
         self.model.train()
         apart = footprint.tensors(teacher) if teacher is not None else []
         with engine.recomputed(self.model, self.settings.trainer.gradient_checkpointing):
@@ -226,9 +221,9 @@ class Player:
                 self.scored = None if teacher else scored
         held = {"weights": footprint.size(footprint.tensors(self.model)), "gradients": trains}
         held |= {"optimizer": moments * trains, "activations": max(0, watch.peak - trains)}
-        held |= {"best weights": trains if epochs > 1 and not self.device.gpu else 0}
         held |= {"teacher": footprint.apart(apart, footprint.tensors(self.model))}
-        held |= {"reference": self.told.weights if turns and not self.device.gpu else 0}
+        if not self.device.gpu:
+            held |= {"best weights": trains * (epochs > 1), "reference": self.told.weights * bool(turns)}
         self.add(name, cost, **held)
 
     def score(self) -> None:
@@ -236,8 +231,7 @@ class Player:
         plan_drawing.test(self)
         if self.stage.name == "sample":
             return
-        watch, each = self.scored or self.forward(self.batch_size)
-        test = self.samples.get("test")
+        (watch, each), test = self.scored or self.forward(self.batch_size), self.samples.get("test")
         weights = footprint.size(footprint.tensors(self.model))
         self.add("test", each * test if test else None, weights=weights, activations=watch.peak)
 
