@@ -18,7 +18,7 @@ def test_what_is_interrupted_goes_on_and_the_folder_is_a_model(tmp_path, monkeyp
     (cache := tmp_path / "cache").mkdir()
     (cache / "assets").symlink_to(cache_dir() / "assets")
     monkeypatch.setenv("RECOMBINE_CACHE", str(cache))
-    given = {"minutes": 1e9, "batch": 4, "lr": 1e-3, "seed": 0, "every": 2, "task": "emoji"}
+    given = {"minutes": 1e9, "batch": 4, "lr": 1e-3, "seed": 0, "every": 2, "task": "emoji", "bf16": False}
 
     def run(folder, *until):
         for steps in until:

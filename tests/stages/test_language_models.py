@@ -34,7 +34,7 @@ def test_the_original_model_is_scored(toy_packages, byte_tokenizer, tmp_path, of
     model = models.build(**told["model"]).eval()
     module = loaded("text", byte_tokenizer, task="wiki", max_length=16, limit=9)
     assert told["test"]["ppl"] == pytest.approx(harness.perplexity(model, module.test), rel=1e-5)
-    same = execute(tmp_path / "b", *common, "stage=retrofit", "stage.test=true", "method=svd", "method.ratio=1.0")
+    same = execute(tmp_path / "b", *common, "stage=retrofit", "stage.test=true", "method=svd", "method.ratio=0.9")
     assert same["test"]["ppl"] != told["test"]["ppl"] and same["test"].keys() == {"loss", "ppl"}
     assert execute(tmp_path / "c", *common, "stage=retrofit", "method=svd", "method.ratio=0.5")["test"] == {}
 
