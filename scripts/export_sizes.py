@@ -21,11 +21,10 @@ from recombine.runtime import conf
 
 MIB = 2**20
 FORMATS = ("difference", "whole", "hf", "torch", "onnx", "openvino", "dense", "lora")
-MADE = {  # what is done to the model, and to how many bits its frozen weights are packed
-    "SVD, half": (recombine.Svd(), None),
-    "SVD with pivots, half": (recombine.Svd(factor="pivot"), None),
-    "CRISP, half": (recombine.Crisp(chunk=128, group_size=1), None),
-    "SVD, half, 4 bits": (recombine.Svd(), 4),
+MADE = {  # what is done to the model
+    "SVD, half": recombine.Svd(),
+    "SVD with pivots, half": recombine.Svd(factor="pivot"),
+    "CRISP, half": recombine.Crisp(chunk=128, group_size=1),
 }
 WEIGHTS = (".safetensors", ".pt2", ".onnx", ".data", ".bin", ".difference", ".whole")  # ends of files that hold some
 
@@ -97,10 +96,8 @@ def main() -> None:
     base = models.build(**config | {"image_size": 70, "num_classes": 16}).eval()
     x = torch.randn(4, 3, 70, 70)
     print("| model | count | " + " | ".join(FORMATS) + " |\n" + "|---" * (len(FORMATS) + 2) + "|")
-    for name, (method, bits) in MADE.items():
+    for name, method in MADE.items():
         model = recombine.apply(copy.deepcopy(base), method, "retained_50").eval()
-        if bits:
-            recombine.quantize(model, bits)
         size = recombine.count(model).bytes_weights / MIB
         print(f"| {name} | {size:.1f} | " + " | ".join(cells(model.eval(), base, x)) + " |", flush=True)
 
