@@ -48,7 +48,7 @@ class Method:
     Args:
         targets: roles of the layers to rewrite: q, k, v, o, up, down, gate, or qkv for the fused projection where
             there is one; or all-linear, ends of module names, globs or regular expressions. A target that ends in ?
-            (gate?) is left out where the model has none.
+            (gate?) is left out where the model has none. A string is one target.
         lr: learning rate of what trains, for runs that set no rate of the optimizer; None: a relative
             rate (`training.rates`).
     """
@@ -71,7 +71,7 @@ class Method:
         cls.abstract = abstract
 
     def __post_init__(self):
-        self.targets = (self.targets,) if self.targets == "all-linear" else self.targets  # as peft takes it
+        self.targets = (self.targets,) if self.targets and isinstance(self.targets, str) else self.targets  # as peft does
         self.label = type(self).__name__.lower()  # how messages call it; the runner knows what the user typed
         self.key = "method"  # the node of the configuration that its fields stand in, for messages
         self.stats: dict[str, Stats] = {}  # what `statistics_needed` asked for, by site name, of one model

@@ -23,10 +23,11 @@ class Compressed(nn.Module):
 
     Args:
         shared: what several layers share, by name; the model holds it, not this layer.
-        built: the dense weight takes fewer multiplications than the parts; it is kept while nothing can change.
+        built: up to so many tokens the dense weight costs less than the parts where it is kept, while nothing can
+            change; -1: for any number, kept or not.
     """
 
-    def __init__(self, shared: nn.ModuleDict, in_features: int, out_features: int, bias: bool, built: bool):
+    def __init__(self, shared: nn.ModuleDict, in_features: int, out_features: int, bias: bool, built: int):
         super().__init__()
         self.in_features, self.out_features, self.built = in_features, out_features, built
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
@@ -35,9 +36,14 @@ class Compressed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)."""
-        if self.built:
+        if self.built < 0 or self.keeps() and x.numel() // self.in_features <= self.built:
             return F.linear(x, self.dense(x), self.bias)
         return self.parts(x)
+
+    def keeps(self) -> bool:
+        """Whether what is built may be kept: eval mode without gradients, and no adapter that is switched on and off."""
+        busy = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return not busy and all(type(part) is nn.Linear for part in self.factors())
 
     @property
     def weight(self) -> Tensor:
@@ -47,8 +53,7 @@ class Compressed(nn.Module):
 
     def dense(self, x: Tensor) -> Tensor:
         """The dense weight; in eval mode without gradients the one of before, unless a part has changed."""
-        plain = all(type(part) is nn.Linear for part in self.factors())  # an adapter may be switched on and off
-        if not plain or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.keeps():
             self.kept = None
             return self.build(x)
         key = [(part.weight.data_ptr(), part.weight._version, part.weight.dtype) for part in self.factors()]

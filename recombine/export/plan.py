@@ -153,7 +153,7 @@ def planned_layer(name: str, layer: nn.Module, plan: Plan, common: set[int]) -> 
         weight = layer.part("weight")
         more = {"kind": "packed", "bits": weight.bits, "group": weight.group}
         return spec | more, tensors | {"codes": weight.codes, "scale": weight.scale}
-    built = layer.is_cheaper_built(1, train=False, kept=True)
+    built = layer.built_up_to()
     if isinstance(layer, SharedBasisLinear):
         more = {"rank": layer.basis_rank, "chunk": layer.chunk, "gate": layer.gate, "placement": layer.placement}
         spec |= {"kind": "shared_basis", "built": built, **more, "basis": plan.share(layer.part("basis"))}
@@ -165,7 +165,7 @@ def planned_layer(name: str, layer: nn.Module, plan: Plan, common: set[int]) -> 
     if isinstance(layer, DeltaLinear) and (small or layer.is_packed) or small and not layer.is_packed:
         return spec | {"kind": "linear"}, tensors | {"weight": layer.dense_weight()}
     if isinstance(layer, DeltaLinear):  # no low-rank part, so it never builds more than its base
-        spec |= {"kind": "factored", "built": False, "rank": layer.in_features, "right": None}
+        spec |= {"kind": "factored", "built": 0, "rank": layer.in_features, "right": None}
         return spec, tensors | {"left.weight": layer._pretrained()}
     if isinstance(layer, FactoredLinear):
         right, (packed, own) = plan.share(layer.part("right")) if shared else "own", factors(layer, shared)

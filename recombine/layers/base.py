@@ -1,5 +1,6 @@
 """The contract of a recombined linear layer, and the rule that picks the cheaper of its two forward passes."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from recombine.layers.packed import HoldsPacked
 
-OVERHEAD = 1.15  # seconds per multiplication without the built weight / with it (experiments/runtime/README.md)
+OVERHEAD = 1.1  # seconds per multiplication without the built weight / with it (experiments/runtime/README.md)
+START = 100e3  # multiplications in the time that the second product of a kept layer takes to start (there, too)
 MANY = 2**20  # tokens, where their number is not known: what is built then costs next to nothing
 
 
@@ -76,8 +78,8 @@ class RecombinedLinear(HoldsPacked, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out), by the cheaper way.
 
-        With gradients that is the one with fewer multiplications. Without, where weights are kept, those of the
-        structured way count `OVERHEAD` times: it is two thinner products.
+        With gradients that is the one with fewer multiplications. Without, those of the structured way count
+        `OVERHEAD` times: it is two thinner products. Where weights are kept it also has `START` of them more.
         An exported graph has one way for every batch size: the one that is cheaper for many tokens.
         """
         tokens = MANY if torch.compiler.is_exporting() else x.numel() // self.in_features
@@ -94,7 +96,15 @@ class RecombinedLinear(HoldsPacked, ABC):
             kept: the weight is there already.
         """
         structured, dense, build = self.flops(tokens, train)
-        return dense + (0 if kept else build) < structured * (1 if train else OVERHEAD)
+        if train:
+            return dense + (0 if kept else build) < structured
+        return dense + (-START if kept else build) < structured * OVERHEAD
+
+    def built_up_to(self) -> int:
+        """Up to how many tokens the product with a kept weight costs less in inference; -1: for any number."""
+        structured, dense, _ = self.flops(1, train=False)
+        gain = dense - structured * OVERHEAD
+        return -1 if gain <= 0 else math.ceil(START / gain) - 1
 
     @property
     def is_frozen(self) -> bool:

@@ -72,6 +72,8 @@ def config_values(config_class: type, values: Mapping[str, Any], also: Iterable[
     for key, value in values.items():
         if key not in declared or NEVER.fullmatch(key):
             raise UsageError(f"model.{key}={value!r}: {config_class.__name__} has no such key; drop it")
+        if key == "model_args" and isinstance(value, Mapping):  # of a timm model inside
+            timm_arguments({name: x for name, x in value.items() if name not in ("img_size", "drop_path_rate")})
         labels = key in ("id2label", "label2id") and isinstance(value, Mapping)
         if not labels or not all(str(part).isprintable() for pair in value.items() for part in pair):
             refuse(f"model.{key}", value, DEEPEST if COUNTS.fullmatch(key) else LARGEST)

@@ -131,7 +131,7 @@ def of_transformers(*, config: Mapping[str, Any], attention: str | None, **named
     if attention not in ATTENTION:
         raise UsageError(f"attention={attention!r}: must be one of {', '.join(ATTENTION)}")
     config_values(cls.config_class, config, encoders.UNDECLARED)
-    return cls._from_config(cls.config_class(**config), attn_implementation=attention)
+    return cls._from_config(cls.config_class.from_dict(dict(config)), attn_implementation=attention)
 
 
 @contextmanager

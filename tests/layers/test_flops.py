@@ -28,12 +28,14 @@ def test_flops_rule_counts_what_runs(tokens):
         assert counted.get_total_flops() == 2 * (dense + build)
 
 
-@pytest.mark.parametrize("rank, built", [(9, True), (8, False)])  # of 10, where both ways multiply alike
-def test_near_the_dense_count_the_weight_is_built_without_gradients(rank, built):
+@pytest.mark.parametrize("rank, tokens, built", [(95, 999, True), (80, 999, False), (80, 20, True), (80, 21, False)])
+def test_near_the_dense_count_and_for_few_tokens_the_weight_is_built_without_gradients(rank, tokens, built):
+    """At rank 80 a token takes 40,000 multiplications or 1.1 x 32,000, which 100,000 / 4,800 = 20.8 tokens make up for."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    layer, x = FactoredLinear(torch.randn(20, rank), torch.randn(rank, 20), bias=torch.randn(20)), torch.randn(7, 20)
-    structured, dense, _ = layer.flops(7, False)
+    layer = FactoredLinear(torch.randn(200, rank) / 14, torch.randn(rank, 200) / 14, bias=torch.randn(200))
+    x = torch.randn(tokens, 200)
+    structured, dense, _ = layer.flops(tokens, False)
     for training in (True, False):
         layer.train(training)
         with torch.set_grad_enabled(training):

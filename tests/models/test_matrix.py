@@ -9,7 +9,7 @@ from scripts import model_matrix
 PAGE = model_matrix.PAGE.read_text()
 OWN = [  # built by hand there, or of a library that no file can name
     "timm Hiera", "timm MaxViT", "timm MobileViT", "timm MLP-Mixer", "timm ResMLP", "torchvision ViT, MLPs",
-    "torchvision Swin, MLPs", "timm ViT in a TimmWrapper",
+    "torchvision Swin, MLPs",
 ]  # fmt: skip
 REFUSED = ["timm ConvNeXt", "torchvision ViT", "torchvision Swin", "Mixtral"]
 HUB = {  # what configurations on hubs also say

@@ -46,6 +46,7 @@ def test_what_is_not_there_is_one_line(vit):
     assert "'head'" in refusal(roles.find, vit, ("head",))  # left out, as peft does
     assert "norm1, a LayerNorm, which the method cannot" in refusal(roles.find, vit, ("norm1",))
     assert recombine.Svd(targets="all-linear").targets == ("all-linear",)
+    assert recombine.Svd(targets=r".*attn\.proj").targets == (r".*attn\.proj",)
 
 
 @pytest.mark.parametrize(
