@@ -41,7 +41,7 @@ class Compressed(nn.Module):
         return self.parts(x)
 
     def keeps(self) -> bool:
-        """Whether what is built may be kept: eval mode without gradients, and no adapter that is switched on and off."""
+        """Whether what is built may be kept: in eval mode without gradients, and without adapters on the parts."""
         busy = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         return not busy and all(type(part) is nn.Linear for part in self.factors())
 

@@ -30,7 +30,7 @@ def test_flops_rule_counts_what_runs(tokens):
 
 @pytest.mark.parametrize("rank, tokens, built", [(95, 999, True), (80, 999, False), (80, 20, True), (80, 21, False)])
 def test_near_the_dense_count_and_for_few_tokens_the_weight_is_built_without_gradients(rank, tokens, built):
-    """At rank 80 a token takes 40,000 multiplications or 1.1 x 32,000, which 100,000 / 4,800 = 20.8 tokens make up for."""
+    """At rank 80 a token takes 40,000 multiplications or 1.1 x 32,000: 100,000 more are worth 20.8 tokens."""
     from torch.utils.flop_counter import FlopCounterMode
 
     layer = FactoredLinear(torch.randn(200, rank) / 14, torch.randn(rank, 200) / 14, bias=torch.randn(200))

@@ -1,5 +1,7 @@
 """A recombined layer behaves as nn.Linear does under autocast, torch.compile and torch.export."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -78,6 +80,17 @@ def test_compiles_as_one_graph(training):
         else:  # what eager keeps follows the weights, and does not change what was compiled
             next(model.parameters()).mul_(2.0)
             assert torch.allclose(compiled(x), model(x))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_inductor_trains_the_same():
+    model, x = one_of_each(), torch.randn(5, 16).double()
+    gradients = []
+    for run in (torch.compile(model, fullgraph=True), model):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("strict", [True, False])

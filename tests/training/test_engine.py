@@ -80,8 +80,9 @@ def test_every_block_is_compiled_though_all_have_other_shapes():
 def test_a_compiled_run_learns_the_same(backend, tmp_path):
     joint = ["stage=joint", "budget=retained_50", "method=crisp", "method.chunk=16", "stage.distil.epochs=1"]
     one, two = (execute(tmp_path / w, *joint, *SHORT, f"trainer.compile={w}") for w in ("false", backend))
-    assert one["curves"]["train/loss"] == pytest.approx(two["curves"]["train/loss"], rel=1e-5)
-    assert one["distil"]["val_loss"] == pytest.approx(two["distil"]["val_loss"], rel=1e-5)
+    rel = 1e-4 if backend == "true" else 1e-5  # Inductor fuses sums: it rounds otherwise
+    assert one["curves"]["train/loss"] == pytest.approx(two["curves"]["train/loss"], rel=rel)
+    assert one["distil"]["val_loss"] == pytest.approx(two["distil"]["val_loss"], rel=rel)
     same_weights(tmp_path / "false", tmp_path / backend)
 
 
