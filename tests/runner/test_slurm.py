@@ -1,4 +1,4 @@
-"""A real Slurm of one machine (scripts/local_slurm.sh): sweeps, dead jobs, ranks, and the queue again."""
+"""A real Slurm (scripts/local_slurm.sh), one machine as two nodes: sweeps, dead jobs, ranks, and the queue again."""
 
 import json
 import os
@@ -31,9 +31,8 @@ def slurm():
         pytest.skip(f"no Slurm on this machine ({', '.join(missing)} not found): sudo scripts/local_slurm.sh install")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # pytest's folders are closed to others, munge's must not be
     folder.chmod(0o755)
-    started = subprocess.run(
-        [TOOL, "start", folder], capture_output=True, text=True, env=os.environ | {"LOCAL_SLURM_CPUS": "4"}
-    )
+    two = os.environ | {"LOCAL_SLURM_CPUS": "4", "LOCAL_SLURM_NODES": "2"}
+    started = subprocess.run([TOOL, "start", folder], capture_output=True, text=True, env=two)
     if started.returncode:
         pytest.skip(f"Slurm does not start on this machine: {started.stderr.strip().splitlines()[-1]}")
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
@@ -96,6 +95,23 @@ def test_two_ranks(tasks, slurm, tmp_path):
     out, err = running.communicate()
     assert running.returncode == 0, out + err
     (path,) = folder.glob("*/result.json")
+    assert result(path.parent)["test"] == pytest.approx(alone(tmp_path / "alone")["test"], rel=1e-4)
+
+
+@pytest.mark.slurm
+def test_two_nodes(slurm, tmp_path):
+    """srun starts a rank on either node, as slurm_multinode has it: together they are one process."""
+    folder = tmp_path / "sweep"
+    words = ["hydra.launcher.nodes=2", "hydra.launcher.srun_args=['--kill-on-bad-exit=1','--wait=60']"]
+    running = sweep(slurm, folder, "trainer.devices=1", "trainer.num_nodes=2", "trainer.strategy=ddp", *words)
+    out, err = running.communicate()
+    assert running.returncode == 0, out + err
+    (submitted,) = folder.glob(".submitit/*/*_submitted.pkl")
+    logs = list(Path(slurm["SLURM_CONF"]).parent.glob("log/slurmd-*.log"))
+    started = [f"launch task StepId={submitted.parent.name}.0 " in log.read_text() for log in logs]
+    assert started == [True, True]
+    (path,) = folder.glob("*/result.json")
+    assert result(path.parent)["config"]["trainer"]["num_nodes"] == 2
     assert result(path.parent)["test"] == pytest.approx(alone(tmp_path / "alone")["test"], rel=1e-4)
 
 
