@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import contextmanager
 
 from torch import nn
@@ -50,6 +51,26 @@ def kept_around(model: nn.Module):
     for kind, names in lost.items():
         text = "%s is a %s, as %d more; it holds more than a weight and a bias, so merging will give an nn.Linear"
         log.warning(text, names[0], kind, len(names) - 1)
+
+
+def one_by_one(model: nn.Module) -> Callable[[str, nn.Module], None]:
+    """put(name, layer), which puts an ordinary layer in the place of one of the model's.
+
+    It does for one layer what `kept_around` does for many, and so it holds none of the old ones.
+    """
+    same: dict[int, list[str]] = {}  # names of a module, by its identity
+    for name, module in model.named_modules(remove_duplicate=False):
+        same.setdefault(id(module), []).append(name)
+    places = {name: names for names in same.values() for name in names}
+
+    def put(name: str, layer: nn.Module) -> None:
+        old = model.get_submodule(name)
+        if layer is not old:
+            _move_hooks(old, layer)
+            for place in places.get(name, [name]):
+                model.set_submodule(place, layer)
+
+    return put
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:

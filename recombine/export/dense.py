@@ -6,14 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from recombine.core.checkpoint import merge
-from recombine.core.rollback import unchanged
-from recombine.core.twin import sharing
+from recombine.core.checkpoint import merged_copy
 from recombine.errors import UsageError
 from recombine.export.hf import plain_twin, require_same
 from recombine.layers.packed import packed_in
 from recombine.models import rebuild
-from recombine.runtime.atomic import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +24,7 @@ def write(model: nn.Module, folder: Path) -> Path:
     if packed_in(model):
         log.warning('exported in float: a dense folder holds no packed weights; to="hf" keeps them')
     methods = " and ".join(step.method for step in model.recombined.steps)
-    with unchanged(model):  # merging sets what is frozen
-        merged = merge(sharing(model, model.recombined.targets)).eval()
+    merged = merged_copy(model, folder).eval()
     if getattr(merged, "recombine_source", {}).get("library") == "diffusers":
         return draws(merged, folder)
     architecture = rebuild.architecture(merged)
@@ -45,8 +41,7 @@ def write(model: nn.Module, folder: Path) -> Path:
         more = {key: value for key, value in arguments["arguments"].items() if key != "num_classes"}
         save_for_hf(merged, folder, model_args=more, safe_serialization=True)
     for path in folder.glob("*.safetensors"):  # the libraries give it to its owner alone
-        with atomic_write(path) as temporary:
-            shutil.copyfile(path, temporary)
+        shutil.copymode(folder / "config.json", path)
     return folder
 
 

@@ -5,7 +5,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from importlib import util
 from pathlib import Path
@@ -13,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 import timm
-import torch
 from safetensors.torch import save_file
 from timm.models import get_model_args
 from torch import nn
@@ -61,7 +59,7 @@ def write(model: nn.Module, folder: Path) -> Path:
     config = configuration(model, architecture, plan, module, cls)
     methods = " and ".join(step.method for step in model.recombined.steps)
     inside = tuple(f"{name}." for name in {*model.recombined.targets, *replaced(model)})
-    require_same(model, twin(partial(cls, config), empty=not of_timm), tensors, methods, prefix, inside)
+    require_same(model, twin(partial(cls, config)), tensors, methods, prefix, inside)
     (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, {"format": "pt"})
@@ -174,18 +172,14 @@ def timm_arguments(model: nn.Module, architecture: dict) -> dict:
     return {"model": tagged, "arguments": arguments}
 
 
-def twin(build: Callable[[], nn.Module], empty: bool) -> nn.Module:
-    """The model that is built so.
-
-    Args:
-        empty: without weights; timm makes its tables from them, or on their device.
+def twin(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model that is built so, without weights.
 
     Raises:
         UsageError: its library refuses to build it.
     """
     try:
-        with rebuild.parameters_on_meta() if empty else nullcontext(), torch.random.fork_rng(devices=[]):
-            return build()
+        return rebuild.without_weights(build)
     except Exception as error:  # timm and transformers raise nearly every kind
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"cannot be exported: its library builds no such model ({reason}); save it instead") from error
@@ -196,7 +190,7 @@ def plain_twin(model: nn.Module, architecture: dict) -> tuple[nn.Module, dict]:
     if architecture["library"] == "transformers":
         return rebuild.rebuilt(architecture), {}
     arguments = timm_arguments(model, architecture)
-    return twin(partial(timm.create_model, arguments["model"], **arguments["arguments"]), empty=False), arguments
+    return twin(partial(timm.create_model, arguments["model"], **arguments["arguments"])), arguments
 
 
 def require_same(

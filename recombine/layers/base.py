@@ -127,6 +127,10 @@ class RecombinedLinear(HoldsPacked, ABC):
                 self._kept = (key, build())
         return self._kept[1]
 
+    def __getstate__(self) -> dict:
+        """What a copy takes over: all but what was built."""
+        return vars(self) | {"_kept": None}
+
     def share_bias_with(self, linear: nn.Module) -> "RecombinedLinear":
         """Takes over the bias of the layer that this one replaces, as the same Parameter, and its class.
 

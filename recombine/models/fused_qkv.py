@@ -111,15 +111,20 @@ def split(
         model.set_submodule(name, SplitLinear(fused, parts, order))
 
 
-def fuse(model: nn.Module, keep: frozenset[str] = frozenset()) -> list[str]:
+def fuse(
+    model: nn.Module, keep: frozenset[str] = frozenset(), put: Callable[[str, nn.Module], None] | None = None
+) -> list[str]:
     """Undoes `split` wherever the parts are plain nn.Linear again, but for the layers of the names `keep`.
 
     Returns the names of the layers that are fused now.
+
+    Args:
+        put: puts a layer in the place of that name; None: `set_submodule`.
     """
-    splits = {name: module for name, module in model.named_modules() if isinstance(module, SplitLinear)}
-    fused = [name for name, module in splits.items() if _plain(module) and name not in keep]
+    splits = (name for name, module in model.named_modules() if isinstance(module, SplitLinear) and _plain(module))
+    fused = [name for name in splits if name not in keep]
     for name in fused:
-        model.set_submodule(name, _join(model.get_submodule(name)))
+        (put or model.set_submodule)(name, _join(model.get_submodule(name)))
     return fused
 
 
@@ -134,16 +139,17 @@ def call(model: nn.Module, names: Iterable[str]) -> None:
             setattr(owner, READS, OPENED)
 
 
-def close(model: nn.Module) -> None:
-    """Undoes `call` and `split` wherever the layers are plain nn.Linear again, in place."""
-    fuse(model)
-    for owner in list(model.modules()):
+def close(model: nn.Module, put: Callable[[str, nn.Module], None]) -> None:
+    """Undoes `call` and `split` wherever the layers are plain nn.Linear again, in place. put: as in `fuse`."""
+    fuse(model, put=put)
+    for path in [name for name, _ in model.named_modules()]:
+        owner = model.get_submodule(path)
         if getattr(owner, READS, None) == OPENED and type(owner.qkv) is nn.Linear and owner.qkv.bias is None:
             setattr(owner, READS, False)  # a bias that a method has added would not be read
         if names := getattr(owner, TRANSPOSED, None):
             left = [key for key in names if type(getattr(owner, key)) is not nn.Linear]
             for key in set(names) - set(left):
-                setattr(owner, key, _transposed(getattr(owner, key)))
+                put(f"{path}.{key}".lstrip("."), _transposed(getattr(owner, key)))
             setattr(owner, TRANSPOSED, left)
 
 

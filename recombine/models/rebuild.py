@@ -8,8 +8,9 @@ What comes from a file is checked by `models.allowed` before it reaches either l
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,14 +88,21 @@ def rebuilt(architecture: Mapping[str, Any]) -> nn.Module:
     Raises:
         UsageError: the architecture names what is not known or not allowed.
     """
+    return without_weights(partial(made, architecture))
+
+
+def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model that is built so. Its parameters lie on torch's meta device; its buffers are real."""
     with torch.random.fork_rng(devices=[]):
         try:
             with parameters_on_meta():
-                return made(architecture)
+                model = build()
+            if not any(buffer.is_meta for buffer in model.buffers()):
+                return model
         except (NotImplementedError, UsageError) as error:  # a constructor that reads its weights, as Swin v2's does
             if not isinstance(error.__cause__ or error, NotImplementedError):
                 raise
-        model = made(architecture)
+        model = build()  # tables are made from its weights, or on their device
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:

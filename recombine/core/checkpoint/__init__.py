@@ -6,7 +6,7 @@ against `metadata` before it reaches any library.
 """
 
 from recombine.core.checkpoint.loading import load
-from recombine.core.checkpoint.merging import merge, merged
+from recombine.core.checkpoint.merging import merge, merged, merged_copy
 from recombine.core.checkpoint.saving import save
 
-__all__ = ["load", "merge", "merged", "save"]
+__all__ = ["load", "merge", "merged", "merged_copy", "save"]
