@@ -1,13 +1,15 @@
-"""Peak resident memory and seconds of recombining one model with one method, each in a fresh process.
+"""Peak resident memory and CPU seconds of recombining one model with one method, each in a fresh process.
 
     python scripts/bench_memory.py run smollm2_135m svd crisp svd_llm jactus
     python scripts/bench_memory.py apply llama32_1b svd_llm jactus --memory 6gb
     python scripts/bench_memory.py apply llama2_7b svd_llm jactus --memory 8gb --samples 4 --folder WEIGHTS
+    python scripts/bench_memory.py apply vit_l16 jactus cersa --memory 1gb
 
-run: run.py with stage=retrofit and the packaged weights. apply: the library with random weights, in memory or, with
---folder, in files that are mapped and that are written there once. Both keep 70 % of the weights and calibrate on 16
-windows of 128 tokens. The peak is what the kernel says of the child when it has ended: weights, libraries, pages of
-files and everything else.
+run: run.py with stage=retrofit and the packaged weights of a language model. apply: the library with random weights, in
+memory or, with --folder, in files that are mapped and that are written there once. Both keep 70 % of the weights and
+calibrate on 16 random samples: windows of 128 tokens, or pictures. The loss is the language model's own, or that of a
+classifier. The peak is what the kernel says of the child when it has ended: weights, libraries, pages of files and
+everything else. The ratio is the peak over the model's bytes.
 """
 
 import argparse
@@ -16,23 +18,28 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import recombine
 from recombine import models
 from recombine.core.budget import Budget
+from recombine.core.calibration import Losses
 from recombine.core.rewrite import apply
 from recombine.core.sites import block_of
 from recombine.methods.from_config import from_name
 from recombine.models import roles
+from recombine.models.rebuild import parameters_on_meta
 from recombine.runtime import conf
+from recombine.training import objectives
 
 ROOT = Path(__file__).parents[1]
-BATCH = 4  # windows at once
+BATCH = 4  # samples at once
+CLASSES = 100
 POSITIONAL = ("how", "model", "methods")
 
 
@@ -46,14 +53,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--folder", type=Path, help="apply: of the weights, in files")
-    parser.add_argument("--blocks", type=int, help="apply: as many blocks instead of all")
+    parser.add_argument("--blocks", type=int, help="apply: as many blocks instead of all; not of Swin")
     args = parser.parse_args()
     if args.how == "child":
         recombined(args)
         return
+    size = weights(args)
     for method in args.methods:
         peak, seconds = measured(command(args, method))
-        print(f"{args.model:16}{method:14}{args.memory:>8}{peak / 2**30:8.2f} GiB{seconds:8.0f} s", flush=True)
+        words = f"{size / 2**30:8.2f} GiB{peak / 2**30:8.2f} GiB{peak / size:8.2f} x{seconds:8.0f} s"
+        print(f"{args.model:16}{method:14}{args.memory:>8}{words}", flush=True)
 
 
 def command(args: argparse.Namespace, method: str) -> list[str]:
@@ -68,8 +77,7 @@ def command(args: argparse.Namespace, method: str) -> list[str]:
 
 
 def measured(words: list[str]) -> tuple[int, float]:
-    """Peak bytes and seconds of a command; its last lines are shown where it fails."""
-    start = time.perf_counter()
+    """Peak bytes and CPU seconds of a command; its last lines are shown where it fails."""
     child = subprocess.Popen(
         words, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -78,30 +86,56 @@ def measured(words: list[str]) -> tuple[int, float]:
     if status:
         print(said.decode()[-2000:])
     scale = 1 if sys.platform == "darwin" else 1024
-    return usage.ru_maxrss * scale, time.perf_counter() - start
+    return usage.ru_maxrss * scale, usage.ru_utime + usage.ru_stime
 
 
 def recombined(args: argparse.Namespace) -> None:
-    """The child: a language model with random weights, rewritten with random windows."""
+    """The child: a model with random weights, rewritten with random samples."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    fewer = {"num_hidden_layers": args.blocks} if args.blocks else {}
-    known = {key: value for key, value in conf.load("model", args.model).items() if key != "tag"}
-    known |= {"pretrained": False, "gradient_checkpointing": False} | fewer
+    known = arguments(args)
     if args.folder is not None:
         if not (args.folder / "config.json").is_file():
             write_random(known, args.folder)
         known |= {"pretrained": True, "checkpoint": args.folder}
     model = models.build(**known)
-    generator = torch.Generator().manual_seed(0)
-    windows = torch.randint(model.config.vocab_size, (args.samples, args.tokens), generator=generator)
-
-    def losses():
-        for batch in windows.split(BATCH):
-            yield model(input_ids=batch, labels=batch).loss
-
     method = from_name(args.methods[0], {}, "method")
-    apply(model, method, Budget.parse(args.budget), losses, memory=args.memory)
+    apply(model, method, Budget.parse(args.budget), losses_of(model, args), memory=args.memory)
     print(recombine.count(model))
+
+
+def arguments(args: argparse.Namespace) -> dict:
+    """What builds the model without weights of its own."""
+    known = dict(conf.load("model", args.model)) | {"pretrained": False}
+    known.pop("tag", None)
+    if args.blocks:
+        known["depth" if known.get("library", "timm") == "timm" else "num_hidden_layers"] = args.blocks
+    lm = models.objective(known) == "lm"
+    return known | ({"gradient_checkpointing": False} if lm else {"num_classes": CLASSES})
+
+
+def weights(args: argparse.Namespace) -> int:
+    """Bytes of the model's parameters."""
+    with parameters_on_meta():
+        model = models.build(**arguments(args))
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def losses_of(model: nn.Module, args: argparse.Namespace) -> Losses:
+    """The loss of each batch of random samples, the same at every call."""
+    source, generator = model.recombine_source, torch.Generator().manual_seed(0)
+    if models.modality(source) == "vision":
+        samples = torch.randn(args.samples, 3, source["image_size"], source["image_size"], generator=generator)
+    else:
+        samples = torch.randint(model.config.vocab_size, (args.samples, args.tokens), generator=generator)
+    labels = torch.randint(CLASSES, (args.samples,), generator=generator)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        if models.objective(source) == "lm":
+            return model(input_ids=x, labels=x).loss
+        batch = (x, y) if x.is_floating_point() else {"input_ids": x, "attention_mask": torch.ones_like(x)}
+        return F.cross_entropy(objectives.call(model, batch), y)
+
+    return lambda: (loss(*batch) for batch in zip(samples.split(BATCH), labels.split(BATCH), strict=True))
 
 
 def write_random(known: dict, folder: Path) -> None:

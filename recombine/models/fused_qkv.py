@@ -139,8 +139,9 @@ def call(model: nn.Module, names: Iterable[str]) -> None:
             setattr(owner, READS, OPENED)
 
 
-def close(model: nn.Module, put: Callable[[str, nn.Module], None]) -> None:
+def close(model: nn.Module, put: Callable[[str, nn.Module], None] | None = None) -> None:
     """Undoes `call` and `split` wherever the layers are plain nn.Linear again, in place. put: as in `fuse`."""
+    put = put or model.set_submodule
     fuse(model, put=put)
     for path in [name for name, _ in model.named_modules()]:
         owner = model.get_submodule(path)
