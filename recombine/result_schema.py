@@ -15,7 +15,6 @@ RUNNER, ANALYSIS, TRAINING = ("runner",), ("analysis",), ("adapt", "compress", "
 REWRITING, LOADING = ("retrofit", "compress", "joint"), (*TRAINING, "evaluate", "sample")
 TESTING = (*LOADING, "retrofit", *RUNNER)
 Scores = dict[str, float | None]  # a score's name -> its value
-Weights = dict[str, str | dict[str, str]]
 Map = dict[str, dict[str, list[list[float]]]]
 Curves = dict[str, list[float | None]]  # a metric's name -> one value an epoch
 
@@ -111,6 +110,7 @@ class Layer(TypedDict):
     tail: Annotated[NotRequired[int], Key("singular values that train beyond the core")]
     basis_rank: Annotated[NotRequired[int], Key("vectors of the shared basis")]
     chunk: Annotated[NotRequired[int], Key("length of a vector of the basis")]
+    bits: Annotated[NotRequired[int], Key("of its packed integers")]
     held: Annotated[float, Key("its weights over its dense weights; a shared basis is divided", unit="share")]
 
 
@@ -180,7 +180,7 @@ class RunPart(TypedDict):
     command: Annotated[str, Key("the command line that runs it again", RUNNER)]
     stage: Annotated[str, Key("the word after stage=", RUNNER)]
     model: Annotated[ModelPart, Key("the pretrained model", RUNNER)]
-    weights: Annotated[NotRequired[Weights], Key("hub, commit and sha256 by file of the pretrained weights", RUNNER)]
+    weights: Annotated[NotRequired[dict[str, str | dict[str, str]]], Key("hub, commit, sha256 by file", RUNNER)]
     method: Annotated[MethodPart | None, Key("the method; null: nothing was rewritten", ("profile", *RUNNER))]
     compressor: Annotated[MethodPart | None, Key("the method that compressed before it", RUNNER)]
     base: Annotated[NotRequired[dict[str, str]], Key("the compressed model it started from: path, sha256", RUNNER)]
@@ -202,7 +202,7 @@ class StagePart(TypedDict):
     account: Annotated[AccountPart, Key("what the model costs after the stage", ("profile", *RUNNER))]
     layers: Annotated[list[Layer], Key("one entry a rewritten layer", RUNNER)]
     notes: Annotated[NotRequired[list[str]], Key("fields of the method that were adapted to some layers", RUNNER)]
-    quantized: Annotated[NotRequired[dict[str, int | None | Scores]], Key("packed weights; choices: by bits", RUNNER)]
+    quantized: Annotated[NotRequired[dict[str, int | str | None | Scores]], Key("packed weights; mix: layers", RUNNER)]
     curves: Annotated[Curves, Key("losses and scores by epoch of the training, without distillation", RUNNER)]
     best_epoch: Annotated[NotRequired[int], Key("the epoch that was kept, from 0", TRAINING, "epochs")]
     checkpoint: Annotated[NotRequired[str | None], Key("file of the weights; null: none", LOADING)]

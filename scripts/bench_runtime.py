@@ -25,6 +25,7 @@ import recombine
 from recombine import Cersa, Crisp, Svd
 from recombine.core import account
 from recombine.methods.svd import spectral
+from recombine.methods.svd.low_rank import FACTORS
 from recombine.stages.profile import turns
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -32,12 +33,23 @@ SAMPLE = 0.03  # seconds that one reading of the clock should span
 WAYS = {"targets": ("qkv", "o", "up", "down", "gate?")}
 METHODS = {  # name -> (method, budget) at a percentage of the weights
     "svd": lambda percent: (Svd(**WAYS, ratio=percent / 100), None),
+    "pivot": lambda percent: (Svd(**WAYS, ratio=percent / 100, factor="pivot"), None),  # svd's bytes, at more rank
+    "pivot_rank": lambda percent: (SameRank(**WAYS, ratio=percent / 100, factor="pivot"), None),  # svd's rank
     "crisp": lambda percent: (Crisp(group_size=1, chunk=128, fit="random"), f"retained_{percent}"),
     "crisp_64": lambda percent: (Crisp(group_size=1, chunk=64, fit="random"), f"retained_{percent}"),
     "crisp_wide": lambda percent: (Crisp(group_size=1, chunk=384, fit="random"), f"retained_{percent}"),
     "crisp_pair": lambda percent: (Crisp(group_size=2, chunk=128, fit="random"), f"retained_{percent}"),
     "cersa": lambda percent: (Cersa(**WAYS, trained_share=0.5), f"retained_{percent}"),
 }
+
+
+class SameRank(Svd):
+    """A pivot form at the ranks that plain low rank has at this ratio."""
+
+    def whole_rank(self, m: int, n: int, share: float) -> int:
+        return max(1, int(FACTORS["plain"].rank(m, n, share * m * n)))
+
+
 VITS = {"vit_s": "vit_small_patch16_224", "vit_b": "vit_base_patch16_224"}
 SMOLLM2 = {  # 135M
     "hidden_size": 576,

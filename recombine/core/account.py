@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from recombine.core.method import Method, Site
-from recombine.layers.packed import entries
+from recombine.layers.packed import Packed, entries
 from recombine.models import roles
 from recombine.models.wrappers import unwrapped
 
@@ -76,12 +76,18 @@ def count(model: nn.Module, sample: torch.Tensor | dict | None = None) -> Accoun
         trained_without_head=sum(p.numel() for p in trained) - sum(p.numel() for p in head if p.requires_grad),
         retained=in_targets / record.dense if record and record.dense else 1.0,
         retained_total=stored / record.total if record else 1.0,
-        bytes_weights=sum(getattr(p, "stored_bytes", p.numel() * p.element_size()) for p in parameters.values())
-        + sum(order.nbytes for module in model.modules() if (order := getattr(module, "order", None)) is not None),
+        bytes_weights=bytes_of(model),
         bytes_gradients=sum(p.numel() * p.element_size() for p in trained),
         bytes_optimizer=sum(p.numel() * ADAM for p in trained),
         flops=None if sample is None else flops(model, sample),
     )
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of the weights of a model or a layer, as in `Account.bytes_weights`."""
+    weights = sum(getattr(p, "stored_bytes", p.numel() * p.element_size()) for p in model.parameters())
+    orders = [order for module in model.modules() if (order := getattr(module, "order", None)) is not None]
+    return weights + sum(order.nbytes for order in orders)
 
 
 def predict(method: Method, model: nn.Module, sites: list[Site]) -> Account:
@@ -152,7 +158,7 @@ def flops(model: nn.Module, sample: torch.Tensor | dict) -> int:
 
 
 def layer_report(model: nn.Module) -> list[dict]:
-    """One row for each rewritten layer: name, role, shape (out, in), kind, ranks and `held`.
+    """One row for each rewritten layer: name, role, shape (out, in), kind, ranks, bits where it is packed, and `held`.
 
     `held` is the share of the dense layer's weights that this one stores. A shared basis is divided among its layers.
     """
@@ -169,5 +175,6 @@ def layer_report(model: nn.Module) -> list[dict]:
             k: v for k, v in spec.items() if k in ("rank", "core", "tail", "basis_rank", "chunk") and v is not None
         }
         row = {"name": name, "role": model.recombined.targets[name], "shape": [m, n], "kind": type(layer).__name__}
-        rows.append(row | ranks | {"held": held})
+        bits = next(({"bits": part.bits} for part in layer.modules() if isinstance(part, Packed)), {})
+        rows.append(row | ranks | bits | {"held": held})
     return rows

@@ -19,7 +19,7 @@ from torch import nn
 
 from recombine.core.account import ADAM, MIB, head_size, held, orders
 from recombine.core.method import Method, Site
-from recombine.core.packing import Packing, saving
+from recombine.core.packing import MIX, Packing, saving, sizes_beside
 from recombine.errors import UsageError
 from recombine.runtime import budget_words
 from recombine.runtime.budget_words import KINDS
@@ -84,6 +84,52 @@ class Budget:
     def field(self, method: Method) -> str | None:
         """The field of a method that such a budget sets; None: the method has none. Bytes set that of retained."""
         return method.budget_fields.get("retained" if self.kind == "bytes" else self.kind)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a budget of bytes leaves to the target layers, whose ranks and bits are chosen together.
+
+    Args:
+        budget: of kind bytes, with a mixed packing.
+        bytes: of all targets together. whole: of the dense model without its head.
+    """
+
+    budget: Budget
+    bytes: float
+    whole: float
+
+    @classmethod
+    def of(cls, budget: Budget, model: nn.Module, sites: list[Site]) -> "Room":
+        """What is left beside the layers that are no targets, which are packed too, and what an adapter will add."""
+        size, beside, packing = sites[0].module.weight.element_size(), sizes_beside(model, sites), budget.packing
+        whole = sum(p.numel() for p in model.parameters()) - head_size(model)
+        rest = whole - held(site.module for site in sites) - sum(beside) + budget.reserve
+        taken = size * rest + packing.bytes(sum(beside)) + len(beside) * packing.bytes(packing.group)
+        return cls(budget, budget.value * size * whole - taken, size * whole)
+
+    def require(self, least: float) -> None:
+        """Checks that the smallest choice fits, in bytes.
+
+        Raises:
+            UsageError: it does not; the message names the nearest budget.
+        """
+        if least > self.bytes:
+            near = Budget("bytes", min(1.0, 1.0001 * (self.budget.value + (least - self.bytes) / self.whole)))
+            why = f"cannot be met, the nearest that a mix of ranks and bits can is {near}"
+            raise UsageError(f"budget={self.budget}: {why}")
+
+
+def mixes(budget: Budget) -> bool:
+    """Whether every layer gets a rank and bits of its own.
+
+    Raises:
+        UsageError: it should, and the budget counts no bytes.
+    """
+    mixed = budget.packing is not None and budget.packing.bits == MIX
+    if mixed and budget.kind != "bytes":
+        raise UsageError(f"budget={budget}: ranks and bits are mixed under a budget of bytes; say budget=bytes_25")
+    return mixed
 
 
 def solve(method: Method, model: nn.Module, sites: list[Site], budget: Budget) -> Method:

@@ -40,8 +40,7 @@ class Method:
                                 rewrite (recombine)         puts the new layers in and marks what trains
                                 to_spec                     describes them for the checkpoint
         distillation            distillation_parameters     what trains in it
-                                on_distillation_step        before each step
-                                on_distillation_end         after the last step
+                                on_distillation_step, _end  before each step, and after the last
         training                penalty                     at each step, added to the loss
         loading a checkpoint    from_spec                   the same layers again, empty
 
@@ -77,6 +76,7 @@ class Method:
         self.stats: dict[str, Stats] = {}  # what `statistics_needed` asked for, by site name, of one model
         self.memory = Memory()  # what the statistics and `kept` may take
         self.kept = Kept()  # what `digest` gave, by the name of a group's first layer, of one model
+        self.bits: dict[str, int | None] = {}  # of the sites by name, once `mix` chose them
         self.blocks: list[int] | None = None  # the blocks that `rewrite` leaves, if not all
 
     def copy(self, **changes: Any) -> Self:
@@ -154,6 +154,11 @@ class Method:
         """The values that a budget may give to this field, from the smallest model to the largest."""
         raise NotImplementedError(type(self).__name__)
 
+    def mix(self, model: nn.Module, sites: list[Site], room: Any, losses: Losses | None) -> dict[str, int | None]:
+        """Chooses rank and bits of every layer together; the bits by site name. room: a `budget.Room`."""
+        why = "gives its layers no ranks one by one, so they have no bits of their own; say quantize.bits=8 or 4"
+        raise UsageError(f"quantize.bits=mix: {self.label} {why}")
+
     def rewrite(self, model: nn.Module, sites: list[Site], losses: Losses | None = None) -> None:
         """Replaces the target layers of a frozen model, in place, and marks what trains.
 
@@ -230,17 +235,12 @@ def need_losses(method: Method, losses: Losses | None) -> None:
         UsageError: losses is None.
     """
     if losses is None:
-        name = type(method).__name__
-        raise UsageError(f"{name} calibrates: give apply(..., losses=), which yields a task loss per batch when called")
+        why = "give apply(..., losses=), which yields a task loss per batch when called"
+        raise UsageError(f"{type(method).__name__} calibrates: {why}")
 
 
 def need(ok: bool, method: Method, name: str, why: str) -> None:
-    """Checks one field of a method.
-
-    Args:
-        ok: the field is good.
-        name: of the field, such as "rank".
-        why: the reason and the fix, which end the line of the error.
+    """Checks one field of a method, by its name. why: the reason and the fix, which end the line of the error.
 
     Raises:
         UsageError: not ok.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from recombine.core.packing import Packing, linear_layers
+from recombine.core.packing import BESIDE, MIX, Packing, linear_layers
 from recombine.core.places import kept_around
 from recombine.core.rewrite import Record
 from recombine.core.rollback import unchanged_on_failure
@@ -21,7 +21,7 @@ from recombine.runtime.mapped import release
 SMALLEST = 8  # entries of a tensor that is packed
 
 
-def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
+def quantize(model: nn.Module, bits: int | str = 4, group: int = 64) -> nn.Module:
     """Packs every frozen matrix of the linear layers to integers, in place; returns the model.
 
     These are the layers that a method rewrote, and all linear layers of the model's blocks: the base under an adapter,
@@ -31,16 +31,20 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
     rewrote all linear layers of the blocks are packed.
 
     Args:
-        bits: 8 or 4 an integer.
+        bits: 8 or 4 an integer; mix: those that `apply` chose for each layer, and 8 in others.
         group: consecutive entries that share a scale, a multiple of 8.
 
     Raises:
-        UsageError: bits or group are none of these, a tensor has fewer entries than one group or a value that is not
-            finite, or nothing is frozen.
+        UsageError: bits or group are none of these, no mix was chosen, a tensor has fewer entries than one group or a
+            value that is not finite, or nothing is frozen.
     """
     wrapped, model = model, unwrapped(model)
     Packing(bits, group)  # refuses others
+    bits_of = chosen(model) if bits == MIX else lambda name: bits
     found = [(name, p) for name, p in frozen_matrices(model) if p.is_floating_point() and p.numel() >= SMALLEST]
+    found = [(name, p) for name, p in found if bits_of(name) is not None]
+    if not found and bits == MIX:  # all of them stay in float
+        return wrapped
     if not found:
         done = any(isinstance(part, Packed) for part in model.modules())
         why = "is packed already" if done else "has a frozen weight; what trains stays in float"
@@ -54,7 +58,7 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
     with unchanged_on_failure(model), kept_around(model):
         for name, p in progress.of(found, "quantizing", "tensors"):
             if (key := id(p)) not in packed:
-                packed[key] = new = Packed.of(p, bits, group)
+                packed[key] = new = Packed.of(p, bits_of(name), group)
                 if not p.is_meta and not new.scale.isfinite().all():
                     raise UsageError(f"quantize: {name} has values that are not finite; restore the weights")
                 release([p])
@@ -65,6 +69,18 @@ def quantize(model: nn.Module, bits: int = 4, group: int = 64) -> nn.Module:
         model.recombined = record
     declare_tied(model)
     return wrapped
+
+
+def chosen(model: nn.Module) -> Callable[[str], int | None]:
+    """The bits of a tensor by its name, of a model whose layers have bits of their own; None: it stays in float.
+
+    Raises:
+        UsageError: they have none.
+    """
+    if not (bits := getattr(getattr(model, "recombined", None), "bits", None)):
+        why = 'apply a method with a budget of bytes and packing=Packing("mix")'
+        raise UsageError(f"quantize.bits=mix: no bits were chosen for the layers of this model: {why}")
+    return lambda name: next((found for owner, found in bits.items() if name.startswith(f"{owner}.")), BESIDE)
 
 
 def plain_record(model: nn.Module) -> Record:

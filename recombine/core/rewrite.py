@@ -7,7 +7,7 @@ from weakref import ref
 
 from torch import nn
 
-from recombine.core.budget import Budget, solve
+from recombine.core.budget import Budget, Room, mixes, solve
 from recombine.core.calibration import Losses
 from recombine.core.checks import check_call, check_fields, check_layers, checked, fields_as_typed
 from recombine.core.digesting import calibrate
@@ -48,6 +48,7 @@ class Record:
     architecture: how the model before is built without its weights; None: that is not known.
     frozen: names of the parameters that were frozen before the first method; merging freezes them again.
     notes: what was adapted to the layers, a sentence each.
+    bits: of the layers that `quantize` packs with bits of their own, by module name; None: stays in float.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Record:
     architecture: dict[str, Any] | None = None
     frozen: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    bits: dict[str, int | None] = field(default_factory=dict)
 
 
 def apply(
@@ -130,6 +132,7 @@ def rewritten(model: nn.Module, method: Method, budget: Budget, losses: Losses |
     replaced = {parent(name) for name in targets}  # a fused qkv that is split by now counts as q, k and v
     record.targets = {name: role for name, role in record.targets.items() if name not in replaced} | targets
     record.blocks = record.blocks if method.blocks is None else method.blocks
+    record.bits = record.bits | method.bits
     record.steps.append(Step(type(method).__name__, asdict(method), method.to_spec(model, list(targets))))
     record.untouched = {
         name
@@ -161,12 +164,14 @@ def prepare(model: nn.Module, method: Method, budget: Budget, losses: Losses | N
     method.memory, method.kept = memory, memory.store(device_of(model))
     with fields_as_typed(method):
         method.before_statistics(model, sites, losses)
-        if early := budget.kind != "none" and not method.sizes_need_statistics:
+        if early := not mixes(budget) and budget.kind != "none" and not method.sizes_need_statistics:
             solve(method, model, sites, budget)
         if kinds := method.statistics_needed():
             calibrate(model, method, sites, losses, kinds)
         method.before_budget(model, sites, losses)
-        if budget.kind != "none" and not early:
+        if mixes(budget):
+            method.bits = method.mix(model, sites, Room.of(budget, model, sites), losses)
+        elif budget.kind != "none" and not early:
             solve(method, model, sites, budget)
         method.after_budget(model, sites, losses)
     return sites

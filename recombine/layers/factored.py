@@ -122,12 +122,17 @@ class FactoredLinear(RecombinedLinear):
     def pivot(self, right: nn.Parameter, order: Tensor) -> None:
         """Makes k columns of the right factor the identity, in place. The weight stays the same up to rounding.
 
+        What the right factor was there goes into the left one, or into a dense core (k, k).
+
         Args:
             right, order: what `pivoted` gives for the right factor; layers that share one share these too.
         """
-        assert self.is_plain and self.order is None
-        mixed = self.left.double() @ self.right.index_select(1, order[: self.rank]).double()
-        self.left, self.right = frozen(mixed.to(self.left)), right
+        core = self.core is not None and self.core.shape == (self.rank, self.rank)
+        assert self.order is None and self.entries is None and (core or self.is_plain)
+        into = self.core if core else self.left
+        mixed = into.double() @ self.right.index_select(1, order[: self.rank]).double()
+        setattr(self, "core" if core else "left", nn.Parameter(mixed.to(into), requires_grad=into.requires_grad))
+        self.right = right
         self.order = order.int()  # a file has no tensor twice
 
     def flops(self, tokens: int, train: bool) -> tuple[float, float, float]:

@@ -8,6 +8,10 @@ diag(s[:k_beta]); it alone trains. A layer stores k_alpha (m + n) + k_beta^2 + (
 The paper's ablations are fields: `targets` (Tab. 2), `part` with `trained_share=0.5` (Tab. 3), alpha and beta (Tab. 4,
 10), `rank` for all layers alike (Tab. 5), `core` (Tab. 6).
 
+`factor=pivot` stores k_alpha^2 weights less, where one dense core holds all kept directions (k_beta = k_alpha): k
+columns of the right factor become the identity, and what they were goes into the core. The same weights can be reached,
+from the same start; the core's entries are others, so an optimizer takes another path.
+
 Paper: in the text the trainable block has rank k_alpha. Here: k_beta, as its Table 14 implies. The frozen rest is a
 diagonal, as its memory at (0.95, 0.9) implies.
 """
@@ -21,6 +25,7 @@ from recombine.core.method import Site, need
 from recombine.layers import FactoredLinear
 from recombine.linalg import energy_rank
 from recombine.methods.ranks import check_rank, rank_notes, widths
+from recombine.methods.svd.low_rank import FACTORS, pivot
 from recombine.methods.svd.spectral import Spectral, directions
 from recombine.runtime import progress
 
@@ -36,6 +41,7 @@ class Cersa(Spectral):
         trained_share: k_beta is this share of k_alpha, instead of `beta`.
         part: top trains the directions of the largest singular values, bottom those of the smallest that are kept.
         core: matrix trains a dense core on those directions, array only its diagonal.
+        factor: plain stores both outer factors whole; pivot stores k^2 weights less, where all that is kept trains.
     """
 
     targets: tuple[str, ...] = ("q", "k", "v")
@@ -45,6 +51,7 @@ class Cersa(Spectral):
     trained_share: float | None = None
     part: str = "top"
     core: str = "matrix"
+    factor: str = "plain"
 
     budget_fields: ClassVar[dict[str, str]] = {
         "energy": "alpha",
@@ -67,6 +74,13 @@ class Cersa(Spectral):
             check_rank(self, widths(sites))
         need(self.part in ("top", "bottom"), self, "part", "must be top or bottom")
         need(self.core in ("matrix", "array"), self, "core", "must be matrix or array")
+        need(self.factor in FACTORS, self, "factor", f"must be one of {', '.join(FACTORS)}")
+        if self.factor == "pivot":
+            whole = self.core == "matrix" and self.beta is None and self.trained_share is None
+            why = (
+                "mixes the kept directions, so one dense core must hold all of them; drop beta, trained_share and core"
+            )
+            need(whole, self, "factor", why)
 
     def notes(self, sites: list[Site]) -> list[str]:
         return rank_notes(self, widths(sites))
@@ -88,7 +102,8 @@ class Cersa(Spectral):
         ranks = [self.ranks(site) for site in progress.of(sites, "factors", "layers")]
         trained = sum(kb * kb if self.core == "matrix" else kb for _, kb in ranks)
         outer = sum(ka * sum(site.module.weight.shape) + ka - kb for (ka, kb), site in zip(ranks, sites, strict=True))
-        return outer + trained, trained
+        saved = sum(k * k for k, _ in ranks) if self.factor == "pivot" else 0
+        return outer + trained - saved, trained
 
     def recombine(self, site: Site) -> FactoredLinear:
         u, s, vh = self.factors(site)
@@ -102,4 +117,6 @@ class Cersa(Spectral):
             core = torch.diag(core)
         layer = FactoredLinear(left=u, right=vh, core=core, tail=tail, bias=site.module.bias)
         layer.core.requires_grad_(True)
+        if self.factor == "pivot":
+            pivot([layer])
         return layer

@@ -1,6 +1,7 @@
 """A run's result.json, put together from what its parts found."""
 
 import shlex
+from collections import Counter
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -9,6 +10,7 @@ from torch import nn
 from recombine import results
 from recombine.core.account import count, layer_report
 from recombine.core.method import method_classes
+from recombine.core.packing import MIX
 from recombine.core.rewrite import Step
 from recombine.layers.packed import packed_in
 from recombine.models.weights import origin
@@ -40,7 +42,7 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
     }
     if run.base is not None:
         runner["base"] = {"path": str(run.base), "sha256": file_digest(run.base)}
-    runner |= quantized(run)
+    runner |= quantized(run, runner["layers"])
     if record and (tokens := run.calibration_sha256()) is not None:
         runner["calibration_sha256"] = tokens
     if run.pictures:
@@ -59,14 +61,20 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
     return {key: result[key] for key in dict.fromkeys(order) if key in result}
 
 
-def quantized(run: RunContext) -> dict:
-    """What the result says of packed weights; nothing where there are none."""
+def quantized(run: RunContext, layers: list[dict]) -> dict:
+    """What the result says of packed weights; nothing where there are none. layers: of `layer_report`."""
     tensors = {id(packed): packed for packed in packed_in(run.model).values()}
     if not tensors and run.choices is None:
         return {}
-    first = next(iter(tensors.values()), None)
-    part = {"bits": first and first.bits, "group": first and first.group, "tensors": len(tensors)}
+    first, mixed = next(iter(tensors.values()), None), bool(run.model.recombined.bits)
+    part = {"bits": MIX if mixed else first and first.bits, "group": first and first.group, "tensors": len(tensors)}
+    part |= {"mix": dict(Counter(map(words_of, layers)))} if mixed else {}
     return {"quantized": part if run.choices is None else part | {"choices": run.choices}}
+
+
+def words_of(layer: dict) -> str:
+    """How a layer is kept under a mix: "4 bits, low rank"."""
+    return f"{f'{bits} bits' if (bits := layer.get('bits')) else 'float'}, {'low rank' if 'rank' in layer else 'dense'}"
 
 
 def weight_digests(out: Path, scored: str | None) -> dict[str, str]:

@@ -38,7 +38,7 @@ class RunContext:
     labels: what the user called the compressor and the method, by "compressor" and "method".
     pictures: what was drawn for each prompt, as files in `out`.
     seconds, curves: fill up as parts of the run finish. earlier: those of the seconds that earlier processes took.
-    choices: the error of each number of bits that quantize.bits=auto chose from; None: nothing was chosen.
+    choices: the error of each of the bits, and of their mix, that quantize.bits=auto chose from; None: nothing was.
     logger: `loggers.RunLogger` while the run is watched.
     """
 

@@ -1,8 +1,10 @@
 """quantize.bits=auto: which bits, and with them which ranks, come closest to the model under a budget of bytes.
 
 Each of none, 8 and 4 bits is tried: the compressor gets the largest size that fits the bytes at these bits, is applied,
-packed and measured, and the model is put back. The error is that of the outputs on calibration batches,
-|y - y0|^2 / |y0|^2 against the original model. It needs no labels and no fitted head. A distillation comes later.
+packed and measured, and the model is put back. Where the compressor can choose ranks layer by layer, a mix is tried
+too: rank and bits of every layer together (methods/svd/mixing.py). The error is that of the outputs on calibration
+batches, |y - y0|^2 / |y0|^2 against the original model. It needs no labels and no fitted head. A distillation comes
+later.
 """
 
 import json
@@ -15,12 +17,13 @@ from typing import Any
 import torch
 
 from recombine.core.budget import Budget
-from recombine.core.packing import Packing
+from recombine.core.packing import MIX, Packing
 from recombine.core.rollback import unchanged
 from recombine.core.twin import sharing
 from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
 from recombine.layers.packed import BITS
+from recombine.methods.svd.allocated import Allocated
 from recombine.runtime.atomic import atomic_write
 from recombine.stages.context import RunContext
 from recombine.stages.settings import QuantizeSettings, StageSettings
@@ -69,12 +72,19 @@ def settle(run: RunContext) -> None:
         distributed.wait()
         run.choices = json.loads(path.read_text())
         best = min(run.choices, key=lambda word: math.inf if run.choices[word] is None else run.choices[word])
-        bits = None if best == NONE else int(best)
+        bits = {NONE: None, MIX: MIX}[best] if best in (NONE, MIX) else int(best)
+        use(run, bits)
     run.budget = replace(run.budget, packing=packing(run, bits))
 
 
-def packing(run: Any, bits: int | None) -> Packing | None:
-    """How a run packs its weights to so many bits. What the first method trains is frozen where others follow.
+def use(run: RunContext, bits: int | str | None) -> None:
+    """Under a mix, has the method that compresses choose ranks together with bits."""
+    if bits == MIX:
+        setattr(run, "method" if run.compressor is None else "compressor", run.first_method.copy(allocation=MIX))
+
+
+def packing(run: Any, bits: int | str | None) -> Packing | None:
+    """How a run packs its weights. What the first method trains is frozen where others follow.
 
     Args:
         run: with its `compressor` and `settings`, as a RunContext or a RunSpec has them.
@@ -100,10 +110,13 @@ def errors(run: RunContext) -> dict[str, float | None]:
     refused, budget, pair, seconds = None, run.budget, (run.method, run.compressor), dict(run.seconds)
     if adapts_first(run):
         run.method, run.compressor = run.first_method, None
-    for bits in (None, *BITS):
+    first = (run.method, run.compressor)
+    mixed = (MIX,) if isinstance(run.first_method, Allocated) else ()
+    for bits in (None, *mixed, *BITS):
         word = NONE if bits is None else str(bits)
-        run.budget = replace(budget, packing=packing(run, bits))
+        run.budget, (run.method, run.compressor) = replace(budget, packing=packing(run, bits)), first
         try:
+            use(run, bits)
             found[word] = error(run)
         except UsageError as reason:
             found[word], refused = None, reason

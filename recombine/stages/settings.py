@@ -147,7 +147,8 @@ class HarnessSettings:
 class QuantizeSettings:
     """How the frozen weights of linear layers are packed, once they are frozen for good.
 
-    bits: of an integer; auto: those of none, 8 and 4 that come closest to the model under a budget of bytes; None: not.
+    bits: of an integer; auto: those of none, 8, 4 and their mix that come closest to the model under a budget of bytes;
+        None: not.
     group: consecutive entries that share a scale.
     """
 

@@ -247,8 +247,8 @@ def test_a_budget_of_bytes_counts_the_bits(method, bits):
     assert taken > 0.6 * share * dense
 
 
-def test_a_run_chooses_the_mix_under_a_budget_of_bytes(tmp_path):
-    keys = ["method=svd", "stage=compress", "stage.distil.epochs=1", "budget=bytes_40", "quantize.group=16"]
+def test_a_run_chooses_the_bits_under_a_budget_of_bytes(tmp_path):
+    keys = ["method=balf", "stage=compress", "stage.distil.epochs=1", "budget=bytes_40", "quantize.group=16"]
     chosen = execute(tmp_path / "auto", *keys, "quantize.bits=auto")
     part = chosen["quantized"]
     best = min((value, word) for word, value in part["choices"].items() if value is not None)[1]
@@ -256,7 +256,7 @@ def test_a_run_chooses_the_mix_under_a_budget_of_bytes(tmp_path):
     same = execute(tmp_path / "same", *keys, f"quantize.bits={best}")
     assert same["test"] == chosen["test"] and same["account"] == chosen["account"]
     path = tmp_path / "auto" / "best.safetensors"
-    again = execute(tmp_path / "again", "method=svd", "stage=evaluate", f"stage.checkpoint={path}")
+    again = execute(tmp_path / "again", "method=balf", "stage=evaluate", f"stage.checkpoint={path}")
     assert again["test"]["acc"] == chosen["test"]["acc"] and again["quantized"]["bits"] == part["bits"]
     assert "mix" in chosen["seconds"] and "quantize" in chosen["seconds"]
 

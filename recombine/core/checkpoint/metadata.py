@@ -154,6 +154,7 @@ class Metadata(Strict):
     shared: dict[ModuleName, ModuleName]
     own: dict[ModuleName, Annotated[list[Number], Field(min_length=4, max_length=4)]]
     packed: dict[ModuleName, PackedSpec] = {}
+    bits: dict[ModuleName, Literal[4, 8] | None] = {}
     checksum: Literal["sha256"] | None = None
 
 
@@ -173,7 +174,7 @@ def validated(path: Path, meta: object) -> dict[str, Any]:
             Source.model_validate(meta["source"])
     except (ValidationError, RecursionError) as error:
         raise UsageError(f"{path}: its metadata are malformed ({first(error)}); use another checkpoint") from error
-    return {"architecture": None, "blocks": None, "source": None, "packed": {}} | meta
+    return {"architecture": None, "blocks": None, "source": None, "packed": {}, "bits": {}} | meta
 
 
 def first(error: Exception) -> str:

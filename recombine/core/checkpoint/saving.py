@@ -90,7 +90,7 @@ def described(model: nn.Module, record: Record, leave_out: set[str]) -> tuple[di
         },
         "own": {name: probe(p) for name, p in parameters.items() if name in leave_out},
         "packed": {name: packed.spec() for name, packed in packed_in(model).items()},
-    }
+    } | ({"bits": record.bits} if record.bits else {})  # which files without a mix, and older readers, do not know
 
 
 def rebuilt(model: nn.Module, meta: dict, tensors: dict) -> nn.Module:

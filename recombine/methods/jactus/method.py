@@ -4,7 +4,9 @@ Calibration gives C_x = E[x x^T] and C_g = E[g g^T] with g = dL/dy. Each is shru
 mean eigenvalue of 1. Inside a union of subspaces of W, C_x and C_g (union.py), the W_k of rank k minimises
 |C_g^1/2 (W - W_k) C_x^1/2|_F. Ranks are allocated over all layers by marginal gain per weight (rank_options.py).
 Orthonormal left (m, k) and right (k, n) are frozen; the dense core (k, k) between them trains. A layer stores
-k (m + n) + k^2 weights. After training the core folds away, which leaves k (m + n).
+k (m + n) + k^2 weights. After training the core folds away, which leaves k (m + n). `factor=pivot` stores k^2 less of
+both: k columns of right become the identity, and what they were goes into the core. The same weights can be reached,
+from the same start; the core's entries are others, so an optimizer takes another path.
 
 Ablation: `sensitivity=none` uses no gradients, C_g = I without U_g. With alpha = 1, W_k is then the whitened SVD; with
 `relative=true` and `allocation=lagrangian`, ranks are chosen as in BALF. Paper: has neither.
@@ -26,12 +28,14 @@ from recombine.methods.allocation import greedy, lagrangian
 from recombine.methods.jactus.rank_options import Prices
 from recombine.methods.jactus.subspaces import Subspaces
 from recombine.methods.jactus.union import dense_with_core, factored
+from recombine.methods.svd.low_rank import FACTORS, pivot
 from recombine.runtime import progress
 
 SPEND = {"greedy": greedy, "lagrangian": lagrangian}
 CHOICES = {
     "counted": ("stored", "deployed"),
     "allocation": tuple(SPEND),
+    "factor": tuple(FACTORS),
     "dense": ("none", "frozen", "full", "core_on_top_k"),
 }
 
@@ -50,6 +54,7 @@ class Jactus(Subspaces):
         dense: what a layer that stays dense trains: frozen, nothing; full, itself; core_on_top_k, a core on its top
             directions. none: no layer stays dense.
         top_k: the size k of the core under core_on_top_k.
+        factor: plain stores both outer factors whole; pivot stores k^2 weights less, for the same layer.
         as_paper: fields that have their default take those of the paper, which `paper` names.
     """
 
@@ -59,6 +64,7 @@ class Jactus(Subspaces):
     relative: bool = False
     dense: str = "core_on_top_k"
     top_k: int = 32
+    factor: str = "plain"
     as_paper: bool = False
 
     paper: ClassVar[dict[str, Any]] = {"dense": "none"}
@@ -74,8 +80,8 @@ class Jactus(Subspaces):
 
     @property
     def prices(self) -> Prices:
-        """How layers are counted, by `counted`, `dense` and `top_k`."""
-        return Prices(self.counted == "stored", self.dense, self.top_k)
+        """How layers are counted, by `counted`, `dense`, `top_k` and `factor`."""
+        return Prices(self.counted == "stored", self.dense, self.top_k, self.factor == "pivot")
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         dense = sum(site.module.weight.numel() for site in sites)
@@ -114,7 +120,8 @@ class Jactus(Subspaces):
         for site, k in zip(sites, self.ranks(sites), strict=True):
             m, n = site.module.weight.shape
             core = k or (self.top(site) if self.dense == "core_on_top_k" else 0)
-            stored += core * (m + n) + core * core + (m * n if k is None else 0)
+            pivots = k * k if self.factor == "pivot" and k is not None else 0
+            stored += core * (m + n) + core * core - pivots + (m * n if k is None else 0)
             trained += m * n if k is None and self.dense == "full" else core * core
         return stored, trained
 
@@ -126,7 +133,10 @@ class Jactus(Subspaces):
     def layer(self, site: Site, k: int | None) -> nn.Module:
         """The new layer at rank k; None: the dense layer, with what `dense` lets it train."""
         if k is not None:
-            return factored(site.module, self.whole(site), k)
+            layer = factored(site.module, self.whole(site), k)
+            if self.factor == "pivot":
+                pivot([layer])
+            return layer
         if self.dense == "core_on_top_k":
             return dense_with_core(site.module, self.whole(site), self.top(site))
         site.module.weight.requires_grad_(self.dense == "full")

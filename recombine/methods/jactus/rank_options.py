@@ -13,19 +13,22 @@ class Prices(NamedTuple):
         cores: the k^2 weights of a core count.
         dense: what a layer that stays dense trains, as in `Jactus.dense`: none, frozen, full or core_on_top_k.
         top_k: the size of the core that such a layer has under core_on_top_k.
+        pivot: k^2 weights of a factored layer are those of an identity.
     """
 
     cores: bool
     dense: str
     top_k: int
+    pivot: bool = False
 
     def factored(self, m: int, n: int, k: int) -> int:
         """Weights of the layer at rank k."""
-        return k * (m + n) + (k * k if self.cores else 0)
+        return k * (m + n) + k * k * (self.cores - self.pivot)
 
     def dense_cost(self, m: int, n: int, core: int) -> int:
         """Weights of the dense layer, with a core (core, core) beside it under core_on_top_k."""
-        return m * n + (self.factored(m, n, core) if self.dense == "core_on_top_k" and self.cores else 0)
+        beside = self.dense == "core_on_top_k" and self.cores  # which has no pivots
+        return m * n + (core * (m + n + core) if beside else 0)
 
     def max_rank(self, m: int, n: int) -> int:
         """The largest rank that stores less than the dense layer; min(m, n) where no layer may stay dense."""

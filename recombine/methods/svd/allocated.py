@@ -7,17 +7,18 @@ from itertools import islice
 
 from torch import Tensor, nn
 
+from recombine.core.budget import Room
 from recombine.core.calibration import Losses
 from recombine.core.method import Site, need, need_losses
 from recombine.layers import FactoredLinear
-from recombine.methods.svd import lems, svd_llm_v2
+from recombine.methods.svd import lems, mixing, svd_llm_v2
 from recombine.methods.svd.divergence import divergences
 from recombine.methods.svd.low_rank import dims
 from recombine.methods.svd.truncated import Truncated
 from recombine.runtime import progress
 
 MEASURED = ("lems", "atp")
-ALLOCATIONS = ("uniform", "share", "error", "svd_llm_v2", *MEASURED)
+ALLOCATIONS = ("uniform", "share", "error", "svd_llm_v2", *MEASURED, "mix")
 
 
 @dataclass(kw_only=True)
@@ -29,7 +30,7 @@ class Allocated(Truncated, abstract=True):
             together, and a layer may stay dense; what a rank loses counts as a share of the layer's energy, as in BALF,
             or as it is. svd_llm_v2 shares it out within each role (svd_llm_v2.py). lems weighs it by what cutting the
             layer does to the model's predictions, atp lets the share fall from block to block (lems.py); both look at
-            data.
+            data. mix chooses them together with the bits, under a budget of bytes (mixing.py).
         multiple_of: ranks under lems are multiples of it, in layers that have one.
         judged: calibration batches on which predictions are measured, under lems and atp; None: all.
     """
@@ -88,7 +89,7 @@ class Allocated(Truncated, abstract=True):
         """The rank of every layer; None: it stays dense."""
         if self.allocation == "uniform":
             return [None if self.stays_dense([site]) else self.group_rank([site]) for site in sites]
-        if self.allocation in MEASURED:
+        if self.allocation in (*MEASURED, "mix"):
             assert self._ranks is not None
             return self._ranks
         if self.allocation == "svd_llm_v2":
@@ -109,7 +110,17 @@ class Allocated(Truncated, abstract=True):
             found, self._kind = divergences(model, cuts, self.judging(losses))
             self._effects = list(map(lems.Effect, found, ranks, lems.blocks_of(model, sites)[0]))
 
+    def mix(self, model: nn.Module, sites: list[Site], room: Room, losses: Losses | None) -> dict[str, int | None]:
+        need(self.allocation == "mix", self, "allocation", "chooses ranks without bits; say mix")
+        need_losses(self, losses)
+        found = mixing.choose(self, model, sites, room, losses)
+        self._ranks = [one.rank for one in found]
+        return {site.name: one.bits for site, one in zip(sites, found, strict=True)}
+
     def after_budget(self, model: nn.Module, sites: list[Site], losses: Losses | None) -> None:
+        if self.allocation == "mix":
+            why = "chooses ranks together with bits; say quantize.bits=auto budget=bytes_25"
+            need(self._ranks is not None, self, "allocation", why)
         if self.allocation not in MEASURED:
             return
         found = self.choices(model, sites)
@@ -152,7 +163,7 @@ class Allocated(Truncated, abstract=True):
         return losses if self.judged is None else lambda: islice(losses(), self.judged)
 
     def sizes(self, sites: list[Site]) -> tuple[int, int]:
-        if self.allocation in MEASURED and self._ranks is None:  # the budget is not spent yet: at most this
+        if self.allocation in (*MEASURED, "mix") and self._ranks is None:  # the budget is not spent yet: at most this
             return int(self.ratio * sum(site.module.weight.numel() for site in sites)), 0
         return self.stored(sites, self.ranks(sites)), 0
 

@@ -137,12 +137,16 @@ class LowRank(Spectral, abstract=True):
 
     def finish(self, layers: Iterable[FactoredLinear]) -> None:
         """Gives finished layers the form of `factor`, in place. Layers that share right go on sharing it."""
-        if self.factor == "plain":
-            return
-        found: dict[int, tuple[Tensor, nn.Parameter, Tensor]] = {}  # by identity of right, which stays alive here
-        for layer in layers:
-            if id(layer.right) not in found:
-                rest, order = pivoted(layer.right)
-                rest = nn.Parameter(rest.to(layer.right).contiguous(), requires_grad=False)
-                found[id(layer.right)] = layer.right, rest, order
-            layer.pivot(*found[id(layer.right)][1:])
+        if self.factor == "pivot":
+            pivot(layers)
+
+
+def pivot(layers: Iterable[FactoredLinear]) -> None:
+    """Gives layers the pivot form, in place. Layers that share right go on sharing it."""
+    found: dict[int, tuple[Tensor, nn.Parameter, Tensor]] = {}  # by identity of right, which stays alive here
+    for layer in layers:
+        if id(layer.right) not in found:
+            rest, order = pivoted(layer.right)
+            rest = nn.Parameter(rest.to(layer.right).contiguous(), requires_grad=False)
+            found[id(layer.right)] = layer.right, rest, order
+        layer.pivot(*found[id(layer.right)][1:])

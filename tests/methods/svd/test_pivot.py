@@ -9,10 +9,13 @@ import torch
 import recombine
 from helpers import ALL, SPLIT, refusal
 from helpers.weighted import learnt
-from recombine import Balf, BasisSharing, Dfjr, DobiSvd, Fwsvd, KfacSvd, Svd, SvdLlm
+from recombine import Balf, BasisSharing, Cersa, Dfjr, DobiSvd, Fwsvd, Jactus, KfacSvd, Svd, SvdLlm
+from recombine.core import rewrite
 from recombine.core.account import flops
+from recombine.core.budget import Budget
+from recombine.core.memory import Memory
 from recombine.layers import FactoredLinear
-from zoo import ARCHS, batch, build, losses, outputs
+from zoo import ARCHS, batch, build, losses, outputs, train
 
 METHODS = {
     "svd": Svd(targets=ALL, rank=9),
@@ -141,3 +144,62 @@ def test_bad_factors_are_one_line():
     assert "method.factor='lu'" in refusal(recombine.apply, build("tiny_vit"), Svd(factor="lu"))
     why = refusal(recombine.apply, build("tiny_vit"), Svd(factor="pivot", train_core=True))
     assert "method.factor='pivot'" in why and "train_core" in why
+
+
+CORES = {
+    "jactus": Jactus(ratio=0.8, dense="none"),
+    "jactus deployed": Jactus(ratio=0.6, counted="deployed"),
+    "cersa": Cersa(targets=ALL, rank=9),
+    "cersa by energy": Cersa(targets=SPLIT, alpha=0.9),
+    "cersa whole": Cersa(targets=SPLIT, alpha=1.0),
+}
+
+
+@pytest.mark.parametrize("arch", ["tiny_vit", "tiny_llama"])
+@pytest.mark.parametrize("name", CORES)
+def test_a_core_trains_between_pivots(name, arch, tmp_path):
+    """Its layers start as they do without pivots and store k^2 less at one rank; the core trains."""
+    plain, pivot = (applied(arch, replace(CORES[name], factor=factor)) for factor in ("plain", "pivot"))
+    x = batch(plain)
+    layers = [pivot.get_submodule(name) for name in pivot.recombined.targets]
+    factored = [layer for layer in layers if isinstance(layer, FactoredLinear)]
+    for layer in factored:
+        assert layer.order is not None and layer.core.requires_grad and not layer.left.requires_grad
+        assert layer.core.shape == (layer.rank, layer.rank)
+    if "jactus" not in name:  # the budget of jactus buys more rank
+        a, b = outputs(plain, x).detach(), outputs(pivot, x).detach()
+        assert (a - b).norm() <= 1e-5 * a.norm()
+        assert weights_of(plain) - weights_of(pivot) == sum(layer.rank**2 for layer in factored)
+    method = replace(CORES[name], factor="pivot")
+    model = build(arch)
+    sites = rewrite.prepare(model, method, Budget(), losses(model), Memory())
+    stored, trained = method.sizes(sites)
+    assert stored == weights_of(pivot)
+    assert trained == sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
+    history = train(pivot.train())
+    assert history[-1] < history[0]
+    y = outputs(pivot.eval(), x)
+    path = recombine.save(pivot, tmp_path / "m", whole=False)
+    assert torch.equal(outputs(recombine.load(path, build(arch)).eval(), x), y)
+    assert torch.allclose(outputs(recombine.merge(pivot), x), y, atol=1e-4)
+
+
+def test_the_ranks_of_jactus_grow():
+    plain, pivot = (applied("tiny_vit", replace(CORES["jactus"], factor=factor)) for factor in ("plain", "pivot"))
+    ranks = [
+        sum(
+            model.get_submodule(name).rank
+            for name in model.recombined.targets
+            if isinstance(model.get_submodule(name), FactoredLinear)
+        )
+        for model in (plain, pivot)
+    ]
+    dense = plain.recombined.dense
+    assert ranks[1] > ranks[0] and weights_of(pivot) <= 0.8 * dense
+
+
+@pytest.mark.parametrize("fields", [{"beta": 0.5}, {"trained_share": 0.5}, {"core": "array"}])
+def test_a_core_that_holds_some_of_what_is_kept_has_no_pivots(fields):
+    with pytest.raises(recombine.UsageError, match="method.factor='pivot': mixes the kept directions") as error:
+        recombine.apply(build("tiny_vit"), Cersa(factor="pivot", **fields))
+    assert "\n" not in str(error.value)
