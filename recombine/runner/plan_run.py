@@ -4,7 +4,9 @@ import warnings
 from dataclasses import replace
 from math import ceil
 
+from recombine import data
 from recombine.core.memory import KEPT, SHARE
+from recombine.runner import plan_alike
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import Device
 from recombine.runner.plan_parts import Phase, Rehearsal
@@ -13,9 +15,21 @@ from recombine.runtime import logs, memory, progress
 
 FEW = 2  # blocks of a deep model that are rehearsed, and twice as many; times the layers that share a basis
 STREAMED = 4 / 3  # passes that a calibration block by block is worth
+SHARED: dict[str, Rehearsal] = {}
 
 
 def rehearse(spec: RunSpec, device: Device) -> Rehearsal:
+    """What the run takes on the device. Runs that take the same share one rehearsal.
+
+    Raises:
+        UsageError: as `rehearsed` does.
+    """
+    if (key := plan_alike.key(spec, data.build(**spec.data), device)) not in SHARED:
+        SHARED[key] = rehearsed(spec, device)
+    return SHARED[key]
+
+
+def rehearsed(spec: RunSpec, device: Device) -> Rehearsal:
     """What the run takes on the device.
 
     A deep model whose blocks are alike is rehearsed with a few of them, twice, and the rest follows in a straight line.

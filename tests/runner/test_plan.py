@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from helpers import CONF, ROOT, refusal
 from helpers.command import line, own_peak
 from recombine import data, models
-from recombine.core import footprint, memory, rewrite
+from recombine.core import footprint, memory, remembered, rewrite
 from recombine.core.calibration import collect
 from recombine.methods.from_config import from_name
 from recombine.runner import arguments, limits, plan, plan_devices, plan_run, ranks
@@ -104,7 +104,7 @@ def test_a_deep_model_is_rehearsed_with_a_few_blocks(monkeypatch):
     deep = spec(*TINY, "model.depth=9", "stage=joint", "method=svd", "method.train_core=true", "budget=retained_50")
     line = plan_run.rehearse(deep, device())
     monkeypatch.setattr(plan_run, "FEW", 99)
-    whole = plan_run.rehearse(deep, device())
+    whole = plan_run.rehearsed(deep, device())
     assert line.parameters == whole.parameters and line.changed == whole.changed
     for a, b in zip(line.phases, whole.phases, strict=True):
         assert a.name == b.name and a.bytes == pytest.approx(b.bytes, rel=0.03)
@@ -240,6 +240,33 @@ def test_the_peak_is_that_of_a_real_run(tmp_path, given):
     given = [*given, "trainer=cpu", "trainer.epochs=1", "trainer.progress=false", "probe=false"]
     told = plan_run.rehearse(spec(*given), plan_devices.find("here", "cpu", timed=False))
     assert told.largest.bytes == pytest.approx(own_peak(tmp_path, given), rel=0.15)
+
+
+def test_what_is_remembered_of_operations_changes_no_plan(monkeypatch):
+    run = spec(*TINY, "stage=joint", "method@compressor=svd_llm", "method=lora", "budget=retained_60")
+    twice = [plan_run.rehearsed(run, device()) for _ in range(2)]  # the second finds all operations known
+    monkeypatch.setattr(remembered, "call", lambda func, args, kwargs, given: func(*args, **kwargs))
+    assert twice[0] == twice[1] == plan_run.rehearsed(run, device())
+
+
+def test_numbers_of_two_types_are_two_operations():
+    x = torch.ones(3, dtype=torch.long, device="meta")
+    with footprint.Watch([x]):
+        found = [(x * 1).dtype, (x * 1.0).dtype, (x * True).dtype, (x * 1.0).dtype]
+    assert found == [torch.long, torch.float32, torch.long, torch.float32]
+
+
+def test_runs_that_take_the_same_share_one_rehearsal():
+    def same(*typed):
+        run = ("model=tiny_vit", "data=vtab", "data.task=dsprites_ori", "method=lora", "trainer=cpu")
+        one, other = (spec(*run, *more) for more in (typed, ()))
+        return plan_run.rehearse(one, device()) is plan_run.rehearse(other, device())
+
+    alike = ("seed=3", "optim.lr=1e-5", "method.lr=1e-5", "optim.schedule=linear", "data.task=dsprites_loc seed=1")
+    assert all(same(*typed.split()) for typed in alike)
+    others = ("method.rank=3", "data.task=dtd", "data.batch_size=3", "trainer.epochs=3", "optim=sgd", "stage=retrofit")
+    assert not any(same(typed) for typed in others)
+    assert plan_run.rehearse(spec(*TINY), device()) is not plan_run.rehearse(spec(*TINY), device(10**11))
 
 
 def test_samples_are_known_before_the_data_are():
