@@ -3,8 +3,9 @@
     python scripts/gpu_report.py              on this machine's GPU: experiments/gpu/<device>.md, hours
     python scripts/gpu_report.py --dry        on a CPU, with tiny models: that all of it runs; outputs/gpu/dry.md
 
-Every run is made in float32 and in bfloat16. A run that is there already is not made again, so that the same command
-goes on. What fails is named in the report, and the exit code is 1.
+Every run is made in float32 and in bfloat16. What `stage=plan` foresees of its peak stands beside the peak. A run that
+is there already is not made again, so that the same command goes on. What fails is named in the report, and the exit
+code is 1.
 """
 
 import argparse
@@ -29,6 +30,9 @@ from recombine import results  # noqa: E402
 from recombine.core.account import MIB  # noqa: E402
 from recombine.errors import one_line  # noqa: E402
 from recombine.runner import grid, ranks  # noqa: E402
+from recombine.runner.plan import Plan  # noqa: E402
+from recombine.runner.plan_devices import find  # noqa: E402
+from recombine.runner.plan_table import planned  # noqa: E402
 from recombine.runtime.conf import CONF  # noqa: E402
 from recombine.runtime.environment import environment  # noqa: E402
 
@@ -54,7 +58,10 @@ class Machine:
         self.accelerator = "cpu" if dry else "cuda"
 
     def run(self, what: str, overrides: list[str], precision: str) -> dict | None:
-        """The result of one run, with `peak_mib` of its process's memory on the GPU; None: it failed."""
+        """The result of one run; None: it failed.
+
+        It has `peak_mib` of its process's memory on the GPU, and `plan_mib`, what a plan foresees of that.
+        """
         folder = self.out / self.name / what / precision
         words = [*overrides, "trainer.progress=false", f"trainer.precision={precision}"]
         words += [f"trainer.accelerator={self.accelerator}", "logger=none"]
@@ -66,6 +73,7 @@ class Machine:
         try:
             with initialize_config_dir(str(CONF), version_base="1.3"):
                 cfg = compose("config", words)
+            expected = foreseen(planned(cfg, find("here", self.accelerator, timed=False)))
             with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log):
                 ranks.main(cfg, folder)
             result = results.read(folder / "result.json")
@@ -76,7 +84,7 @@ class Machine:
         kept = folder / "peak.json"
         if not self.dry and not kept.is_file():
             kept.write_text(json.dumps(torch.cuda.max_memory_allocated() / MIB))
-        return result | {"peak_mib": json.loads(kept.read_text()) if kept.is_file() else None}
+        return result | {"plan_mib": expected, "peak_mib": json.loads(kept.read_text()) if kept.is_file() else None}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,10 +148,11 @@ def crisp_tab05(machine: Machine) -> list[str]:
             speed = result["profile"]
             pairs = [(speed[key], wanted.get((label, metric))) for key, metric in metrics.items()]
             pairs.append((gigabytes(speed["peak_mib"]), wanted.get((label, "peak memory"))))
+            pairs.append((gigabytes(result["plan_mib"]), None))
             lora = wanted.get(("LoRA", "train throughput"))
             pairs.append((speed["ratio"]["train"], (pairs[0][1] or float("nan")) / lora if lora else None))
             rows.append([label, precision, *(beside(*pair) for pair in pairs)])
-    head = ["method", "precision", "training /s", "inference /s", "latency ms", "peak GB", "training / LoRA"]
+    head = ["method", "precision", "training /s", "inference /s", "latency ms", "peak GB", "plan GB", "training / LoRA"]
     note = "ViT-B/16, batches of 64; in brackets the paper's, on an L40S in an unknown precision and batch size."
     return ["## CRISP Tab. 5", "", note, "", *markdown(head, rows)]
 
@@ -165,9 +174,10 @@ def cersa_large(machine: Machine) -> list[str]:
             minutes = DTD / speed["train_samples_s"] / 60
             peak = speed["peak_mib"]
             rows.append([label, precision, number(speed["train_samples_s"]), number(minutes)])
-            rows[-1] += [beside(counted, wanted.get((row, "total memory"))), number(peak)]
+            rows[-1] += [beside(counted, wanted.get((row, "total memory"))), number(peak), number(result["plan_mib"])]
             rows[-1] += [number(peak and peak - counted)]
-    head = ["method", "precision", "training /s", "minutes of Fig. 9", "account MiB", "peak MiB", "activations MiB"]
+    head = ["method", "precision", "training /s", "minutes of Fig. 9", "account MiB", "peak MiB", "plan MiB"]
+    head.append("activations MiB")
     note = (
         "ViT-L/16, batches of 32. Fig. 9 prints no numbers; its minutes are computed from the speed. In brackets: Tab. "
         "14. The account has weights, gradients and moments; what the peak has beyond is activations."
@@ -189,12 +199,19 @@ def rows_in_small(machine: Machine) -> list[str]:
             score, metric = result["test"].get(result["metric"]), result["metric"]
             row = [name, " ".join(cell.overrides), precision, f"{metric} {beside(score, expected)}"]
             counted = result["account"]["memory_mib"]
-            rows.append([*row, number(result["seconds"]["total"]), number(counted), number(result["peak_mib"])])
-    head = ["table", "row", "precision", "test score", "seconds", "account MiB", "peak MiB"]
+            sizes = counted, result["peak_mib"], result["plan_mib"]
+            rows.append([*row, number(result["seconds"]["total"]), *map(number, sizes)])
+    head = ["table", "row", "precision", "test score", "seconds", "account MiB", "peak MiB", "plan MiB"]
     return ["## A row of each table in small", "", "In brackets: on a CPU, in float32.", "", *markdown(head, rows)]
 
 
 PARTS = {"tests": gpu_tests, "crisp": crisp_tab05, "cersa": cersa_large, "rows": rows_in_small}
+
+
+def foreseen(found: Plan) -> float:
+    """MiB that a plan has for what is measured: of a profile, its timed steps; else the whole run."""
+    timed = [phase.bytes for phase in found.told.phases if phase.name == "time"]
+    return max(timed or [found.peak]) / MIB
 
 
 def labelled(experiment: str, machine: Machine) -> Iterator[tuple[str, list[str]]]:

@@ -14,7 +14,12 @@ def test_a_dry_run_makes_every_table(tmp_path, capsys):
         assert labels.count(label) == 2, label  # in two precisions
     (first,) = [row for row in rows if row[0] == "| LoRA" and row[1] == "32-true"]
     assert first[2].endswith("(165.2)") and float(first[2].split()[0]) > 0  # the paper's beside ours
-    assert "Failed: 0." in text and "A dry run" in text
+    heads = [row for row in rows if row[-1].strip("| ") in ("training / LoRA", "activations MiB", "plan MiB")]
+    for head, table in ((head, rows[rows.index(head) + 2 :]) for head in heads):
+        place = next(i for i, name in enumerate(head) if name.strip("| ") in ("plan GB", "plan MiB"))
+        assert float(table[0][place].strip("| ")) > 0  # what a plan foresees, beside a peak that only a GPU has
+        assert head[place - 1].startswith("peak") and table[0][place - 1].startswith("–")
+    assert len(heads) == 3 and "Failed: 0." in text and "A dry run" in text
 
 
 def test_what_fails_is_named(tmp_path, monkeypatch):
