@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import asdict
+from typing import NamedTuple
 
 from torch import nn
 
@@ -30,10 +31,10 @@ def calibrate(model: nn.Module, method: Method, sites: list[Site], losses: Losse
     if method.memory.folder is not None:
         method.kept.find(stamp(method, sites, kinds))
     groups = [group for group in method.groups(sites) if group[0].name not in method.kept]
-    passes = method.memory.passes(groups, kinds, device_of(model))
-    if len(passes) > 1 and streamed(model, method, groups, losses, kinds):
+    found = way(model, method, groups, kinds)
+    if found.blocks is not None and streamed(model, method, groups, found.blocks, losses, kinds):
         return
-    for part in passes:
+    for part in found.passes:
         method.stats = collect(model, [site for group in part for site in group], losses, kinds)
         for group in progress.of(part, "factors", "groups"):
             method.digested(group)
@@ -41,18 +42,44 @@ def calibrate(model: nn.Module, method: Method, sites: list[Site], losses: Losse
                 del method.stats[site.name]
 
 
-def streamed(model: nn.Module, method: Method, groups: list[list[Site]], losses: Losses, kinds: set[str]) -> bool:
-    """Does the same block by block; False, and nothing is done: the blocks are no chain, or do not hold the layers.
+class Way(NamedTuple):
+    """How a calibration goes. passes: over the data, each with its groups of layers. blocks: the layers of each block,
+    where it goes block by block if these turn out to be a chain; None: it does not."""
+
+    passes: list[list[list[Site]]]
+    blocks: list[list[Site]] | None
+
+
+def way(model: nn.Module, method: Method, groups: list[list[Site]], kinds: set[str]) -> Way:
+    """How a calibration keeps to the method's memory: at once where the sums of all layers fit, else block by block
+    where the blocks hold the layers, else in passes.
+
+    Raises:
+        UsageError: the memory does not hold one layer.
+    """
+    device, names = device_of(model), roles.block_names(model)
+    passes = method.memory.passes(groups, kinds, device)
+    inside = {site.name: block_of(site.name, names) for group in groups for site in group}
+    by_block = [[site for group in groups for site in group if inside[site.name] == i] for i in range(len(names))]
+    if len(passes) < 2 or None in inside.values():
+        return Way(passes, None)
+    return Way(passes, by_block if method.memory.holds(waiting(groups, by_block), kinds, device) else None)
+
+
+def streamed(
+    model: nn.Module,
+    method: Method,
+    groups: list[list[Site]],
+    by_block: list[list[Site]],
+    losses: Losses,
+    kinds: set[str],
+) -> bool:
+    """Does the same block by block; False, and nothing is done: the blocks are no chain.
 
     Raises:
         UsageError: as `calibrate` does.
     """
-    names = roles.block_names(model)
-    inside = {site.name: block_of(site.name, names) for group in groups for site in group}
-    by_block = [[site for group in groups for site in group if inside[site.name] == i] for i in range(len(names))]
-    store = method.memory.store(device_of(model), "hidden")
-    if None in inside.values() or not method.memory.holds(waiting(groups, by_block), kinds, device_of(model)):
-        return False
+    names, store = roles.block_names(model), method.memory.store(device_of(model), "hidden")
     left, method.stats = list(groups), {}
 
     def done(stats: dict[str, Stats]) -> None:

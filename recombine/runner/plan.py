@@ -9,6 +9,7 @@ from math import ceil
 from torch import nn
 
 from recombine import data
+from recombine.core.memory import SHARE
 from recombine.data.base import DataModule, TokenModule
 from recombine.errors import UsageError
 from recombine.runner.config import RunSpec
@@ -16,6 +17,7 @@ from recombine.runner.ledger import duration
 from recombine.runner.plan_devices import GB, Device, find
 from recombine.runner.plan_parts import Rehearsal, build
 from recombine.runner.plan_run import rehearse
+from recombine.runtime import memory
 from recombine.training import distributed
 
 LONG = 600  # seconds from which a run says at its start what it will take; shorter ones do not wait for a rehearsal
@@ -113,7 +115,7 @@ def judged(spec: RunSpec, told: Rehearsal, device: Device) -> str:
         return "fits"
     count = shards(told, device)
     divided = f"{count} GPUs of {gigabytes(device.memory)}: trainer=fsdp trainer.devices={count}"
-    for keys, other in ways(spec, device):
+    for keys, other in (*streams(spec, told, device), *ways(spec, device)):
         with suppress(UsageError):  # this model or method cannot
             if rehearse(other, device).largest.bytes > room(device):
                 continue
@@ -121,6 +123,17 @@ def judged(spec: RunSpec, told: Rehearsal, device: Device) -> str:
     if count is not None:
         return f"needs {divided}"
     return f"does not fit {gigabytes(device.memory)}; the {told.largest.name} needs {gigabytes(told.largest.bytes)}"
+
+
+def streams(spec: RunSpec, told: Rehearsal, device: Device) -> Iterator[tuple[str, RunSpec]]:
+    """Smaller limits of a calibration that keeps to one, as typed: in smaller parts, to the same end."""
+    if told.digests:
+        given = spec.settings.calibration
+        limit = memory.parse(given.memory, "calibration.memory") or SHARE * max(0, device.memory - told.weights)
+        for part in (2, 4, 16):
+            word = memory.shown(limit / part)
+            settings = replace(spec.settings, calibration=replace(given, memory=word))
+            yield f"calibration.memory={word}", replace(spec, settings=settings)
 
 
 def ways(spec: RunSpec, device: Device) -> Iterator[tuple[str, RunSpec]]:

@@ -55,7 +55,8 @@ class Rehearsal:
     """What a run will take.
 
     parameters: total, trained and, of the target layers, the share that is retained. phases: in their order.
-    digests: a method keeps its statistics and factors to calibration.memory.
+    digests: a method keeps its statistics and factors to calibration.memory. passes: over the data that its calibration
+    is worth; sums: bytes of its statistics that are held at once. None: that is not known.
     samples: of each split, as far as known. changed: bytes that the result's checkpoint holds. notes: what is a bound.
     """
 
@@ -65,6 +66,8 @@ class Rehearsal:
     changed: int = 0
     weights: int = 0
     digests: bool = False
+    passes: float = 1
+    sums: int | None = None
     notes: list[str] = field(default_factory=list)
 
     @property

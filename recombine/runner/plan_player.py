@@ -16,7 +16,7 @@ from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.layers.packed import entries
 from recombine.models import roles
-from recombine.runner import plan_drawing
+from recombine.runner import plan_alike, plan_drawing, plan_stream
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_bound import bound
 from recombine.runner.plan_devices import HALF, Cost, Device
@@ -38,7 +38,7 @@ from recombine.training.objectives import Objective
 from recombine.training.settings import OptimizerSettings
 
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "adamw_8bit": 0.5, "muon": 2}  # copies of what trains, at most, in a state
-LEARN: set[str] = set()  # methods that cannot be rehearsed, as the user calls them, once that is known
+LEARN: set[str] = set()  # methods with their fields, and models, that cannot be rehearsed, once that is known
 PROBE_STEPS = 500  # evaluations of the linear probe's loss, all decays together
 
 
@@ -68,13 +68,13 @@ class Player:
 
     def play(self) -> Rehearsal:
         """All phases."""
-        told, name, first = self.told, self.stage.name, self.spec.compressor or self.spec.method
-        if self.spec.base is not None:
-            told.notes.append("base=: the pretrained model is planned in its place")
-        told.weights = footprint.size(self.model.parameters())
+        name, first = self.stage.name, self.spec.compressor or self.spec.method
+        self.told.notes += ["base=: the pretrained model is planned in its place"] * (self.spec.base is not None)
+        self.told.weights = footprint.size(self.model.parameters())
         self.load()
         plan_drawing.prior(self)
         if name in ("evaluate", "sample"):
+            self.model.requires_grad_(False)
             pack(self.model, self.budget)
             self.score()
             return self.count()
@@ -147,19 +147,20 @@ class Player:
     def change(self, method: Method, teacher: nn.Module | None) -> None:
         """Calibrates and rewrites."""
         pair, model, first = self.spec.compressor is not None, self.model, method is not self.spec.method
+        plan_stream.foresee(self, method)
         if pair and not hasattr(model, "recombined"):
             roles.split_fused(model, self.spec.method.targets)
         budget = budget_of(method, model, self.budget, self.spec.compressor, self.spec.method)
         method, sites, mapped = method.copy(), rewrite.find_sites(model, method), self.mapped
         known, others = footprint.tensors(model), [] if teacher is None else footprint.tensors(teacher)
         kinds = method.statistics_needed()
-        held = {"weights": footprint.size(known), "statistics": memory.sums(sites, kinds) if kinds else 0}
-        held |= {"teacher": footprint.apart(others, known)}
+        held = {"weights": footprint.size(known), "teacher": footprint.apart(others, known)}
+        held["statistics"] = memory.sums(sites, kinds) if kinds else 0
         self.told.digests |= type(method).digest is not Method.digest
-        watch = Watch(known)
+        watch, learns = Watch(known), repr((plan_alike.fields_of(method), self.spec.model))
         losses = Losses(self, watch)
         try:
-            if method.label in LEARN:
+            if learns in LEARN:
                 raise footprint.Endless
             with watch, self.kernels():
                 attempt(model, method, budget, losses)
@@ -170,7 +171,7 @@ class Player:
         except UsageError:
             raise
         except Exception:  # it reads values, of which there are none
-            LEARN.add(method.label)
+            LEARN.add(learns)
             losses.peak = 0
             bound(self, method, sites)
             watch.peak = held["weights"] + 8 * 2 * sum(site.module.weight.numel() for site in sites)
@@ -182,8 +183,7 @@ class Player:
         held |= {"statistics": min(rest, held["statistics"]), "new weights": new}
         self.add("rewrite", Cost.of(watch) + losses.seen * -1.0, **held, factors=rest - held["statistics"])
         if self.maps:
-            there = {id(tensor) for tensor in footprint.tensors(model)}
-            self.mapped = mapped + footprint.size(tensor for tensor in known if id(tensor) not in there)
+            self.mapped = mapped + footprint.apart(known, footprint.tensors(model))
 
     def distil(self, method: Method, teacher: nn.Module) -> None:
         """The training that follows the original model."""

@@ -11,10 +11,10 @@ from recombine.runner.config import RunSpec
 from recombine.runner.plan_devices import Device
 from recombine.runner.plan_parts import Phase, Rehearsal
 from recombine.runner.plan_player import Player
+from recombine.runner.plan_stream import STREAMED
 from recombine.runtime import logs, memory, progress
 
 FEW = 2  # blocks of a deep model that are rehearsed, and twice as many; times the layers that share a basis
-STREAMED = 4 / 3  # passes that a calibration block by block is worth
 SHARED: dict[str, Rehearsal] = {}
 
 
@@ -52,21 +52,24 @@ def rehearsed(spec: RunSpec, device: Device) -> Rehearsal:
 def limited(told: Rehearsal, spec: RunSpec, device: Device, depth: int) -> Rehearsal:
     """What a run takes whose statistics and factors keep to calibration.memory: less at once, and more passes.
 
-    Where two blocks of so many have room, it is taken for granted that they form a chain: then calibration goes block
-    by block, and runs every block forward once more for its gradients.
+    How a compressor or a method alone is calibrated, `plan_stream` says. Of an adapter that is calibrated after a
+    compressor, block by block is taken for granted where two blocks of so many have room.
     """
     limit = memory.parse(spec.settings.calibration.memory, "calibration.memory")
     limit = int(SHARE * (device.memory - told.weights)) if limit is None else limit
-    room, phases = max(1, int((1 - KEPT) * limit)), []
+    room, phases, sums = max(1, int((1 - KEPT) * limit)), [], told.sums
     for phase in told.phases:
         held, cost = dict(phase.held), phase.cost
         if "statistics" in held:
-            passes = ceil(held["statistics"] / room)
-            passes = min(passes, STREAMED) if 2 * held["statistics"] / depth <= room else passes
+            passes, most = told.passes, sums
+            if most is None:
+                passes, most = ceil(held["statistics"] / room), room
+                passes = min(passes, STREAMED) if 2 * held["statistics"] / depth <= room else passes
             cost = cost * passes if phase.name == "calibrate" else cost
-            held["statistics"] = min(held["statistics"], room)
+            held["statistics"] = min(held["statistics"], most)
         if "factors" in held:
             held["factors"] = min(held["factors"], max(0, limit - held.get("statistics", 0)))
+        sums = None if phase.name == "rewrite" else sums  # of the first method alone
         phases.append(Phase(phase.name, held, cost))
     return replace(told, phases=phases)
 
