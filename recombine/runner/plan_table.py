@@ -65,6 +65,8 @@ def planned(cfg: DictConfig, device: Device) -> Plan:
     spec = resolve(cfg)
     try:
         return plan(spec, device)
+    except UsageError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:  # what reads values, of which there are none
         why = f"{spec.method.label} cannot be rehearsed without weights ({first_line(error)})"
         raise UsageError(f"stage=plan: {why}; profile it, or plan another") from error
