@@ -35,6 +35,7 @@ from recombine.runner.plan_devices import find  # noqa: E402
 from recombine.runner.plan_table import planned  # noqa: E402
 from recombine.runtime.conf import CONF  # noqa: E402
 from recombine.runtime.environment import environment  # noqa: E402
+from scripts.gpu_tables import beside, gigabytes, markdown, number, slug  # noqa: E402
 
 PRECISIONS = ("32-true", "bf16-mixed")
 TINY = ["model=tiny_vit", "data=offline", "model.image_size=32", "data.limit=8", "data.batch_size=4"]
@@ -234,31 +235,6 @@ def committed(name: str, cell: grid.Cell) -> float | None:
         if sorted(run["cell"].split(",")) == sorted(word.strip("+") for word in cell.overrides):
             return run["test"].get(run["metric"])
     return None
-
-
-def gigabytes(mib: float | None) -> float | None:
-    """10^9 bytes."""
-    return None if mib is None else mib * MIB / 1e9
-
-
-def number(value: float | None) -> str:
-    """Four digits, or a dash."""
-    return "–" if value is None else f"{value:.4g}"
-
-
-def beside(value: float | None, other: float | None) -> str:
-    """A number and, in brackets, the one that it is compared with."""
-    return number(value) if other is None else f"{number(value)} ({number(other)})"
-
-
-def slug(label: str) -> str:
-    """A label as the name of a folder."""
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in label)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 if __name__ == "__main__":
