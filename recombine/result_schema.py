@@ -106,7 +106,7 @@ class Layer(TypedDict):
     shape: Annotated[list[int], Key("outputs and inputs")]
     kind: Annotated[str, Key("the class of the layer that stands there now")]
     rank: Annotated[NotRequired[int], Key("rank of its factors")]
-    core: Annotated[NotRequired[list[int]], Key("shape of the matrix between the factors")]
+    core: Annotated[NotRequired[list[int] | bool], Key("shape of the matrix between the factors; or if there is one")]
     tail: Annotated[NotRequired[int], Key("singular values that train beyond the core")]
     basis_rank: Annotated[NotRequired[int], Key("vectors of the shared basis")]
     chunk: Annotated[NotRequired[int], Key("length of a vector of the basis")]

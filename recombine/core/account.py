@@ -171,6 +171,8 @@ def layer_report(model: nn.Module) -> list[dict]:
         n = getattr(layer, "in_features", None) or layer.weight.numel() // m
         weights, sizes = [p for key, p in layer.named_parameters() if not key.endswith("bias")], entries(layer)
         held = sum(sizes[id(p)] / users[id(p)] for p in weights) / (m * n)
+        if isinstance(spec.get("core"), bool):  # of a low-rank delta
+            spec["core"] = [spec["rank"]] * 2 if spec["core"] else None
         ranks = {
             k: v for k, v in spec.items() if k in ("rank", "core", "tail", "basis_rank", "chunk") and v is not None
         }

@@ -11,6 +11,8 @@ import recombine
 from helpers.rows import ROWS, dense
 from recombine import Cersa, Crisp, Full
 from recombine.core.account import layer_report, stored_in_targets
+from recombine.result_schema import Layer
+from recombine.runtime.shapes import first_wrong
 from recombine.core.rewrite import calibrate, find_sites
 from recombine.models import roles
 from recombine.models.roles import layer_at
@@ -70,7 +72,8 @@ def test_contract(row, pretrained, request, tmp_path):
     places = sum(b.nbytes for name, b in model.named_buffers() if name.endswith(".order"))
     assert account.stored == everything and account.bytes_weights == 4 * everything + places
     assert account.bytes_gradients == 4 * account.trained and account.bytes_optimizer == 8 * account.trained
-    assert len(layer_report(model)) == len(model.recombined.targets)
+    assert len(rows := layer_report(model)) == len(model.recombined.targets)
+    assert not [wrong for one in rows if (wrong := first_wrong(one, Layer)) or isinstance(one.get("core"), bool)]
 
     if not (account.trained or isinstance(row.method, Full)):  # a compressor on a model without a head
         recombine.train_only(model, row.method.distillation_parameters(model))
