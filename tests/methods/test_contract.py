@@ -11,11 +11,11 @@ import recombine
 from helpers.rows import ROWS, dense
 from recombine import Cersa, Crisp, Full
 from recombine.core.account import layer_report, stored_in_targets
-from recombine.result_schema import Layer
-from recombine.runtime.shapes import first_wrong
 from recombine.core.rewrite import calibrate, find_sites
 from recombine.models import roles
 from recombine.models.roles import layer_at
+from recombine.result_schema import Layer
+from recombine.runtime.shapes import first_wrong
 from zoo import ARCHS, batch, build, losses, outputs, train
 
 
