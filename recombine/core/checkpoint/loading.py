@@ -191,7 +191,7 @@ def recorded(model: nn.Module, meta: dict, architecture: dict | None, frozen: se
         blocks=meta["blocks"],
         architecture=architecture,
         frozen=frozen,
-        bits=meta.get("bits", {}),
+        bits=meta["bits"],
     )
     declare_tied(model)
     for name, p in model.named_parameters():
