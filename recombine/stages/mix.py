@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from recombine.core.budget import Budget
+from recombine.core.method import Method
 from recombine.core.packing import MIX, Packing
 from recombine.core.rollback import unchanged
 from recombine.core.twin import sharing
 from recombine.data.batch_sampler import seed_of
 from recombine.errors import UsageError
 from recombine.layers.packed import BITS
-from recombine.methods.svd.allocated import Allocated
 from recombine.runtime.atomic import atomic_write
 from recombine.stages.context import RunContext
 from recombine.stages.settings import QuantizeSettings, StageSettings
@@ -111,7 +111,7 @@ def errors(run: RunContext) -> dict[str, float | None]:
     if adapts_first(run):
         run.method, run.compressor = run.first_method, None
     first = (run.method, run.compressor)
-    mixed = (MIX,) if isinstance(run.first_method, Allocated) else ()
+    mixed = (MIX,) if type(run.first_method).mix is not Method.mix else ()
     for bits in (None, *mixed, *BITS):
         word = NONE if bits is None else str(bits)
         run.budget, (run.method, run.compressor) = replace(budget, packing=packing(run, bits)), first
