@@ -213,9 +213,9 @@ def spectrum_exceeds(matrix: Tensor, top: int, share: float) -> bool:
         matrix: M (d, d), positive semi-definite.
     """
     limit, rest = share * matrix.trace(), len(matrix) - top
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     for above in (max(rest // part, 1) for part in (2, 4, 8)):  # so many of the rest above mu are enough
-        factors, pivots, _ = torch.linalg.ldl_factor_ex(matrix - limit / above * eye)  # a pivot may be 0
+        shifted = plus_diagonal(matrix, -limit / above)
+        factors, pivots, _ = torch.linalg.ldl_factor_ex(shifted)  # a pivot may be 0
         singles = pivots > 0  # the others are blocks of two, with one eigenvalue above 0 and one below
         positive = int((factors.diagonal()[singles] > 0).sum()) + int((~singles).sum()) // 2
         if limit > 0 and positive - top > above:
@@ -235,8 +235,19 @@ def shrink(second: Tensor, fourth: float, count: int, floor: float = 0.0) -> Ten
         floor: the least rho.
     """
     mean = second.diagonal().mean()
-    target = mean * torch.eye(len(second), dtype=second.dtype, device=second.device)
-    spread, noise = (second - target).square().sum(), (fourth - second.square().sum()).clamp(min=0) / count
+    spread, noise = plus_diagonal(second, -mean).square().sum(), (fourth - second.square().sum()).clamp(min=0) / count
     rho = 1.0 if spread <= noise else float(noise / spread)
     rho = max(rho, floor)
-    return (1 - rho) * second + rho * target
+    return plus_diagonal((1 - rho) * second, rho * mean)
+
+
+def plus_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
+    """M + value I of a square M."""
+    matrix = matrix.clone()
+    matrix.diagonal().add_(value)
+    return matrix
+
+
+def upper_product(root: Tensor, x: Tensor, rows: int = 256) -> Tensor:
+    """R x (d, n) for an upper triangular R (d, d) and x (d, n); so many rows at once, without the zeros before them."""
+    return torch.cat([root[i : i + rows, i:] @ x[i:] for i in range(0, len(root), rows)])

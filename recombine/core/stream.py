@@ -184,9 +184,9 @@ class Chain:
                         self.store.drop(f"{index} {number}")
                     self.store[f"{index + 1} {number}"] = {"x": y}
                 sums.end_batch()
-        release(self.blocks[index].parameters())
         if sites:
             done(sums.means())
+        release(self.blocks[index].parameters())  # `done` reads them
 
     def gradients(self) -> None:
         """Ends the model with its own loss, and keeps the loss's gradients by the last block's outputs."""
@@ -222,9 +222,9 @@ class Chain:
                         self.store.drop(name)
                     self.store[f"gradient {number}"] = {"x": x.grad}
                 sums.end_batch()
-        release(self.blocks[index].parameters())
         if sites:
             done(sums.means())
+        release(self.blocks[index].parameters())  # `done` reads them
 
 
 def plain(value: Any) -> bool:

@@ -2,8 +2,8 @@
 
 import ctypes
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from bisect import bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,22 +22,27 @@ def release(tensors: Iterable[Tensor]) -> None:
     Elsewhere, and where the system cannot, nothing happens.
     """
     mapped = [t for t in tensors if t.device.type == "cpu" and not t.untyped_storage().resizable()]  # or others' memory
-    files = [*of_files()] if mapped else []
+    parts = parts_of_memory() if mapped else []
     for tensor in mapped:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-        if end - start >= PAGE and any(a <= start and end <= b for a, b in files):
+        if end - start >= PAGE and of_file(start, end, parts):
             start -= start % PAGE
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), PAGEOUT)
 
 
-def of_files() -> Iterator[tuple[int, int]]:
-    """The first and last address of every part of this process's memory that is a file's; none where none is told."""
-    with suppress(OSError):
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            where, _, _, _, inode, *_ = line.split(maxsplit=5)
-            if inode != "0":
-                start, end = where.split("-")
-                yield int(start, 16), int(end, 16)
+def parts_of_memory() -> list[str]:
+    """The parts of this process's memory, a line each, by address; none where the system tells none."""
+    try:
+        return Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def of_file(start: int, end: int, parts: list[str]) -> bool:
+    """Whether the addresses from start to end lie in one part of the memory that is a file's."""
+    at = bisect_right(parts, start, key=lambda part: int(part[: part.index("-")], 16))
+    where, _, _, _, inode, *_ = parts[at - 1].split(maxsplit=5) if at else ["-0", "", "", "", "0"]
+    return inode != "0" and end <= int(where.split("-")[1], 16)
 
 
 def on_disk(tensor: Tensor, folder: Path | None) -> Tensor:

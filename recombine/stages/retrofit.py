@@ -10,6 +10,7 @@ from recombine.layers import RecombinedLinear
 from recombine.layers.quantize import quantize
 from recombine.models.roles import layer_at
 from recombine.result_schema import StagePart
+from recombine.runtime.mapped import release
 from recombine.stages.adapt import test
 from recombine.stages.context import RunContext
 from recombine.training import finite, objectives
@@ -60,6 +61,7 @@ def weight_errors(original: nn.Module, model: nn.Module) -> dict[str, float]:
         layer, before = model.get_submodule(name), layer_at(original, name).weight
         if isinstance(layer, RecombinedLinear) and (layer.out_features, layer.in_features) == before.shape:
             errors[name] = relative_error(layer.dense_weight(), before)
+        release([before])
     return errors
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from recombine.layers import DeltaLinear, FactoredLinear
-from recombine.linalg import energy_rank, orthonormal_union, shrink, spectrum_exceeds, svd
+from recombine.linalg import energy_rank, orthonormal_union, shrink, spectrum_exceeds, svd, upper_product
 
 
 @dataclass(eq=False)
@@ -34,6 +34,7 @@ class Covariance:
 
     matrix: Tensor
     measured: Tensor
+    proven: int = 0  # directions that `needs` has found needed
 
     @cached_property
     def root(self) -> Tensor:
@@ -51,10 +52,12 @@ class Covariance:
         return energy_rank(self.eigen[0].sqrt(), share)
 
     def needs(self, count: int, share: float) -> bool:
-        """Whether `rank` is at least `count`."""
-        if share >= 1 or spectrum_exceeds(self.measured, count - 1, 1 - share):
-            return True
-        return self.rank(share) >= count
+        """Whether `rank` is at least `count`. Layers that share this covariance ask for the same share."""
+        if count > self.proven:
+            if share < 1 and not spectrum_exceeds(self.measured, count - 1, 1 - share):
+                return self.rank(share) >= count
+            self.proven = count
+        return True
 
 
 class Side(NamedTuple):
@@ -72,7 +75,7 @@ class Side(NamedTuple):
         """R^-T Q^T C x, for x (d, n)."""
         if self.covariance is None or self.basis is not None:
             return self.pull(x if self.covariance is None else self.covariance.matrix @ x)
-        return self.root @ x
+        return upper_product(self.root, x)
 
     def pull(self, x: Tensor) -> Tensor:
         """R^-T Q^T x, for x (d, n)."""
