@@ -246,8 +246,3 @@ def plus_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
     matrix = matrix.clone()
     matrix.diagonal().add_(value)
     return matrix
-
-
-def upper_product(root: Tensor, x: Tensor, rows: int = 256) -> Tensor:
-    """R x (d, n) for an upper triangular R (d, d) and x (d, n); so many rows at once, without the zeros before them."""
-    return torch.cat([root[i : i + rows, i:] @ x[i:] for i in range(0, len(root), rows)])

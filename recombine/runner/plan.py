@@ -17,12 +17,14 @@ from recombine.runner.ledger import duration
 from recombine.runner.plan_devices import GB, Device, find
 from recombine.runner.plan_parts import Rehearsal, build
 from recombine.runner.plan_run import rehearse
+from recombine.runner.plan_stream import paged
 from recombine.runtime import memory
 from recombine.training import distributed
 
 LONG = 600  # seconds from which a run says at its start what it will take; shorter ones do not wait for a rehearsal
 PATCH = 14  # pixels a side, for the guess
 LEAST = ("weights", "gradients", "optimizer", "statistics")  # parts that are counted, not estimated
+PAGED = "if they have the type that model.dtype says"
 SPARE = 0.95  # of the memory; the rest is the driver's, the interpreter's and what lies between tensors
 IMPORTS = int(0.7 * GB)  # bytes of memory that torch and the other libraries take on a processor
 GUESSED = 5e10, 1e14  # FLOPs a second of a core and of a GPU, for the guess
@@ -104,6 +106,12 @@ def least(told: Rehearsal) -> int:
     return max(sum(phase.held.get(part, 0) for part in LEAST) for phase in told.phases)
 
 
+def beside_weights(told: Rehearsal) -> int:
+    """Bytes of the largest phase without weights, old and new."""
+    parts = ("weights", "new weights", "teacher")
+    return max(phase.bytes - sum(phase.held.get(part, 0) for part in parts) for phase in told.phases)
+
+
 def room(device: Device) -> float:
     """Bytes of a device that a run may fill."""
     return SPARE * device.memory - (0 if device.gpu else IMPORTS)
@@ -113,6 +121,8 @@ def judged(spec: RunSpec, told: Rehearsal, device: Device) -> str:
     """The verdict: fits, or the first way there is to make it fit."""
     if told.largest.bytes <= room(device):
         return "fits"
+    if paged(spec, device) and beside_weights(told) <= room(device):
+        return f"fits, but its weights do not: they are read from their files each time, {PAGED}"
     count = shards(told, device)
     divided = f"{count} GPUs of {gigabytes(device.memory)}: trainer=fsdp trainer.devices={count}"
     for keys, other in (*streams(spec, told, device), *ways(spec, device)):
@@ -184,7 +194,7 @@ def at_start(spec: RunSpec) -> None:
         return
     device = find("here", spec.settings.trainer.accelerator, timed=False)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if weights > device.memory:
+    if weights > device.memory and not paged(spec, device):
         raise UsageError(too_large(spec, f"{gigabytes(weights)} of weights", device))
     long = "train" in module.foreseen and guess(spec, module, model, device) >= LONG
     if not long and 8 * weights < device.memory:
@@ -193,7 +203,7 @@ def at_start(spec: RunSpec) -> None:
         found = plan(spec, find("here", spec.settings.trainer.accelerator))
     except (NotImplementedError, RuntimeError, UsageError):
         return
-    if found.least > device.memory:
+    if found.least > device.memory and not found.verdict.startswith("fits"):
         held = max(found.told.phases, key=lambda phase: sum(phase.held.get(part, 0) for part in LEAST))
         parts = ", ".join(f"{gigabytes(held.held[part])} of {part}" for part in LEAST if part in held.held)
         raise UsageError(too_large(spec, parts, device))

@@ -9,6 +9,8 @@ from recombine.core import digesting, rewrite
 from recombine.core.memory import SHARE, Memory, sums
 from recombine.core.method import Method, Site
 from recombine.models import roles
+from recombine.runner.config import RunSpec
+from recombine.runner.plan_devices import Device
 from recombine.runner.plan_parts import shortened
 from recombine.runtime import memory
 
@@ -26,6 +28,12 @@ class Foreseen(Memory):
 
     def bytes(self, device: torch.device) -> int:
         return int(SHARE * self.free) if self.limit is None else self.limit
+
+
+def paged(spec: RunSpec, device: Device) -> bool:
+    """Whether a model larger than the memory will do: its weights, and the new ones, can stay pages of files."""
+    files = spec.model.get("library") == "transformers" and spec.model.get("pretrained", True)
+    return bool(files) and not device.gpu and spec.settings.stage.name == "retrofit"
 
 
 def foresee(player: "Player", method: Method) -> None:
@@ -46,8 +54,9 @@ def foresee(player: "Player", method: Method) -> None:
     names = [(site.name, site.role) for site in rewrite.find_sites(model, method)]
     roles.split_fused(model, method.targets)
     sites = [Site(name, role, model.get_submodule(name)) for name, role in names]
+    held = 0 if paged(spec, player.device) else told.weights  # pages of files make room
     limit = memory.parse(player.settings.calibration.memory, "calibration.memory")
-    method.memory = Foreseen(limit, key="calibration.memory", free=player.device.memory - told.weights)
+    method.memory = Foreseen(limit, key="calibration.memory", free=player.device.memory - held)
     groups = method.groups(sites)
     found = digesting.way(model, method, groups, kinds)
     parts = [[site for group in part for site in group] for part in found.passes]

@@ -43,6 +43,22 @@ def test_weights_beyond_the_memory():
     assert "model=tiny_llama: 5.28e+04 GB of weights do not fit into" in said and "model.dtype=bfloat16" in said
 
 
+def test_weights_beyond_the_memory_that_stay_in_their_files(monkeypatch):
+    """A retrofit on a processor reads them block by block. A training holds them; what is drawn is in memory."""
+    keys = (
+        "model=llama32_1b",
+        "method=svd_llm",
+        "data=text",
+        "budget=retained_70",
+        "data.max_length=64",
+        "calibration.batch_size=4",
+    )
+    monkeypatch.setattr(limits, "memory", lambda: 24 * 10**8)  # of 2.47 GB
+    plan.at_start(resolve(composed(*keys, "stage=retrofit")))
+    for other in (["stage=adapt", "probe=false"], ["stage=retrofit", "model.pretrained=false"]):
+        assert "2.47 GB of weights do not fit into 2.4 GB" in refusal(plan.at_start, resolve(composed(*keys, *other)))
+
+
 def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(limits, "CGROUP", tmp_path / "memory.max")
     whole = limits.memory()

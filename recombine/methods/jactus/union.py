@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from recombine.layers import DeltaLinear, FactoredLinear
-from recombine.linalg import energy_rank, orthonormal_union, shrink, spectrum_exceeds, svd, upper_product
+from recombine.linalg import energy_rank, orthonormal_union, shrink, spectrum_exceeds, svd
 
 
 @dataclass(eq=False)
@@ -176,6 +176,11 @@ def optimum(t: Tensor, left: Side, right: Side, widest: int | None) -> Whole:
     gains = torch.cat([rows.square().sum(1), values.flip(0).clamp(min=0)[p.shape[1] :]])
     eye = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
     return Whole(left.lift(p), eye, right.lift(rows.T).T, gains)
+
+
+def upper_product(root: Tensor, x: Tensor, rows: int = 256) -> Tensor:
+    """R x (d, n) for an upper triangular R (d, d) and x (d, n); so many rows at once, without the zeros before them."""
+    return torch.cat([root[i : i + rows, i:] @ x[i:] for i in range(0, len(root), rows)])
 
 
 def covariance(second: Tensor, fourth: float, tokens: int, floor: float) -> Covariance:
