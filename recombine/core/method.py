@@ -48,8 +48,7 @@ class Method:
         targets: roles of the layers to rewrite: q, k, v, o, up, down, gate, or qkv for the fused projection where
             there is one; or all-linear, ends of module names, globs or regular expressions. A target that ends in ?
             (gate?) is left out where the model has none. A string is one target.
-        lr: learning rate of what trains, for runs that set no rate of the optimizer; None: a relative
-            rate (`training.rates`).
+        lr: learning rate of what trains, where the optimizer sets none; None: a relative rate (`training.rates`).
     """
 
     targets: tuple[str, ...] = ("q", "k", "v", "o", "up", "down", "gate?")
@@ -63,6 +62,7 @@ class Method:
     target_types: ClassVar[tuple[type, ...]] = (nn.Linear,)  # the layers that it can rewrite
     sizes_need_statistics: ClassVar[bool] = True  # False: a budget is solved first, so `digest` knows the sizes
     paper: ClassVar[dict[str, Any]] = {}  # fields -> values, or groups of them, where ours differs
+    mixes: ClassVar[dict[str, Any]] = {}  # fields under which it chooses the bits of its layers too, by `mix`
     needs_trained_head: ClassVar[bool] = False  # looks at the task's loss, so a classifier must be fitted before it
 
     def __init_subclass__(cls, abstract: bool = False):

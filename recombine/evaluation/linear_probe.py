@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +22,14 @@ DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 on standardised features; validati
 class Probe:
     """A fitted probe: weight (classes, d) and bias (classes,) act on the raw features (N, d).
 
-    decay: the L2 decay that validation chose. val, test: accuracies, or Pearson's r of a regression.
+    decay: the L2 decay that validation chose. val, test: accuracies, or Pearson's r of a regression; None: not tested.
     """
 
     weight: Tensor
     bias: Tensor
     decay: float
     val: float
-    test: float
+    test: float | None
 
     @torch.no_grad()
     def init_head(self, head: nn.Linear) -> None:
@@ -38,13 +39,25 @@ class Probe:
             head.bias.copy_(self.bias)
 
 
-def load_or_fit(path: Path, model: nn.Module, data) -> Probe:
+def asked(probe: bool, stage: Any, starts: bool) -> tuple[bool, bool]:
+    """Whether a run fits a probe, and whether it scores it on the test set.
+
+    Args:
+        probe: the run is to report one.
+        stage: the settings of its stage. A retrofit or a profile reports one only beside scores of its own.
+        starts: the head starts from it.
+    """
+    scores = stage.name not in ("retrofit", "profile")
+    return starts or (probe and scores), probe and (scores or getattr(stage, "test", False))
+
+
+def load_or_fit(path: Path, model: nn.Module, data, test: bool = True) -> Probe:
     """The probe out of the file where there is one, or else fitted and written there.
 
     The first rank fits, the others wait for its file. A resumed run finds the file of an earlier process.
     """
     if distributed.rank() == 0 and resume.verified_manifest(path) is None:
-        probe = fit(model, data)
+        probe = fit(model, data, test)
         with atomic_write(path) as temporary:
             save_file({"weight": probe.weight.contiguous(), "bias": probe.bias.contiguous()}, temporary)
         resume.write_manifest(path, decay=probe.decay, val=probe.val, test=probe.test)
@@ -74,12 +87,12 @@ def features(model: nn.Module, data, split: str) -> tuple[Tensor, Tensor]:
     return torch.cat(caught), torch.cat(labels)
 
 
-def fit(model: nn.Module, data) -> Probe:
-    """Fits on train for each decay, keeps the best on val, and reads test once.
+def fit(model: nn.Module, data, test: bool = True) -> Probe:
+    """Fits on train for each decay, keeps the best on val, and reads test once, where it is asked for.
 
     Without a validation set, a fifth of train chooses the decay, and the accuracy `val` is that of the fifth.
     """
-    (x, y), (xt, yt) = (features(model, data, split) for split in ("train", "test"))
+    x, y = features(model, data, "train")
     if data.val is None:
         held = torch.arange(len(y)) % 5 == 0
         (x, y), (xv, yv) = (x[~held], y[~held]), (x[held], y[held])
@@ -95,8 +108,10 @@ def fit(model: nn.Module, data) -> Probe:
         w, b = w / std, b - (w / std) @ mean
         score = score_of(xv, yv, w, b)
         if best is None or score > best.val:
-            best = Probe(w.float(), b.float(), decay, score, float("nan"))
-    return replace(best, test=score_of(xt, yt, best.weight.double(), best.bias.double()))
+            best = Probe(w.float(), b.float(), decay, score, None)
+    if not test:
+        return best
+    return replace(best, test=score_of(*features(model, data, "test"), best.weight.double(), best.bias.double()))
 
 
 def accuracy(x: Tensor, y: Tensor, w: Tensor, b: Tensor) -> float:

@@ -209,9 +209,10 @@ def fit_head(run: RunContext) -> None:
     parts = filter(None, (run.compressor, run.method))
     trained = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts)
     starts = stage in ("compress", "joint") or trained or run.settings.optim.head == "probe"
-    if starts or (run.settings.probe and stage not in ("retrofit", "profile")):
+    fitted, test = linear_probe.asked(run.settings.probe, run.settings.stage, starts)
+    if fitted:
         with run.timed("probe"):
-            run.probe = linear_probe.load_or_fit(run.state / "probe.safetensors", run.model, run.data)
+            run.probe = linear_probe.load_or_fit(run.state / "probe.safetensors", run.model, run.data, test)
             if starts:
                 run.probe.init_head(roles.output_layer(run.model))
 

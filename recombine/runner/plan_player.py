@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from recombine import data
 from recombine.core import footprint, memory, rewrite
-from recombine.core.calibration import BACKWARD
 from recombine.core.footprint import Kernels, Watch
 from recombine.core.method import Method
 from recombine.core.pair import budget_of
@@ -16,7 +15,7 @@ from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.layers.packed import entries
 from recombine.models import roles
-from recombine.runner import plan_alike, plan_drawing, plan_stream
+from recombine.runner import plan_alike, plan_drawing, plan_probe, plan_stream
 from recombine.runner.config import RunSpec
 from recombine.runner.plan_bound import bound
 from recombine.runner.plan_devices import HALF, Cost, Device
@@ -39,7 +38,6 @@ from recombine.training.settings import OptimizerSettings
 
 MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "adamw_8bit": 0.5, "muon": 2}  # copies of what trains, at most, in a state
 LEARN: set[str] = set()  # methods with their fields, and models, that cannot be rehearsed, once that is known
-PROBE_STEPS = 500  # evaluations of the linear probe's loss, all decays together
 
 
 class Player:
@@ -78,7 +76,7 @@ class Player:
             pack(self.model, self.budget)
             self.score()
             return self.count()
-        self.probe()
+        plan_probe.probe(self)
         teacher = shared_copy(self.model) if name in ("compress", "joint", "retrofit") else None
         self.change(first, teacher)
         if name == "retrofit":
@@ -124,25 +122,6 @@ class Player:
         weights, read = footprint.size(footprint.tensors(self.model)), self.spec.model.get("pretrained", True)
         self.maps = read and self.spec.model.get("library") == "transformers" and not self.device.gpu
         self.add("load", Cost(moved=2 * weights), weights=weights, file=weights if read and not self.maps else 0)
-
-    def probe(self) -> None:
-        """The linear probe: features of all samples, and a regression on them."""
-        stage, head, classes = self.stage.name, roles.head(self.model), self.module.num_classes
-        if head is None or not classes or stage == "evaluate":
-            return
-        parts = list(filter(None, (self.spec.compressor, self.spec.method)))
-        trained = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts)
-        starts = stage in ("compress", "joint") or trained or self.settings.optim.head == "probe"
-        if not (starts or self.settings.probe and stage not in ("retrofit", "profile")):
-            return
-        watch, per = self.forward(64)
-        width = roles.output_layer(self.model).in_features
-        count, train = sum(self.samples.values()), self.samples.get("train", 0)
-        cost = per * count + Cost(moved=0) if count else None
-        if cost:
-            cost.products[torch.float64] += PROBE_STEPS * 4 * train * width * classes
-        weights = footprint.size(footprint.tensors(self.model))
-        self.add("probe", cost, weights=weights, activations=watch.peak, features=8 * width * (count + 2 * train))
 
     def change(self, method: Method, teacher: nn.Module | None) -> None:
         """Calibrates and rewrites."""

@@ -110,7 +110,7 @@ def score_rows(result: Result) -> list[tuple[str, str]]:
         shown = {key: shown[key] for key in sorted(shown, key=lambda key: (key != first, key == "loss"))}
         values = {key: f"{number(v):.3g}" if key in PLAIN else f"{percent(v)} %" for key, v in shown.items()}
         rows.append(("test", ", ".join(f"{worded(key)} {value}" for key, value in values.items())))
-    if linear := result["linear_probe"]:
+    if (linear := result["linear_probe"]) and linear["test"] is not None:
         rows.append(("linear probe, same data", f"{percent(linear['test'])} %"))
     return rows
 

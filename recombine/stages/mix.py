@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from recombine.core.budget import Budget
-from recombine.core.method import Method
 from recombine.core.packing import MIX, Packing
 from recombine.core.rollback import unchanged
 from recombine.core.twin import sharing
@@ -78,9 +77,10 @@ def settle(run: RunContext) -> None:
 
 
 def use(run: RunContext, bits: int | str | None) -> None:
-    """Under a mix, has the method that compresses choose ranks together with bits."""
+    """Under a mix, has the method that compresses choose the bits of its layers too."""
     if bits == MIX:
-        setattr(run, "method" if run.compressor is None else "compressor", run.first_method.copy(allocation=MIX))
+        first = run.first_method
+        setattr(run, "method" if run.compressor is None else "compressor", first.copy(**first.mixes))
 
 
 def packing(run: Any, bits: int | str | None) -> Packing | None:
@@ -111,7 +111,7 @@ def errors(run: RunContext) -> dict[str, float | None]:
     if adapts_first(run):
         run.method, run.compressor = run.first_method, None
     first = (run.method, run.compressor)
-    mixed = (MIX,) if type(run.first_method).mix is not Method.mix else ()
+    mixed = (MIX,) if run.first_method.mixes else ()
     for bits in (None, *mixed, *BITS):
         word = NONE if bits is None else str(bits)
         run.budget, (run.method, run.compressor) = replace(budget, packing=packing(run, bits)), first

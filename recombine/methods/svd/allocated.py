@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -38,6 +39,8 @@ class Allocated(Truncated, abstract=True):
     allocation: str = "uniform"
     multiple_of: int = 8
     judged: int | None = None
+
+    mixes: ClassVar[dict[str, Any]] = {"allocation": "mix"}
 
     def __post_init__(self):
         super().__post_init__()
