@@ -78,7 +78,7 @@ class Probe(TypedDict):
     """A linear probe on the pretrained features. Scores are accuracies, or Pearson's r for a regression."""
 
     val: Annotated[float | None, Key("score on the validation set, which chose the decay", unit="share")]
-    test: Annotated[float | None, Key("score on the test set", unit="share")]
+    test: Annotated[float | None, Key("score on the test set; null: not read", unit="share")]
     decay: Annotated[float, Key("the L2 decay that was chosen")]
 
 

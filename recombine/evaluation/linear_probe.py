@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +38,16 @@ class Probe:
             head.bias.copy_(self.bias)
 
 
-def asked(probe: bool, stage: Any, starts: bool) -> tuple[bool, bool]:
+def asked(probe: bool, stage: str, starts: bool) -> tuple[bool, bool]:
     """Whether a run fits a probe, and whether it scores it on the test set.
 
     Args:
         probe: the run is to report one.
-        stage: the settings of its stage. A retrofit or a profile reports one only beside scores of its own.
+        stage: its name. A retrofit or a profile reports none.
         starts: the head starts from it.
     """
-    scores = stage.name not in ("retrofit", "profile")
-    return starts or (probe and scores), probe and (scores or getattr(stage, "test", False))
+    reported = probe and stage not in ("retrofit", "profile")
+    return starts or reported, reported
 
 
 def load_or_fit(path: Path, model: nn.Module, data, test: bool = True) -> Probe:

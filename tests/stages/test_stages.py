@@ -76,6 +76,11 @@ def test_distillation_brings_the_student_closer(tmp_path):
     assert losses[1]["val_loss"] < losses[0]["val_loss"]
 
 
+def test_a_probe_that_only_starts_the_head_reads_no_test_set(tmp_path):
+    probe = execute(tmp_path, "stage=retrofit", "method=jactus", "calibration.samples=32")["linear_probe"]
+    assert 0 <= probe["val"] <= 1 and probe["test"] is None
+
+
 def test_retrofit_compares_with_the_original(tmp_path):
     result = execute(tmp_path, "stage=retrofit", CHUNK)
     assert max(result["weight_error"].values()) <= 1e-6 and result["logit_error"] <= 1e-3
