@@ -50,7 +50,7 @@ def write(model: nn.Module, folder: Path) -> Path:
             f"this {type(model).__name__} is neither timm's nor transformers' own, so no folder of kind hf can build "
             "it; save it with recombine.save"
         )
-    plan, of_timm = planned(model), architecture["library"] == "timm"
+    plan, of_timm = planned(model, folder), architecture["library"] == "timm"
     prefix = "model." if of_timm else ""
     tensors = {f"{prefix}{name}": tensor.detach().contiguous() for name, tensor in plan.tensors.items()}
     (folder / f"{CODE}.py").write_text(code(model, of_timm), encoding="utf-8")

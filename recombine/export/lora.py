@@ -10,21 +10,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from recombine import models
-from recombine.core.checkpoint import merge
-from recombine.core.rollback import unchanged
-from recombine.core.twin import sharing
+from recombine.core.checkpoint import merged_copy
 from recombine.errors import UsageError
 from recombine.layers.packed import packed_in
+from recombine.linalg import svd
 from recombine.models import roles
 from recombine.models.fused_qkv import OPENED, READS, is_transposed
 from recombine.models.wrappers import unwrapped
 from recombine.runtime.atomic import atomic_write
+from recombine.runtime.mapped import release
 
 log = logging.getLogger(__name__)
 
 
 def to_lora(
-    model: nn.Module, base: nn.Module | None = None, rank: int | None = None, energy: float | None = None
+    model: nn.Module,
+    base: nn.Module | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    folder: Path | None = None,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
     """(B (m, r), A (r, n)) of every linear layer that differs from the base, and what each leaves out.
 
@@ -35,6 +39,7 @@ def to_lora(
         base: the model with the weights before; None: it is built from the note of its source.
         rank: at most so many directions a layer. energy: as many as hold this share of the squared difference. With
             neither, all that lie above the rounding of the weights.
+        folder: in which the merged weights lie meanwhile, as nameless files; None: the system's for temporary files.
 
     Raises:
         UsageError: something else than linear layers and the head differs, or rank and energy make no sense.
@@ -49,13 +54,11 @@ def to_lora(
         raise UsageError(f"rank={rank}, energy={energy}: give a rank of 1 or more, or an energy, not both")
     if energy is not None and not (isinstance(energy, float | int) and 0 < energy <= 1):
         raise UsageError(f"energy={energy}: must be a share above 0 and up to 1, such as 0.99")
-    with unchanged(model):  # merging sets what is frozen
-        merged = merge(sharing(model, model.recombined.targets))
+    merged = merged_copy(model, folder)
     base = pretrained(model) if base is None else base
     factors, errors = {}, {}
     for name, weight, before in different(merged, base):
-        delta = weight.double() - before.double()
-        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        u, s, vh = svd(weight.double() - before)
         k = kept(s, before, rank, energy)
         if k:
             root = s[:k].sqrt()
@@ -94,7 +97,9 @@ def different(merged: nn.Module, base: nn.Module) -> list[tuple[str, Tensor, Ten
             continue
         if name not in before or before[name].shape != p.shape:
             raise UsageError(f"{name} is not of the shape that the base has: a LoRA cannot hold it; {fix}")
-        if torch.equal(p, before[name]):
+        same = torch.equal(p, before[name])
+        release([p, before[name]])
+        if same:
             continue
         if name not in linear:
             raise UsageError(f"{name} differs from the base and is no weight of a linear layer: {fix}")
@@ -139,7 +144,7 @@ def write(model: nn.Module, folder: Path, base: nn.Module | None, rank: int | No
     """
     import peft
 
-    factors, errors = to_lora(model, base, rank, energy)
+    factors, errors = to_lora(model, base, rank, energy, folder)
     if not factors:
         raise UsageError("no linear layer differs from the base: there is nothing for a LoRA to hold")
     head = roles.head(model)

@@ -6,6 +6,7 @@ beside it, a delta into its weight.
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from recombine.export.plan_packed import bits_of, identity, say_unpacked, stored
 from recombine.layers import DeltaLinear, FactoredLinear, PackedLinear, RecombinedLinear, ScaleShift, SharedBasisLinear
 from recombine.layers.packed import Packed
 from recombine.models.fused_qkv import OPENED, READS, TRANSPOSED, SplitLinear
+from recombine.runtime.mapped import on_disk
 
 
 @dataclass
@@ -50,8 +52,11 @@ class Plan:
 
 
 @torch.no_grad()
-def planned(model: nn.Module) -> Plan:
+def planned(model: nn.Module, folder: Path) -> Plan:
     """The plan of a recombined model.
+
+    Args:
+        folder: in which what is folded lies as pages of nameless files, so that not all of it is held at once.
 
     Raises:
         UsageError: a layer cannot be written in plain torch.
@@ -67,10 +72,13 @@ def planned(model: nn.Module) -> Plan:
         for child in getattr(module, TRANSPOSED, ()):
             if type(layer := module.get_submodule(child)) is nn.Linear:
                 plan.layers[f"{name}.{child}".lstrip(".")] = linear_spec(layer)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     inside = ()  # beginnings of the names of what is taken from its layer
     for name, layer in replaced(model).items():
         plan.layers[name], tensors = planned_layer(name, layer, plan, common)
-        plan.tensors |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+        for key, tensor in tensors.items():
+            new = tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in own and tensor.ndim > 1
+            plan.tensors[f"{name}.{key}"] = on_disk(tensor, folder) if new else tensor
         inside += (f"{name}.",)
     say_unpacked(model, plan.tensors)
     kept = dict(model.named_parameters()) | {k: b for k, b in model.named_buffers() if k in model.state_dict()}

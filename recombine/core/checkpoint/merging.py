@@ -33,14 +33,14 @@ def merge(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def merged_copy(model: nn.Module, folder: Path) -> nn.Module:
+def merged_copy(model: nn.Module, folder: Path | None) -> nn.Module:
     """A merged copy of a recombined model, which is not changed.
 
     Every other tensor is the model's own, and what is built anew becomes pages of nameless files as soon as it is
     there. On a GPU it stays.
 
     Args:
-        folder: in which those files lie.
+        folder: in which those files lie; None: the system's for temporary files.
 
     Raises:
         UsageError: the disk is full.
