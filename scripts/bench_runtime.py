@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 import recombine
-from recombine import Cersa, Crisp, Svd
+from recombine import Cersa, Crisp, Dgmr, Svd
 from recombine.core import account
+from recombine.export import graph, to_onnx
 from recombine.methods.svd import spectral
 from recombine.methods.svd.low_rank import FACTORS
 from recombine.stages.profile import turns
@@ -40,6 +41,7 @@ METHODS = {  # name -> (method, budget) at a percentage of the weights
     "crisp_wide": lambda percent: (Crisp(group_size=1, chunk=384, fit="random"), f"retained_{percent}"),
     "crisp_pair": lambda percent: (Crisp(group_size=2, chunk=128, fit="random"), f"retained_{percent}"),
     "cersa": lambda percent: (Cersa(**WAYS, trained_share=0.5), f"retained_{percent}"),
+    "dgmr": lambda percent: (Dgmr(), f"retained_{percent}"),  # of the MLPs alone
 }
 
 
@@ -180,7 +182,7 @@ def onnx(model: nn.Module, inputs: dict, threads: int, file: Path) -> Callable:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     write_onnx(model, inputs, file)
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    feed = {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()}
+    feed = named([entry.name for entry in session.get_inputs()], inputs)
     return lambda: session.run(None, feed)
 
 
@@ -189,14 +191,22 @@ def openvino(model: nn.Module, inputs: dict, threads: int, file: Path) -> Callab
 
     write_onnx(model, inputs, file)
     core, options = openvino.Core(), {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    request = core.compile_model(core.read_model(file), "CPU", options).create_infer_request()
-    feed = {key: value.numpy() for key, value in inputs.items() if isinstance(value, Tensor)}
+    known = core.read_model(file)
+    request = core.compile_model(known, "CPU", options).create_infer_request()
+    feed = named([entry.any_name for entry in known.inputs], inputs)
     return lambda: request.infer(feed, share_inputs=True)
 
 
+def named(names: list[str], inputs: dict) -> dict:
+    """The inputs as arrays, by the names in a file; the pictures of a model have another one there."""
+    return {name: inputs.get(name, inputs.get("x")).numpy() for name in names}
+
+
 def write_onnx(model: nn.Module, inputs: dict, file: Path) -> None:
-    """Exports the model, for any batch, unless the file is there."""
-    if not file.exists():
+    """Exports the model, for any batch, unless the file is there: a compressed one of pictures as recombine does."""
+    if not file.exists() and "x" in inputs and hasattr(model, "recombined"):
+        to_onnx.convert(graph.trace(model), file)
+    elif not file.exists():
         batch = {key: torch.cat([v, v]) if isinstance(v, Tensor) else v for key, v in inputs.items()}
         any_batch = {0: torch.export.Dim("batch", min=1, max=1024)}
         shapes = {key: any_batch if isinstance(v, Tensor) else None for key, v in batch.items()}

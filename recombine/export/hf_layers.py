@@ -99,7 +99,10 @@ class Factored(Compressed):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def mixed(self, right: nn.Module, x: Tensor) -> Tensor:
-        """x (..., in) by the identity and right, (..., k)."""
+        """x (..., in) by the identity and right, (..., k). In a graph they are one matrix, which runtimes fold."""
+        if torch.compiler.is_exporting() and type(right) is nn.Linear:
+            both = torch.cat([torch.eye(self.rank, dtype=right.weight.dtype), right.weight], 1)
+            return F.linear(x, both.index_select(1, self.order.argsort()))
         z = right(x.index_select(-1, self.order[self.rank :]))
         return z + x.index_select(-1, self.order[: self.rank]).to(z.dtype)
 
