@@ -200,6 +200,40 @@ def differences(found: list[Board]) -> Figure:
     return made
 
 
+def against_bytes(found: list[Board]) -> Figure:
+    """A panel for each task that all budgets have: accuracies with their intervals over the bytes of the model."""
+    found = sorted(found, key=lambda board: board.mean(board.order[0], "account.bytes_weights"))
+    tasks = [task for task in found[0].paired.tasks if all(task in board.paired.tasks for board in found)]
+    made, axes = plt.subplots(1, len(tasks), figsize=(5.4 * len(tasks), 4.2), squeeze=False)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        ends = []
+        for method in found[-1].order:
+            run = [board for board in found if method in board.records]
+            values = [board.paired.accuracy(method, task) for board in run]
+            sizes = [board.mean(method, "account.bytes_weights") / 2**20 for board in run]
+            errors = [[100 * (v.mean - v.low) for v in values], [100 * (v.high - v.mean) for v in values]]
+            colour = COLOURS[1] if method in AT_ONCE else COLOURS[0]
+            ax.errorbar(sizes, [100 * v.mean for v in values], yerr=errors, marker="o", color=colour)
+            ends.append((100 * values[-1].mean, method, colour))
+        low, high = ax.get_ylim()
+        ends.sort()
+        heights = apart([end[0] for end in ends], (high - low) / 22)
+        for y, (_, method, colour) in zip(heights, ends, strict=True):
+            ax.annotate(method, (1.02, y), xycoords=("axes fraction", "data"), color=colour, fontsize=8, va="center")
+        ax.set_title(words.label("data.task", task))
+        ax.set_xlabel("MiB of weights")
+        ax.set_ylabel("test accuracy (%)")
+    return made
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights, each moved up until it lies at least the gap above the one before."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else height)
+    return placed
+
+
 def load(name: str) -> list[Board]:
     """The boards of an experiment."""
     runs = report.load(name).runs
@@ -211,7 +245,8 @@ def main() -> None:
     if not (found := load("leaderboard/joint")):
         sys.exit("leaderboard: no task and seed that two methods have run; python run.py experiment=leaderboard/joint")
     with plt.rc_context(STYLE):
-        for name, made in (("joint", figure(found)), ("ranks", differences(found))):
+        drawn = {"joint": figure(found), "ranks": differences(found)}
+        for name, made in (drawn | ({"bytes": against_bytes(found)} if len(found) > 1 else {})).items():
             (FOLDER / f"{name}.svg").write_text(as_svg(made, name), encoding="utf-8")
     for board in found:
         print(f"\n### {board.heading}\n\n{finding(board)}\n\n{table(board)}\n\n{verdicts(board)}")

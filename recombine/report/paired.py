@@ -85,9 +85,9 @@ class Paired:
             self.by_task[task] = told.mean((1, 2)), np.einsum("msd,ds->dm", scores, drawn) / size
         self.mean, self.resampled = (np.mean(parts, 0) for parts in zip(*self.by_task.values(), strict=True))
 
-    def accuracy(self, method: str) -> Difference:
-        """The mean over tasks and seeds, with its interval: how far it is above 0."""
-        return self._interval(lambda scores: scores[..., self.methods.index(method)])
+    def accuracy(self, method: str, task: str | None = None) -> Difference:
+        """The mean over a task's seeds, or over tasks and seeds, with its interval: how far it is above 0."""
+        return self._interval(lambda scores: scores[..., self.methods.index(method)], task)
 
     def difference(self, one: str, other: str, task: str | None = None) -> Difference:
         """How much more accurate `one` is than `other`, on a task, or in the mean over the tasks."""

@@ -11,17 +11,24 @@ from scripts import leaderboard as script
 ROWS = {"CRISP": 0.7, "JACTUS": 0.6, "SVD-LLM + LoRA": 0.5, "BALF + LoRA": 0.5}  # and how much each tells right
 
 
-def record(method: str, task: str, seed: int, val: float | None = None, count: int = 2000) -> Record:
+def record(
+    method: str, task: str, seed: int, val: float | None = None, count: int = 2000, budget: str = "bytes_50"
+) -> Record:
     """A run that was never made."""
     told = np.random.default_rng([seed, *map(ord, method + task)]).random(count) < ROWS[method]
     result = {
-        "cell": f"{method},{task},{seed}",
-        "budget": "bytes_50",
+        "cell": f"{budget},{method},{task},{seed}",
+        "budget": budget,
         "seed": seed,
         "val": {"acc": ROWS[method] if val is None else val},
         "test_right": base64.b64encode(np.packbits(told)).decode(),
         "data": {"task": task, "sizes": {"test": count}},
-        "account": {"bytes_weights": 2**20, "trained_without_head": 1000, "memory_mib": 3.0, "trained": 1000},
+        "account": {
+            "bytes_weights": 2**20 * int(budget[-2:]),
+            "trained_without_head": 1000,
+            "memory_mib": 3.0,
+            "trained": 1000,
+        },
         "seconds": {"total": 60.0},
     }
     return Record({"method": method}, result, result["cell"])
@@ -46,7 +53,7 @@ def test_three_seeds_decide():
     assert [line.split(" | ")[-1] for line in shown[2:]] == ["2 / 0 / 0 |"] * 2 and "| win | win |" in shown[2]
     assert "CRISP is ahead of the best chain" in script.finding(board)
     first, second = script.table(board).splitlines()[2:4]
-    assert first.startswith("| CRISP | ") and "| **" in first and "**" not in second and "| 1.0 | 1.0 | 1 |" in first
+    assert first.startswith("| CRISP | ") and "| **" in first and "**" not in second and "| 1.0 | 50.0 | 1 |" in first
 
 
 def test_two_seeds_decide_nothing():
@@ -74,3 +81,19 @@ def test_the_best_of_a_side_is_the_one_that_validation_chooses():
 def test_the_page_holds_the_tables_of_the_committed_runs(part):
     page = (EVIDENCE / "leaderboard/README.md").read_text()
     assert (boards := script.load("leaderboard/joint")) and all(part(board) in page for board in boards)
+
+
+def test_accuracy_against_bytes_is_of_the_tasks_that_all_budgets_have():
+    both = [("bytes_50", "dsprites_loc"), ("bytes_50", "fashion_mnist"), ("bytes_25", "dsprites_loc")]
+    records = [
+        record(method, task, seed, budget=budget)
+        for budget, task in both
+        for method in ROWS
+        for seed in range(3)
+        if (budget, method) != ("bytes_25", "BALF + LoRA")
+    ]
+    found = script.boards(list(ROWS), records)
+    (ax,) = script.against_bytes(found).axes
+    assert ax.get_title() == "dSprites location"
+    assert {text.get_text() for text in ax.texts} == {*ROWS} and len(ax.containers) == 4
+    assert len({text.xy[1] for text in ax.texts}) == 4 and script.apart([0, 0, 5], 1) == [0, 1, 5]
