@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from recombine import results
 from recombine.errors import UsageError
 from recombine.result_schema import Result
-from recombine.runner.grid import CONF, Experiment, key_of
+from recombine.runner.grid import CONF, Experiment
+from recombine.runner.override_lines import key_of
 from recombine.runtime.naming import aside
 from recombine.runtime.shapes import first_wrong
 

@@ -12,8 +12,6 @@ seeds. Nothing here imports torch: the report reads thousands of cells.
 """
 
 import itertools
-import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from recombine.errors import UsageError
+from recombine.runner.override_lines import key_of, quoted, values
 from recombine.runtime import conf
 from recombine.runtime.conf import CONF, need_clone
 from recombine.runtime.naming import aside, run_folder, sweep_folder
-
-PLAIN = re.compile(r"[A-Za-z_][\w./-]*|-?\d+(\.\d+)?(e-?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -133,11 +129,15 @@ def cells(grid: Mapping[str, Any], overrides: Iterable[str] = (), only: Sequence
     Raises:
         UsageError: an axis is empty or malformed, `only` names no label, or two cells have the same overrides.
     """
-    given = {key_of(line): line for line in overrides if not aside(line.split("=")[0])}
+    typed = [line for line in overrides if not aside(line.split("=")[0])]
+    given = {key_of(line): line for line in typed}
     axes: dict[str, dict[str, list[str]]] = {}
     for axis, found in grid.items():
         axes[axis] = points(axis, found)
     special = exceptions(grid, axes)
+    if cell := written_out(grid, axes, special, typed):
+        axes = {axis: {label: axes[axis][label]} for axis, label in cell.labels.items()}
+        given = {key: line for key, line in given.items() if line not in cell.overrides}
     for axis, found in grid.items():
         if axis in given and isinstance(found, list):
             axes[axis] = {line.split("=", 1)[1]: [line] for line in values(given.pop(axis))}
@@ -147,16 +147,41 @@ def cells(grid: Mapping[str, Any], overrides: Iterable[str] = (), only: Sequence
             if any(key_of(o) == key for lines in (*labels.values(), *own) for o in lines):
                 raise UsageError(f"{line}: the labels of grid.{axis} set {key}; choose some of them with only=[...]")
         axes[key] = {choice.partition("=")[2] or choice: [choice] for choice in values(line)}  # ~key has no value
-    axes = choose(axes, only)
-    product = itertools.product(*[[(axis, name) for name in axes[axis]] for axis in reversed(axes)])
-    runs = [
-        Cell(labels, overriding([line for axis, name in labels.items() for line in axes[axis][name]], labels, special))
-        for labels in (dict(reversed(combination)) for combination in product)
-    ]
+    runs = product(choose(axes, only), special)
     if len({cell.folder for cell in runs}) < len(runs):
         twice = next(cell for i, cell in enumerate(runs) if cell.folder in {c.folder for c in runs[:i]})
         raise UsageError(f"grid: two cells are {' '.join(twice.overrides)}; their overrides must differ")
     return runs
+
+
+def product(axes: Mapping[str, Mapping], special: Sequence[tuple[dict, list]]) -> list[Cell]:
+    """The cells of these axes, the last axis the slowest."""
+    every = itertools.product(*[[(axis, name) for name in axes[axis]] for axis in reversed(axes)])
+    return [
+        Cell(labels, overriding([line for axis, name in labels.items() for line in axes[axis][name]], labels, special))
+        for labels in (dict(reversed(combination)) for combination in every)
+    ]
+
+
+def written_out(
+    grid: Mapping[str, Any], axes: Mapping[str, Mapping], special: Sequence[tuple[dict, list]], typed: Sequence[str]
+) -> Cell | None:
+    """The cell whose overrides are all typed, as the `command` of its result has them.
+
+    None: there is none, or what is typed sets no key of a label with overrides, so it narrows plain axes.
+    """
+    labelled = {
+        key_of(line) for axis, found in grid.items() if isinstance(found, Mapping) for line in lines_of(axes[axis])
+    }
+    if labelled.isdisjoint(map(key_of, typed)):
+        return None
+    found = [cell for cell in product(axes, special) if set(typed).issuperset(cell.overrides)]
+    return max(found, key=lambda cell: len(cell.overrides), default=None)
+
+
+def lines_of(labels: Mapping[str, Sequence[str]]) -> list[str]:
+    """All overrides of an axis."""
+    return [line for lines in labels.values() for line in lines]
 
 
 def choose(axes: dict[str, dict], only: Sequence[str] | None) -> dict[str, dict]:
@@ -218,33 +243,3 @@ def points(axis: str, found: Any) -> dict[str, list[str]]:
     raise UsageError(
         f"grid.{axis}={found}: must be a list of values, or labels with overrides as in LoRA: {{method: lora}}"
     )
-
-
-def quoted(value: Any) -> str:
-    """A value of a YAML file as Hydra's override grammar writes it."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if isinstance(value, list):
-        return f"[{','.join(quoted(v) for v in value)}]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{quoted(v)}" for k, v in value.items()) + "}"
-    text = str(value)
-    return text if PLAIN.fullmatch(text) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def key_of(line: str) -> str:
-    """What an override sets: seed of ++seed=5, data.limit of ~data.limit."""
-    return line.split("=")[0].lstrip("+~")
-
-
-def values(line: str) -> list[str]:
-    """Every override that one with a choice stands for: seed=0,1 -> seed=0, seed=1."""
-    parsed = OverridesParser.create().parse_override(line)
-    if not parsed.is_sweep_override():
-        return [line]
-    example = f"for example {parsed.get_key_element()}=1,2"
-    if not parsed.is_discrete_sweep():
-        raise UsageError(f"{line}: a grid takes lists of values, {example}")
-    if not (found := [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]):
-        raise UsageError(f"{line}: there is no value in it, so nothing would run; give some, {example}")
-    return found

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from recombine import data, results
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.models.weights import first_line
-from recombine.runner import grid
+from recombine.runner import grid, override_lines
 from recombine.runner.config import resolve
 from recombine.runner.ledger import duration
 from recombine.runner.plan import Plan, gigabytes, plan
@@ -118,7 +118,7 @@ def several(loader, config: DictConfig, arguments: Sequence[str]) -> None:
     notes: dict[str, None] = {}
     jobs = list(zip(cells, grid.jobs(config, arguments), strict=True))
     for cell, job in progress.of(jobs, "plan", "runs"):
-        kept = tuple(o for o in job if grid.key_of(o) not in ALIKE)
+        kept = tuple(o for o in job if override_lines.key_of(o) not in ALIKE)
         if kept not in plans:
             try:
                 found = planned(loader.load_sweep_config(config, list(kept)), device)

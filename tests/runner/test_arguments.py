@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import run
 from helpers import TINY, refusal
 from helpers.command import line
-from recombine.runner import arguments, grid, typed_keys
+from recombine.runner import arguments, grid, override_lines, typed_keys
 from recombine.runtime import help
 
 
@@ -44,7 +44,7 @@ def test_what_hydra_reads_is_left_alone(typed):
 
 
 def test_each_part_of_a_sweep_is_quoted_by_itself():
-    assert grid.values(arguments.readable("data.root=/a/日本,plain,/b c/(2)")) == [
+    assert override_lines.values(arguments.readable("data.root=/a/日本,plain,/b c/(2)")) == [
         'data.root="/a/日本"', "data.root=plain", 'data.root="/b c/(2)"',
     ]  # fmt: skip
 

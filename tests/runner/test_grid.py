@@ -1,11 +1,15 @@
 """Grids of an experiment, and how the command line narrows them."""
 
+import json
+import shlex
+
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from helpers.command import line
 from recombine.errors import UsageError
-from recombine.runner import grid
+from recombine.report.records import EVIDENCE
+from recombine.runner import grid, override_lines
 
 GRID = {
     "method": {"LoRA": {"method": "lora", "method.rank": 4}, "CERSA (α = 0.9)": {"method": "cersa"}},
@@ -32,6 +36,30 @@ def test_the_command_line_narrows_a_grid():
     assert [list(c.labels.values()) for c in kept] == [["CERSA (α = 0.9)", "b", "0"], ["CERSA (α = 0.9)", "b", "1"]]
     # a narrowed grid has the folders of the whole one
     assert {c.folder for c in grid.cells(GRID, ["seed=0"])} < {c.folder for c in grid.cells(GRID)}
+
+
+def test_a_cell_that_is_written_out_is_chosen():
+    """As the command of its result has it; what is typed beside it holds for it alone."""
+    for cell in grid.cells(GRID):
+        assert grid.cells(GRID, cell.overrides) == [cell]
+        (more,) = grid.cells(GRID, [*reversed(cell.overrides), "x=1"])
+        assert set(more.overrides) == {*cell.overrides, "x=1"} and more.labels == cell.labels | {"x": "1"}
+    wide = {"method": {"all": {}, "LoRA": {"method": "lora"}}, "seed": [0, 1]}
+    assert len(grid.cells(wide, ["seed=1"])) == 2  # a plain axis is narrowed
+    assert [c.labels["method"] for c in grid.cells(wide, ["method=lora", "seed=1"])] == ["LoRA"]
+    with pytest.raises(UsageError, match="method=lora: the labels of grid.method set method"):
+        grid.cells(GRID, ["method=lora", "method.rank=8", "data.task=a", "seed=0"])
+
+
+@pytest.mark.parametrize("path", sorted(EVIDENCE.rglob("runs.jsonl")), ids=lambda path: str(path.parent.name))
+def test_the_command_of_every_committed_run_is_one_run(path):
+    name = str(path.parent.relative_to(EVIDENCE))
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        _, _, *words = shlex.split(row["command"])
+        (experiment,) = [word for word in words if word.startswith("experiment=")]
+        assert experiment == f"experiment={name}" or name == "leaderboard/joint"  # seed 0 is that of rates
+        own = grid.read(experiment.split("=")[1]).grid
+        assert len(grid.cells(own, [word for word in words if word != experiment])) == 1, row["command"]
 
 
 def test_a_label_has_other_overrides_beside_some_label_of_another_axis():
@@ -81,5 +109,5 @@ def test_a_sweep_that_would_run_nothing_is_an_error(arguments, why, tmp_path, ca
     "value", ["a", 1, -2.5, 1e-4, True, None, "α = 0.9", "it's", "a,b", [1, "x y"], {"a": [1]}, ""]
 )
 def test_overrides_say_what_the_yaml_said(value):
-    parsed = OverridesParser.create().parse_override(f"key={grid.quoted(value)}").value()
+    parsed = OverridesParser.create().parse_override(f"key={override_lines.quoted(value)}").value()
     assert str(parsed) == str(value) if isinstance(value, list | dict) else parsed == value

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from helpers import CONF, refusal
 from helpers.command import CHUNK, line
 from recombine.evaluation import harness
-from recombine.runner import effects, grid, limits, plan
+from recombine.runner import effects, limits, override_lines, plan
 from recombine.runner.config import resolve
 from recombine.runner.idle import idle
 from recombine.runner.sweep_settings import best_trial, require_search
@@ -203,7 +203,7 @@ def test_a_search_that_cannot_score_is_refused(params, typed, words):
 
 
 def grid_values(override: str) -> list[str]:
-    return ["interval", "no grid"] if "interval" in override else grid.values(override)
+    return ["interval", "no grid"] if "interval" in override else override_lines.values(override)
 
 
 def test_a_search_says_what_it_found(tmp_path):
