@@ -15,17 +15,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 
 from recombine import report
 from recombine.report import words
 from recombine.report.paired import Paired, right
-from recombine.report.plot_drawing import COLOURS, STYLE
+from recombine.report.plot_drawing import STYLE
 from recombine.report.plots import as_svg
 from recombine.report.records import EVIDENCE, Record
 
+sys.path.insert(0, str(EVIDENCE.parent))  # python scripts/leaderboard.py has its own folder there
+from scripts.leaderboard_figures import AT_ONCE, against_bytes, differences, figure  # noqa: E402
+
 FOLDER = EVIDENCE / "leaderboard"
-AT_ONCE = ("CRISP", "JACTUS", "CERSA", "SVD + its values")
 FEW = 3  # seeds below which nothing is decided
 COLUMNS = {  # what a table shows of a method beside its accuracy: heading -> (path in a record, factor, digits)
     "MiB of weights": ("account.bytes_weights", 2**-20, 1),
@@ -160,78 +161,6 @@ def finding(board: Board) -> str:
     words_for = words_for if board.decides else "has too few seeds to be told apart from"
     size = f"{100 * found.mean:+.1f} points, 95 % interval {100 * found.low:+.1f} to {100 * found.high:+.1f}"
     return f"{words.budget(board.budget)}: {one} {words_for} the best chain, {chain} ({size})."
-
-
-def figure(found: list[Board]) -> Figure:
-    """A panel for each budget: accuracies with their intervals, the best on top."""
-    count = max(len(board.order) for board in found)
-    made, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found) + 1.2, 0.27 * count + 1.1), squeeze=False)
-    for ax, board in zip(axes[0], found, strict=True):
-        for y, method in enumerate(reversed(board.order)):
-            value = board.paired.accuracy(method)
-            errors = [[100 * (value.mean - value.low)], [100 * (value.high - value.mean)]]
-            colour = COLOURS[1] if method in AT_ONCE else COLOURS[0]
-            ax.errorbar(100 * value.mean, y, xerr=errors, marker="o", color=colour)
-        ax.set_yticks(range(len(board.order)), list(reversed(board.order)), fontsize=8)
-        for label in ax.get_yticklabels():
-            label.set_color(COLOURS[1] if label.get_text() in AT_ONCE else COLOURS[0])
-        size = board.mean(board.order[0], "account.bytes_weights") / 2**20
-        ax.set_title(f"{words.budget(board.budget)} ({size:.0f} MiB)")
-        ax.set_xlabel("test accuracy (%)")
-    return made
-
-
-def differences(found: list[Board]) -> Figure:
-    """A panel for each budget: mean ranks, the best on top; what lies in the band is not told apart from the best."""
-    count = max(len(board.order) for board in found)
-    made, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found) + 1.2, 0.27 * count + 1.1), squeeze=False)
-    for ax, board in zip(axes[0], found, strict=True):
-        ranks, wide = board.paired.ranks(), board.paired.critical_difference()
-        order = sorted(ranks, key=ranks.get, reverse=True)
-        best = ranks[order[-1]]
-        ax.axvspan(best, best + wide, color="0.85", lw=0)
-        for y, method in enumerate(order):
-            ax.plot(ranks[method], y, marker="o", color=COLOURS[1] if method in AT_ONCE else COLOURS[0])
-        ax.set_yticks(range(len(order)), order, fontsize=8)
-        for label in ax.get_yticklabels():
-            label.set_color(COLOURS[1] if label.get_text() in AT_ONCE else COLOURS[0])
-        ax.set_title(f"{words.budget(board.budget)}, {len(board.paired.cells)} runs a row")
-        ax.set_xlabel("mean rank (band: critical difference, at least)")
-    return made
-
-
-def against_bytes(found: list[Board]) -> Figure:
-    """A panel for each task that all budgets have: accuracies with their intervals over the bytes of the model."""
-    found = sorted(found, key=lambda board: board.mean(board.order[0], "account.bytes_weights"))
-    tasks = [task for task in found[0].paired.tasks if all(task in board.paired.tasks for board in found)]
-    made, axes = plt.subplots(1, len(tasks), figsize=(5.4 * len(tasks), 4.2), squeeze=False)
-    for ax, task in zip(axes[0], tasks, strict=True):
-        ends = []
-        for method in found[-1].order:
-            run = [board for board in found if method in board.records]
-            values = [board.paired.accuracy(method, task) for board in run]
-            sizes = [board.mean(method, "account.bytes_weights") / 2**20 for board in run]
-            errors = [[100 * (v.mean - v.low) for v in values], [100 * (v.high - v.mean) for v in values]]
-            colour = COLOURS[1] if method in AT_ONCE else COLOURS[0]
-            ax.errorbar(sizes, [100 * v.mean for v in values], yerr=errors, marker="o", color=colour)
-            ends.append((100 * values[-1].mean, method, colour))
-        low, high = ax.get_ylim()
-        ends.sort()
-        heights = apart([end[0] for end in ends], (high - low) / 22)
-        for y, (_, method, colour) in zip(heights, ends, strict=True):
-            ax.annotate(method, (1.02, y), xycoords=("axes fraction", "data"), color=colour, fontsize=8, va="center")
-        ax.set_title(words.label("data.task", task))
-        ax.set_xlabel("MiB of weights")
-        ax.set_ylabel("test accuracy (%)")
-    return made
-
-
-def apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights, each moved up until it lies at least the gap above the one before."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(max(height, placed[-1] + gap) if placed else height)
-    return placed
 
 
 def load(name: str) -> list[Board]:

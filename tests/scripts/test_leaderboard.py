@@ -7,6 +7,7 @@ import pytest
 
 from recombine.report.records import EVIDENCE, Record
 from scripts import leaderboard as script
+from scripts import leaderboard_figures as figures
 
 ROWS = {"CRISP": 0.7, "JACTUS": 0.6, "SVD-LLM + LoRA": 0.5, "BALF + LoRA": 0.5}  # and how much each tells right
 
@@ -93,7 +94,7 @@ def test_accuracy_against_bytes_is_of_the_tasks_that_all_budgets_have():
         if (budget, method) != ("bytes_25", "BALF + LoRA")
     ]
     found = script.boards(list(ROWS), records)
-    (ax,) = script.against_bytes(found).axes
+    (ax,) = figures.against_bytes(found).axes
     assert ax.get_title() == "dSprites location"
     assert {text.get_text() for text in ax.texts} == {*ROWS} and len(ax.containers) == 4
-    assert len({text.xy[1] for text in ax.texts}) == 4 and script.apart([0, 0, 5], 1) == [0, 1, 5]
+    assert len({text.xy[1] for text in ax.texts}) == 4 and figures.apart([0, 0, 5], 1) == [0, 1, 5]

@@ -18,18 +18,21 @@ ENTRIES = 2**18  # of logits that are compared at once: they stay in a processor
 Cut = Mapping[str, tuple[Tensor, Tensor]]  # left (m, k) and right (k, n) in place of weights, by module name
 
 
-def divergences(model: nn.Module, cuts: Sequence[Cut], losses: Losses) -> tuple[list[float], str]:
+def divergences(model: nn.Module, cuts: Sequence[Cut], losses: Losses, room: int = 0) -> tuple[list[float], str]:
     """The mean KL(model || cut model) of each cut over all predictions, and what has a prediction: token or sample.
 
     One pass over the calibration batches serves all cuts: whenever the model is called, its forward runs again with
-    every cut in place, from the first block that the cut changes. Padding does not count. Where the model returns no
-    logits, or one number a sample, it is the rise of the loss instead, at least 0, with a pass for every cut, and the
-    word is loss.
+    every cut in place. Padding does not count. Where the model returns no logits, or one number a sample, it is the
+    rise of the loss instead, at least 0, with a pass for every cut, and the word is loss.
+
+    Args:
+        room: bytes that may hold what the model's blocks gave; a cut model then runs from the first block on that the
+            cut changes, where all of it fits.
 
     Raises:
         UsageError: a pass had no batch, or a divergence is not finite.
     """
-    found = Predictions(model, cuts)
+    found = Predictions(model, cuts, room)
     with eval_frozen(model), torch.no_grad(), found.replay.notes():
         hook = model.register_forward_hook(found.compare, with_kwargs=True)
         try:
@@ -51,10 +54,10 @@ class Predictions:
     sums: of each cut. count: predictions so far. kind: as `divergences` says it.
     """
 
-    def __init__(self, model: nn.Module, cuts: Sequence[Cut]):
+    def __init__(self, model: nn.Module, cuts: Sequence[Cut], room: int):
         self.model, self.cuts = model, cuts
         self.sums, self.count, self.kind = [0.0] * len(cuts), 0, "sample"
-        self.replay = Replay(model)
+        self.replay = Replay(model, room)
 
     def compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook of the model, with_kwargs, that adds a call's predictions."""

@@ -17,14 +17,18 @@ class Replay:
     """What every block of a model gave in one call.
 
     Nothing is left out where a block ran twice, gave something that may change behind its back, or had its output
-    written into afterwards.
+    written into afterwards, and where all that the blocks gave takes more than the room.
+
+    Args:
+        room: bytes.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, room: int):
+        self.room = room
         self.names = roles.block_names(model)
         self.blocks = [model.get_submodule(name) for name in self.names]
         self.given: dict[int, tuple[Any, list[tuple[Tensor, int]] | None]] = {}  # in the order in which they ran
-        self.noting, self.twice = True, False
+        self.noting, self.twice, self.held = True, False, 0
 
     @contextmanager
     def notes(self) -> Iterator[None]:
@@ -38,14 +42,21 @@ class Replay:
 
     def note(self, index: int, block: nn.Module, args: tuple, output: Any) -> None:
         """A forward hook of a block."""
-        if self.noting:
-            self.twice = self.twice or index in self.given
-            self.given[index] = output, versions(output)
+        if not self.noting:
+            return
+        told = versions(output)
+        self.twice = self.twice or index in self.given
+        self.held += sum(tensor.numel() * tensor.element_size() for tensor, _ in told or ())
+        if self.held > self.room:
+            self.noting = False
+            self.given.clear()
+        else:
+            self.given[index] = output, told
 
     def forget(self) -> None:
         """Begins anew, for the model's next call."""
         self.given.clear()
-        self.noting, self.twice = True, False
+        self.noting, self.twice, self.held = True, False, 0
 
     @contextmanager
     def skipping(self, changed: Sequence[str]) -> Iterator[None]:

@@ -163,19 +163,19 @@ def test_blocks_before_a_cut_are_not_run_again(name, monkeypatch):
     cuts = [{site.name: (u[:, :4] * s[:4], vh[:4])} for site, (u, s, vh) in zip(sites, pairs, strict=True)]
     first, calls = model.get_submodule(sites[0].name), []
     hook = first.register_forward_hook(lambda *_: calls.append(1))
-    found = divergences(model, [*cuts, cuts[0] | cuts[-1]], losses(model))[0]
+    found = divergences(model, [*cuts, cuts[0] | cuts[-1]], losses(model), 2**30)[0]
     batches = sum(1 for _ in losses(model)())
     assert len(calls) == 3 * batches + batches and all(value > 0 for value in found)  # and those of `batches` itself
     calls.clear()
     monkeypatch.setattr(Replay, "before", lambda *_: [])
-    assert found == divergences(model, [*cuts, cuts[0] | cuts[-1]], losses(model))[0]
+    assert found == divergences(model, [*cuts, cuts[0] | cuts[-1]], losses(model), 2**30)[0]
     assert len(calls) == (len(cuts) + 2) * batches
     hook.remove()
 
 
 def test_a_block_whose_output_is_written_into_is_run_again():
     model = build("tiny_vit").eval()
-    replay = Replay(model)
+    replay = Replay(model, 2**30)
     with replay.notes(), torch.no_grad():
         model(batch(model))
     assert replay.before(["blocks.1.mlp.fc1"]) == [0] and replay.before(["blocks.0.mlp.fc1"]) == []
@@ -186,6 +186,10 @@ def test_a_block_whose_output_is_written_into_is_run_again():
     with replay.notes(), torch.no_grad():
         model(batch(model))
     assert replay.twice and replay.before(["blocks.1.mlp.fc1"]) == []
+    small = Replay(model, 1000)
+    with small.notes(), torch.no_grad():
+        model(batch(model))
+    assert not small.given and small.before(["blocks.1.mlp.fc1"]) == []
 
 
 class Scores(nn.Module):
