@@ -46,8 +46,8 @@ def asked(probe: bool, stage: str, starts: bool) -> tuple[bool, bool]:
         stage: its name. A retrofit or a profile reports none.
         starts: the head starts from it.
     """
-    reported = probe and stage not in ("retrofit", "profile")
-    return starts or reported, reported
+    scores = stage not in ("retrofit", "profile")
+    return starts or (probe and scores), scores
 
 
 def load_or_fit(path: Path, model: nn.Module, data, test: bool = True) -> Probe:
