@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +39,17 @@ class Probe:
             head.bias.copy_(self.bias)
 
 
-def asked(probe: bool, stage: str, starts: bool) -> tuple[bool, bool]:
+def asked(probe: bool, stage: Any, starts: bool) -> tuple[bool, bool]:
     """Whether a run fits a probe, and whether it scores it on the test set.
 
     Args:
         probe: the run is to report one.
-        stage: its name. A retrofit or a profile reports none.
+        stage: the settings of its stage. A retrofit or a profile reports none, and reads the test set only for scores
+            of its own.
         starts: the head starts from it.
     """
-    scores = stage not in ("retrofit", "profile")
-    return starts or (probe and scores), scores
+    reports = stage.name not in ("retrofit", "profile")
+    return starts or (probe and reports), reports or getattr(stage, "test", False)
 
 
 def load_or_fit(path: Path, model: nn.Module, data, test: bool = True) -> Probe:

@@ -209,7 +209,7 @@ def fit_head(run: RunContext) -> None:
     parts = filter(None, (run.compressor, run.method))
     trained = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts)
     starts = stage in ("compress", "joint") or trained or run.settings.optim.head == "probe"
-    fitted, test = linear_probe.asked(run.settings.probe, stage, starts)
+    fitted, test = linear_probe.asked(run.settings.probe, run.settings.stage, starts)
     if fitted:
         with run.timed("probe"):
             run.probe = linear_probe.load_or_fit(run.state / "probe.safetensors", run.model, run.data, test)

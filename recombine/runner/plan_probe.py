@@ -24,7 +24,7 @@ def probe(player: "Player") -> None:
     parts = list(filter(None, (player.spec.compressor, player.spec.method)))
     trained = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts)
     starts = stage.name in ("compress", "joint") or trained or player.settings.optim.head == "probe"
-    fitted, test = linear_probe.asked(player.settings.probe, stage.name, starts)
+    fitted, test = linear_probe.asked(player.settings.probe, stage, starts)
     if not fitted:
         return
     watch, per = player.forward(64)
