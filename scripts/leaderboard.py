@@ -175,7 +175,9 @@ def main() -> None:
         sys.exit("leaderboard: no task and seed that two methods have run; python run.py experiment=leaderboard/joint")
     with plt.rc_context(STYLE):
         drawn = {"joint": figure(found), "ranks": differences(found)}
-        for name, made in (drawn | ({"bytes": against_bytes(found)} if len(found) > 1 else {})).items():
+        if len(found) > 1 and set.intersection(*(set(board.paired.tasks) for board in found)):
+            drawn["bytes"] = against_bytes(found)
+        for name, made in drawn.items():
             (FOLDER / f"{name}.svg").write_text(as_svg(made, name), encoding="utf-8")
     for board in found:
         print(f"\n### {board.heading}\n\n{finding(board)}\n\n{table(board)}\n\n{verdicts(board)}")
