@@ -14,7 +14,7 @@ from recombine import data, models
 from recombine.core import footprint, memory, remembered, rewrite
 from recombine.core.calibration import collect
 from recombine.methods.from_config import from_name
-from recombine.runner import arguments, limits, plan, plan_devices, plan_run, ranks
+from recombine.runner import arguments, limits, plan, plan_devices, plan_player, plan_run, ranks
 from recombine.runner.config import resolve
 from recombine.runtime import conf
 from recombine.training import objectives
@@ -144,10 +144,15 @@ def test_what_values_decide_is_planned_by_bounds():
     assert "dobi_svd: what it stores and trains is learnt" in told.notes[0]
 
 
-def test_ranks_that_are_measured_are_planned_by_bounds_in_a_deep_model():
-    """Of few blocks they could be rehearsed, of twice as many not: both follow the bounds."""
+def test_ranks_that_are_measured_are_planned_by_bounds_in_a_deep_model(monkeypatch):
+    """Of few blocks they can be rehearsed, of twice as many not: both follow the bounds."""
     deep = ("model=tiny_llama", "model.num_hidden_layers=12", "data=text", "data.limit=64", "trainer=cpu")
-    told = plan_run.rehearse(spec(*deep, "stage=retrofit", "method=svd_llm", "method.allocation=lems"), device())
+    found = spec(*deep, "stage=retrofit", "method=svd_llm", "method.allocation=lems")
+    monkeypatch.setattr(plan_player, "LEARN", set())
+    whole = plan_run.rehearsed(found, device())
+    assert whole.phases[-1].name == "compare" and not whole.notes
+    monkeypatch.setattr(footprint, "MOST", 15_000)
+    told = plan_run.rehearsed(found, device())
     assert told.phases[-1].name == "compare" and any("is learnt" in note for note in told.notes)
 
 

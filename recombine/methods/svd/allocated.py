@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recombine.core.budget import Room
 from recombine.core.calibration import Losses
+from recombine.core.memory import device_of
 from recombine.core.method import Site, need, need_losses
 from recombine.layers import FactoredLinear
 from recombine.methods.svd import lems, mixing, svd_llm_v2
@@ -110,7 +111,8 @@ class Allocated(Truncated, abstract=True):
         if self.allocation == "lems":
             ranks = [min(lems.cut_rank(*dims(site)), self.max_rank(site)) for site in sites]
             cuts = [{site.name: self.pair(site, k)} if k else {} for site, k in zip(sites, ranks, strict=True)]
-            found, self._kind = divergences(model, cuts, self.judging(losses))
+            room = self.memory.bytes(device_of(model)) // 2
+            found, self._kind = divergences(model, cuts, self.judging(losses), room)
             self._effects = list(map(lems.Effect, found, ranks, lems.blocks_of(model, sites)[0]))
 
     def mix(self, model: nn.Module, sites: list[Site], room: Room, losses: Losses | None) -> dict[str, int | None]:

@@ -11,24 +11,29 @@ from torch import Tensor, nn
 
 from recombine.core.calibration import Losses, eval_frozen
 from recombine.errors import UsageError
+from recombine.methods.svd.replay import Replay
 
 TEMPERATURE = 0.6  # of both distributions, as in LEMS's code
-ROWS = 256  # predictions that are compared at once: a vocabulary may be large
+ENTRIES = 2**20  # of logits that are compared at once: they stay in a processor's cache
 Cut = Mapping[str, tuple[Tensor, Tensor]]  # left (m, k) and right (k, n) in place of weights, by module name
 
 
-def divergences(model: nn.Module, cuts: Sequence[Cut], losses: Losses) -> tuple[list[float], str]:
+def divergences(model: nn.Module, cuts: Sequence[Cut], losses: Losses, room: int = 0) -> tuple[list[float], str]:
     """The mean KL(model || cut model) of each cut over all predictions, and what has a prediction: token or sample.
 
     One pass over the calibration batches serves all cuts: whenever the model is called, its forward runs again with
     every cut in place. Padding does not count. Where the model returns no logits, or one number a sample, it is the
     rise of the loss instead, at least 0, with a pass for every cut, and the word is loss.
 
+    Args:
+        room: bytes that may hold what the model's blocks gave; a cut model then runs from the first block on that the
+            cut changes, where all of it fits.
+
     Raises:
         UsageError: a pass had no batch, or a divergence is not finite.
     """
-    found = Predictions(model, cuts)
-    with eval_frozen(model), torch.no_grad():
+    found = Predictions(model, cuts, room)
+    with eval_frozen(model), torch.no_grad(), found.replay.notes():
         hook = model.register_forward_hook(found.compare, with_kwargs=True)
         try:
             before = mean(losses)
@@ -49,21 +54,24 @@ class Predictions:
     sums: of each cut. count: predictions so far. kind: as `divergences` says it.
     """
 
-    def __init__(self, model: nn.Module, cuts: Sequence[Cut]):
+    def __init__(self, model: nn.Module, cuts: Sequence[Cut], room: int):
         self.model, self.cuts = model, cuts
         self.sums, self.count, self.kind = [0.0] * len(cuts), 0, "sample"
+        self.replay = Replay(model, room)
 
     def compare(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook of the model, with_kwargs, that adds a call's predictions."""
+        self.replay.noting = False
         if (logits := logits_of(output)) is None:
-            return
+            return self.replay.given.clear()
         mask, self.kind = kwargs.get("attention_mask"), "token" if logits.ndim == 3 else "sample"
         keep = mask.bool() if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] else None
         self.count += logits[..., 0].numel() if keep is None else int(keep.sum())
         for i, cut in enumerate(self.cuts):
-            with standing_in(model, cut):
+            with standing_in(model, cut), self.replay.skipping([*cut]):
                 other = logits_of(model.forward(*args, **kwargs))  # not model(...): the hook would run again
             self.sums[i] += divergence(logits, other, keep)
+        self.replay.forget()
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -74,8 +82,8 @@ def logits_of(output: Any) -> Tensor | None:
 
 def divergence(logits: Tensor, other: Tensor, keep: Tensor | None) -> float:
     """The sum of KL(logits || other) in float64, both (..., classes), where keep (...) says so."""
-    total = 0.0
-    for pair in zip(*(rows(x, keep).split(ROWS) for x in (logits, other)), strict=True):
+    total, count = 0.0, max(1, ENTRIES // logits.shape[-1])
+    for pair in zip(*(rows(x, keep).split(count) for x in (logits, other)), strict=True):
         p, q = (F.log_softmax(x.double() / TEMPERATURE, -1) for x in pair)
         total += float((p.exp() * (p - q)).sum())
     return total

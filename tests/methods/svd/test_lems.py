@@ -13,10 +13,11 @@ import recombine
 from helpers import ALL, SPLIT, refusal
 from recombine import Asvd, KfacSvd, Svd, SvdLlm
 from recombine.core.calibration import capture_attention_mask
-from recombine.core.rewrite import prepare
+from recombine.core.rewrite import find_sites, prepare
 from recombine.layers import FactoredLinear
 from recombine.methods.svd import lems, svd_llm_v2
 from recombine.methods.svd.divergence import divergences
+from recombine.methods.svd.replay import Replay, versions
 from recombine.models import roles
 from zoo import ARCHS, batch, build, loss, losses, outputs
 
@@ -151,6 +152,44 @@ def test_atp_tapers_the_shares_and_chooses_the_best():
     assert all(0.45 * dense < method.stored(sites, ranks) <= 0.5 * dense for ranks in choices)
     scores = [method.divergence(model, sites, ranks, losses(model)) for ranks in choices]
     assert method.ranks(sites) == choices[scores.index(min(scores))]
+
+
+@pytest.mark.parametrize("name", ["tiny_vit", "tiny_llama", "tiny_swin"])
+def test_blocks_before_a_cut_are_not_run_again(name, monkeypatch):
+    """Bit for bit the same, and as many calls of the first block as there are cuts in it."""
+    model = build(name).eval()
+    sites = find_sites(model, recombine.SvdLlm(targets=("up",)))
+    pairs = [torch.linalg.svd(site.module.weight.detach(), full_matrices=False) for site in sites]
+    cuts = [{site.name: (u[:, :4] * s[:4], vh[:4])} for site, (u, s, vh) in zip(sites, pairs, strict=True)]
+    first, calls = model.get_submodule(sites[0].name), []
+    hook = first.register_forward_hook(lambda *_: calls.append(1))
+    found = divergences(model, [*cuts, cuts[0] | cuts[-1]], losses(model), 2**30)[0]
+    batches = sum(1 for _ in losses(model)())
+    assert len(calls) == 3 * batches + batches and all(value > 0 for value in found)  # and those of `batches` itself
+    calls.clear()
+    monkeypatch.setattr(Replay, "before", lambda *_: [])
+    assert found == divergences(model, [*cuts, cuts[0] | cuts[-1]], losses(model), 2**30)[0]
+    assert len(calls) == (len(cuts) + 2) * batches
+    hook.remove()
+
+
+def test_a_block_whose_output_is_written_into_is_run_again():
+    model = build("tiny_vit").eval()
+    replay = Replay(model, 2**30)
+    with replay.notes(), torch.no_grad():
+        model(batch(model))
+    assert replay.before(["blocks.1.mlp.fc1"]) == [0] and replay.before(["blocks.0.mlp.fc1"]) == []
+    assert replay.before(["head"]) == []  # in no block
+    replay.given[0][0].add_(1)
+    assert replay.before(["blocks.1.mlp.fc1"]) == []
+    assert versions((torch.ones(1), {"a": None})) and versions(object()) is None
+    with replay.notes(), torch.no_grad():
+        model(batch(model))
+    assert replay.twice and replay.before(["blocks.1.mlp.fc1"]) == []
+    small = Replay(model, 1000)
+    with small.notes(), torch.no_grad():
+        model(batch(model))
+    assert not small.given and small.before(["blocks.1.mlp.fc1"]) == []
 
 
 class Scores(nn.Module):
