@@ -60,7 +60,9 @@ def main() -> None:
         return
     size = weights(args)
     for method in args.methods:
-        peak, seconds = measured(command(args, method))
+        if (found := measured(command(args, method))) is None:
+            continue
+        peak, seconds = found
         words = f"{size / 2**30:8.2f} GiB{peak / 2**30:8.2f} GiB{peak / size:8.2f} x{seconds:8.0f} s"
         print(f"{args.model:16}{method:14}{args.memory:>8}{words}", flush=True)
 
@@ -76,15 +78,16 @@ def command(args: argparse.Namespace, method: str) -> list[str]:
     return [sys.executable, str(ROOT / "run.py"), *keys, f"hydra.run.dir={tempfile.mkdtemp(prefix='memory-')}"]
 
 
-def measured(words: list[str]) -> tuple[int, float]:
-    """Peak bytes and CPU seconds of a command; its last lines are shown where it fails."""
+def measured(words: list[str]) -> tuple[int, float] | None:
+    """Peak bytes and CPU seconds of a command; None where it fails, and its last line is shown."""
     child = subprocess.Popen(
         words, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     said = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
-        print(said.decode()[-2000:])
+        print(f"failed: {said.decode().strip().splitlines()[-1]}", flush=True)
+        return None
     scale = 1 if sys.platform == "darwin" else 1024
     return usage.ru_maxrss * scale, usage.ru_utime + usage.ru_stime
 

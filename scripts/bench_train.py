@@ -1,6 +1,7 @@
 """Training steps of recombined models against peft's LoRA on the same targets, eager and compiled.
 
     python scripts/bench_train.py [--size 98] [--batch 16] [--rounds 9] [--only "CRISP exact alone" ...]
+                                  [--targets q k v o up down]
 
 All rivals live in one process and take turns. Printed are medians over the rounds of LoRA / rival, each round's own:
 more than 1 is faster than LoRA. compiled: both compiled, as trainer.compile=true does it; compiling takes minutes.
@@ -18,15 +19,14 @@ import recombine
 from recombine.stages.profile import turns
 from recombine.training import engine
 
-QKV = ("q", "k", "v")
 LORA = "LoRA r=8 (peft)"
-RIVALS = {
-    LORA: recombine.Peft(targets=QKV, options={"lora_alpha": 16}),
-    "CRISP exact alone": recombine.Crisp(targets=QKV, group_size=1),
-    "CRISP exact pairs": recombine.Crisp(targets=QKV),
-    "CRISP half": recombine.Crisp(targets=QKV, group_size=1, chunk=64, basis_rank=32),
-    "CRISP quarter": recombine.Crisp(targets=QKV, group_size=1, chunk=64, basis_rank=16),
-    "CERSA": recombine.Cersa(targets=QKV),
+RIVALS = {  # name -> the method, without its targets
+    LORA: partial(recombine.Peft, options={"lora_alpha": 16}),
+    "CRISP exact alone": partial(recombine.Crisp, group_size=1),
+    "CRISP exact pairs": recombine.Crisp,
+    "CRISP half": partial(recombine.Crisp, group_size=1, chunk=64, basis_rank=32),
+    "CRISP quarter": partial(recombine.Crisp, group_size=1, chunk=64, basis_rank=16),
+    "CERSA": recombine.Cersa,
 }
 
 
@@ -34,13 +34,14 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(size=98, batch=16, rounds=9)
     parser.add_argument("--only", nargs="*", choices=[*RIVALS], default=[*RIVALS], help="rivals beside LoRA")
+    parser.add_argument("--targets", nargs="+", default=["q", "k", "v"], help="of all rivals")
     args = parser.parse_args()
     dense, x, y = setting(args)
     rivals: dict[tuple[str, str], nn.Module] = {}
     with ExitStack() as stack:
         for name in dict.fromkeys([LORA, *args.only]):
             for kind in ("eager", "compiled"):
-                model = recombine.apply(copy.deepcopy(dense), copy.copy(RIVALS[name])).to(x.device).train()
+                model = recombine.apply(copy.deepcopy(dense), RIVALS[name](targets=args.targets)).to(x.device).train()
                 if kind == "compiled":
                     stack.enter_context(engine.compiled(model, "inductor"))
                     step(model, x, y)

@@ -118,9 +118,10 @@ class Player:
         self.told.phases.append(Phase(name, {k: int(v) for k, v in held.items() if v}, cost))
 
     def load(self) -> None:
-        """The weights, and the file they come from."""
-        weights, read = footprint.size(footprint.tensors(self.model)), self.spec.model.get("pretrained", True)
-        self.maps = read and self.spec.model.get("library") == "transformers" and not self.device.gpu
+        """The weights, and the file they come from; a GPU's are read beside it, in the processor's memory."""
+        weights = footprint.size(footprint.tensors(self.model))
+        read = self.spec.model.get("pretrained", True) and not self.device.gpu
+        self.maps = read and self.spec.model.get("library") == "transformers"
         self.add("load", Cost(moved=2 * weights), weights=weights, file=weights if read and not self.maps else 0)
 
     def change(self, method: Method, teacher: nn.Module | None) -> None:

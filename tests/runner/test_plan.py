@@ -119,6 +119,14 @@ def test_moments_are_the_optimizers(name, copies):
     plan.at_start(found)
 
 
+def test_the_file_of_the_weights_is_read_beside_a_gpu():
+    """A processor holds both, unless the file is mapped."""
+    run = spec("model=vit_s16", "data=vtab", "data.task=dtd", "method=lora", "stage=adapt", "trainer=cpu")
+    beside, both = (plan_run.rehearsed(run, device(gpu=gpu)).phases[0] for gpu in (True, False))
+    assert beside.name == both.name == "load" and beside.held["weights"] == both.held["file"]
+    assert set(beside.held) == {"weights"}
+
+
 def test_shards_lie_beside_a_whole_copy_and_gradients_are_divided():
     one, two = (
         {phase.name: phase.held for phase in plan_run.rehearse(spec(*TINY, "method=full", *typed), device()).phases}
