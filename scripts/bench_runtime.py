@@ -126,8 +126,8 @@ def compare(name: str, batch: int, args: argparse.Namespace, folder: Path) -> No
 def seconds_of(run: Callable, repeats: int, clock: Callable[[], float]) -> Callable[[], float]:
     """A function that calls `run` so many times and returns the seconds that one call took.
 
-    One call before that is not counted: a runtime's threads wait for work without sleeping, and after a run of the rival
-    before they take a core away for some 30 milliseconds.
+    One call before that is not counted: a runtime's threads wait for work without sleeping, and after a run of another
+    rival they take a core away for some 30 milliseconds.
     """
 
     def work() -> float:
