@@ -100,6 +100,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def checked(losses: Losses | None) -> Losses | None:
     """The same losses, each of which is looked at before it is used.
 
+    A model that torch.compile gave runs uncompiled in them: in what is compiled hooks put on later are not seen.
+
     Raises:
         UsageError: losses is no function, does not yield when it is called, or yields something else than scalars.
     """
@@ -113,7 +115,12 @@ def checked(losses: Losses | None) -> Losses | None:
         found = losses()
         if isinstance(found, Tensor) or not isinstance(found, Iterable):
             raise UsageError(f"losses() returns a {type(found).__name__}: {how}")
-        for loss in found:
+        found, end = iter(found), object()
+        while True:
+            with torch.compiler.set_stance("force_eager"):
+                loss = next(found, end)
+            if loss is end:
+                return
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
                 raise UsageError(f"losses() yields {what}: yield each batch's loss alone, as a scalar tensor")

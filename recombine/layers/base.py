@@ -113,13 +113,16 @@ class RecombinedLinear(HoldsPacked, ABC):
         return not (busy or self.is_packed)
 
     def cached(self, build: Callable[[], Tensor]) -> Tensor:
-        """build(), computed once while the layer is in eval mode without gradients and no parameter changes."""
+        """build(), computed once while the layer is in eval mode without gradients and no parameter changes.
+
+        What is written through `.data` torch does not count as a change; `eval()` after it drops what was built.
+        """
         if torch.compiler.is_compiling():
             return build()
-        if not self.is_frozen:
+        tensors = [t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None]
+        if not self.is_frozen or any(t.is_inference() for t in tensors):  # these do not count their changes
             self._kept = None
             return build()
-        tensors = (t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
         key = (build.__name__, *((t.data_ptr(), t._version, t.dtype) for t in tensors))
         if self._kept is None or self._kept[0] != key:
             device = next(self.parameters()).device.type

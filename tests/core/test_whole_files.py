@@ -147,3 +147,16 @@ def test_a_failed_load_changes_nothing(tmp_path):
 def test_the_first_argument_is_a_path():
     with pytest.raises(recombine.UsageError, match="must be the path of a checkpoint"):
         recombine.load(None, plain(depth=1))
+
+
+def test_what_is_loaded_in_inference_mode_runs_there(tmp_path):
+    """Its tensors count no changes, so what is built of them is not kept."""
+    model = build("tiny_llama").eval()
+    recombine.apply(model, recombine.Svd(), "retained_50")
+    recombine.save(model, tmp_path / "whole.safetensors")
+    with torch.no_grad():
+        expected = outputs(model, batch(model))
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            outputs(recombine.load(tmp_path / "whole.safetensors").eval(), batch(model)), expected
+        )

@@ -73,7 +73,7 @@ class Allocated(Truncated, abstract=True):
             need(self.ratio >= least, self, "ratio", why)
 
     def notes(self, sites: list[Site]) -> list[str]:
-        why = "this model returns no logits, so what a cut costs is the rise of the loss, not a KL divergence"
+        why = "this model returns no logits, so what a cut costs is how far the loss moves, not a KL divergence"
         return super().notes(sites) + [f"allocation={self.allocation}: {why}"] * (self._kind == "loss")
 
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:

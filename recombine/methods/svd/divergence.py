@@ -19,11 +19,12 @@ Cut = Mapping[str, tuple[Tensor, Tensor]]  # left (m, k) and right (k, n) in pla
 
 
 def divergences(model: nn.Module, cuts: Sequence[Cut], losses: Losses, room: int = 0) -> tuple[list[float], str]:
-    """The mean KL(model || cut model) of each cut over all predictions, and what has a prediction: token or sample.
+    """The mean KL(model || cut model) of each cut over all predictions, and what a prediction is of: token or sample.
 
     One pass over the calibration batches serves all cuts: whenever the model is called, its forward runs again with
-    every cut in place. Padding does not count. Where the model returns no logits, or one number a sample, it is the
-    rise of the loss instead, at least 0, with a pass for every cut, and the word is loss.
+    every cut in place. Padding does not count. Of one number a sample it is the mean square of its change, and the word
+    is value. Where the model returns no logits it is how far the loss moves, with a pass for every cut, and the word is
+    loss.
 
     Args:
         room: bytes that may hold what the model's blocks gave; a cut model then runs from the first block on that the
@@ -41,7 +42,7 @@ def divergences(model: nn.Module, cuts: Sequence[Cut], losses: Losses, room: int
             hook.remove()
         if not found.count:
             found.kind = "loss"
-            found.sums, found.count = [max(0.0, rise(model, cut, losses) - before) for cut in cuts], 1
+            found.sums, found.count = [abs(cut_loss(model, cut, losses) - before) for cut in cuts], 1
     values = [total / found.count for total in found.sums]
     if not all(map(math.isfinite, values)):
         raise UsageError("calibration: a cut model's predictions are not finite; use float32 or other batches")
@@ -64,7 +65,7 @@ class Predictions:
         self.replay.noting = False
         if (logits := logits_of(output)) is None:
             return self.replay.given.clear()
-        mask, self.kind = kwargs.get("attention_mask"), "token" if logits.ndim == 3 else "sample"
+        mask, self.kind = kwargs.get("attention_mask"), kind_of(logits)
         keep = mask.bool() if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1] else None
         self.count += logits[..., 0].numel() if keep is None else int(keep.sum())
         for i, cut in enumerate(self.cuts):
@@ -75,13 +76,22 @@ class Predictions:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The logits (..., classes) of what a model returns; None: it has none, or one number each."""
+    """The logits (..., classes) of what a model returns; None: it has none."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) and logits.ndim > 1 and logits.shape[-1] > 1 else None
+    return logits if isinstance(logits, Tensor) and logits.ndim > 1 else None
+
+
+def kind_of(logits: Tensor) -> str:
+    """What `divergences` calls them."""
+    if logits.shape[-1] == 1:
+        return "value"
+    return "token" if logits.ndim == 3 else "sample"
 
 
 def divergence(logits: Tensor, other: Tensor, keep: Tensor | None) -> float:
-    """The sum of KL(logits || other) in float64, both (..., classes), where keep (...) says so."""
+    """The sum of KL(logits || other) in float64, both (..., classes), where keep says so; of one class, of squares."""
+    if logits.shape[-1] == 1:
+        return float((rows(logits, keep).double() - rows(other, keep).double()).square().sum())
     total, count = 0.0, max(1, ENTRIES // logits.shape[-1])
     for pair in zip(*(rows(x, keep).split(count) for x in (logits, other)), strict=True):
         p, q = (F.log_softmax(x.double() / TEMPERATURE, -1) for x in pair)
@@ -109,7 +119,7 @@ def standing_in(model: nn.Module, cut: Cut) -> Iterator[None]:
             handle.remove()
 
 
-def rise(model: nn.Module, cut: Cut, losses: Losses) -> float:
+def cut_loss(model: nn.Module, cut: Cut, losses: Losses) -> float:
     """The mean loss with a cut in place."""
     with standing_in(model, cut):
         return mean(losses)
