@@ -1,12 +1,14 @@
 """python run.py [group=choice ...] [key=value ...]: one run, an experiment, or a sweep with -m. --help teaches."""
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
@@ -55,6 +57,9 @@ def cli() -> int:
         if not raised_by_hydra(error):
             raise
         failures.append(UsageError(f"the command line cannot be read: {one_line(error)}; correct it"))
+    except KeyboardInterrupt:
+        print(f"run.py: stopped; {going_on()}", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         if not DEBUG:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -63,6 +68,15 @@ def cli() -> int:
     for error in failures:
         print(f"run.py: {one_line(error, given)}", file=sys.stderr)
     return 2 if failures else 0
+
+
+def going_on() -> str:
+    """How a run or a sweep that was stopped goes on."""
+    if not HydraConfig.initialized():
+        return "nothing had begun"
+    hydra = HydraConfig.get()
+    key, folder = ("sweep", hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else ("run", hydra.run.dir)
+    return f"the same command with hydra.{key}.dir={folder} goes on"
 
 
 def raised_by_hydra(error: Exception) -> bool:

@@ -28,6 +28,7 @@ WORD = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity')  # a string of JSON, or w
 VALID = {"NaN": "null", "Infinity": "1e999", "-Infinity": "-1e999"}
 ELSEWHERE = {  # on what a run runs, not what it computes
     "calibration.memory",
+    "export",
     "data.num_workers",
     "trainer.accelerator",
     "trainer.checkpoint_minutes",
@@ -98,19 +99,33 @@ def load_finished(folder: Path, config: dict) -> Result | None:
 def config_difference(there: dict, here: dict) -> str | None:
     """The first key by which two configurations would compute different things, with both values; None: there is none.
 
-    A key that only one of them has came or went with a version, so it does not count. It does where the other one has
-    a plain value above it: then a whole group was chosen in one of them only.
+    A key that only one of them has came or went with a version, so it does not count, unless LATER has what it was
+    before. It does where the other one has a plain value above it: then a whole group was chosen in one of them only.
     """
     there, here = (canonical({"compressor": None} | config) for config in (there, here))
-    for key in there.keys() & here.keys():
-        if there[key] != here[key] and key not in ELSEWHERE:
-            return f"{key}={there[key]} there, {here[key]} here"
+    for key, before, now in different(there, here):
+        if key not in ELSEWHERE:
+            return f"{key}={before} there, {now} here"
     for whole, parts in ((there, here), (here, there)):
         for key in whole.keys() - parts.keys():
             if below := [part for part in parts if part.startswith(f"{key}.")]:
                 group, field = f"{key}={whole[key]}", f"{below[0]}={parts[below[0]]}"
                 return f"{group} there, {field} here" if whole is there else f"{field} there, {group} here"
     return None
+
+
+def missing_exports(asked: str | Sequence[str] | None, result: Result) -> list[str]:
+    """The formats of `export` whose folders a finished run has not written."""
+    asked = [asked] if isinstance(asked, str) else asked or ()
+    return [name for name in asked if name not in result.get("exports", {})]
+
+
+def different(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value there, value here) of two canonical configurations, of the keys that both have or LATER knows."""
+    for key in there.keys() & here.keys() | LATER.keys() & (there.keys() ^ here.keys()):
+        values = [config.get(key, LATER.get(key)) for config in (there, here)]
+        if values[0] != values[1]:
+            yield key, *values
 
 
 def settings(cfg: DictConfig) -> dict:

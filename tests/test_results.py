@@ -22,6 +22,7 @@ from recombine import result_schema, results
 from recombine.report import records, table_data
 from recombine.result_schema import Result
 from recombine.runner import labels, pipeline, ranks, summary
+from recombine.runtime.later import LATER
 from scripts import make_docs
 
 TINY = ["trainer=cpu", "trainer.progress=false", "trainer.epochs=1", "data.limit=32", "calibration.samples=32"]
@@ -211,6 +212,12 @@ def test_other_configurations_are_told_apart():
     one = {"method": {"rank": 4}, "calibration": {"data": {"name": None}}, "trainer": {"devices": 1}}
     assert results.config_difference(one, one | {"trainer": {"devices": 2}, "new": 1}) is None
     assert results.config_difference(one, one | {"method": {"rank": 8}}) == "method.rank=4 there, 8 here"
+    for key, value in (("optim.name", "sgd"), ("quantize.bits", 4), ("trainer.accumulate", 8)):  # of a later version
+        group, name = key.split(".")
+        later = one | {group: one.get(group, {}) | {name: value}}
+        assert results.config_difference(one, later) == f"{key}={LATER[key]} there, {value} here"
+        assert results.config_difference(later, one) == f"{key}={value} there, {LATER[key]} here"
+    assert results.config_difference(one, one | {"export": ["hf"]}) is None
     pair = one | {"compressor": {"rank": 2}}
     assert results.config_difference(one, pair) == "compressor=None there, compressor.rank=2 here"
     assert results.config_difference(pair, one) == "compressor.rank=2 there, compressor=None here"

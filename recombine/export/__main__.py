@@ -52,7 +52,8 @@ def found(source: Path) -> tuple[Path, dict[str, Any] | None]:
     run = result(source)
     if run is None or not run.get("checkpoint"):
         raise UsageError(f"{source}: holds no result.json that names a checkpoint; name the folder of a finished run")
-    return source / Path(run["checkpoint"]).name, run
+    own = source / Path(run["checkpoint"]).name  # of stage=evaluate it lies elsewhere
+    return own if own.is_file() else Path(run["checkpoint"]), run
 
 
 def result(folder: Path) -> dict[str, Any] | None:

@@ -12,11 +12,12 @@ from pathlib import Path
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.report import load, save
 from recombine.report.render import FORMATS, text
+from recombine.runner import arguments
 from recombine.runtime.conf import need_clone
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; arguments: None for the process's own. Returns the exit code, 2 for bad input."""
+def main(typed: list[str] | None = None) -> int:
+    """The command line; typed: None for the process's own. Returns the exit code, 2 for bad input."""
     parser = argparse.ArgumentParser(
         "python -m recombine.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="write one HTML page over all experiments instead (default: %(const)s)",
     )
-    given = parser.parse_intermixed_args(arguments)
+    given = parser.parse_intermixed_args(typed)
     try:
         if given.page:
             need_clone("--page")
@@ -44,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise UsageError(
                 "no experiment is named; name a file of conf/experiment, for example cersa/tab09, or give --page"
             )
-        report = load(given.experiment, given.overrides)
+        _, overrides = arguments.prepared(given.overrides)
+        report = load(given.experiment, [line for line in overrides if not line.startswith("hydra")])
         if given.format == "text":
             width = shutil.get_terminal_size((160, 0)).columns
             print(text(report.table, sys.stdout.isatty(), width), end="")

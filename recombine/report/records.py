@@ -76,6 +76,7 @@ def read(experiment: Experiment) -> Runs:
     """
     kept = {record["cell"]: record for record in lines(EVIDENCE / experiment.name / RUNS)}
     now, then = common(experiment), committed_config(EVIDENCE / experiment.name / CONFIG)
+    free = left_open(experiment)
     records, failed, unread, other = [], {}, {}, {}
     for cell in experiment.cells:
         name = cell.folder
@@ -90,8 +91,8 @@ def read(experiment: Experiment) -> Runs:
             result, unread[name] = None, str(error)
         if result is None:
             continue
-        if differ := [f"{k}={config[k]} there, {v} here" for k, v in now.items() if k in config and config[k] != v]:
-            other[name] = differ[0]
+        if differ := [found for found in results.different(config, now) if not under(found[0], free)]:
+            other[name] = "{}={} there, {} here".format(*differ[0])
         else:
             records.append(Record(cell.labels, result, name))
     return Runs(records, [cell.labels for cell in experiment.cells], failed, unread, other)
@@ -118,16 +119,26 @@ def result_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def common(experiment: Experiment) -> dict[str, Any]:
     """What the experiment itself configures, as flat keys: without what its cells set and what follows from that."""
+    free = left_open(experiment)
+    return {key: value for key, value in own_settings(experiment).items() if not under(key, free)}
+
+
+def left_open(experiment: Experiment) -> set[str]:
+    """The keys that the cells of an experiment set, those that follow from others, and those that change no number."""
+    cells = {key_of(line).rpartition("@")[2] for cell in experiment.cells for line in cell.overrides}
+    follow = {key for key, value in own_settings(experiment).items() if isinstance(value, str) and "${" in value}
+    return {"experiment", *results.ELSEWHERE, *cells, *follow}
+
+
+def own_settings(experiment: Experiment) -> dict[str, Any]:
+    """The configuration of an experiment as flat keys, unresolved."""
     config = OmegaConf.to_container(experiment.config, resolve=False)
-    settings = results.canonical({key: value for key, value in config.items() if key != "hydra" and not aside(key)})
-    keys = {key_of(line).rpartition("@")[2] for cell in experiment.cells for line in cell.overrides}
-    keys |= {"experiment", *results.ELSEWHERE}
-    return {
-        key: value
-        for key, value in settings.items()
-        if not (isinstance(value, str) and "${" in value)
-        and not any(key == varied or key.startswith(f"{varied}.") for varied in keys)
-    }
+    return results.canonical({key: value for key, value in config.items() if key != "hydra" and not aside(key)})
+
+
+def under(key: str, groups: set[str]) -> bool:
+    """Whether a key is one of these or lies in one."""
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def committed_config(path: Path) -> dict[str, Any]:

@@ -40,7 +40,11 @@ def base_file(value: str | Path | None, stage: str, compressor: str | None, mode
     if compressor is not None:
         raise UsageError(f"method@compressor={compressor}: base={value} is compressed already; drop one of the two")
     path = Path(str(value)).expanduser()
-    path = path / BEST if path.is_dir() else path
+    if path.is_dir():
+        if (path / BEST).is_file() and not (path / "result.json").is_file():
+            fix = f"start it again, or name its file, {path / BEST}"
+            raise UsageError(f"base={value}: that run has not finished, so its {BEST} may still change; {fix}")
+        path /= BEST
     if not path.is_file():
         fix = "say the folder of a finished run, or the file of a checkpoint"
         raise UsageError(f"base={value}: there is no file {path}; {fix}")

@@ -1,23 +1,45 @@
 """What `export=` asks for at the end of a run: folders for other libraries beside result.json."""
 
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
 
 from recombine import results
+from recombine.core.checkpoint import load
+from recombine.errors import UsageError
 from recombine.export.folder import export
 from recombine.result_schema import Result
-from recombine.stages.context import RunContext
 
 
-def write(formats: tuple[str, ...], run: RunContext, result: Result) -> None:
+def write(formats: Sequence[str], model: nn.Module, out: Path, result: Result) -> None:
     """Writes a folder of each format into the run's, and names them in result.json, which is there already.
 
     Raises:
         UsageError: the model cannot be written so. The result stays, without that folder.
     """
     for name in formats:
-        folder = run.out / name
+        folder = out / name
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off here
-        export(run.model, folder, name, run=result)
+        export(model, folder, name, run=result)
         result["exports"] = result.get("exports", {}) | {name: str(folder)}
-        results.write(run.out / "result.json", result)
+        results.write(out / "result.json", result)
         print(f"{folder}: the model as {name}", flush=True)
+
+
+def make_up(formats: Sequence[str], out: Path, result: Result) -> None:
+    """Writes the folders of a run that finished without them, from its checkpoint.
+
+    Raises:
+        UsageError: as in `write`, or the run left no checkpoint.
+    """
+    if not (missing := results.missing_exports(formats, result)):
+        return
+    file = out / Path(result.get("checkpoint") or "-").name
+    if not file.is_file():
+        raise UsageError(
+            f"export={','.join(missing)}: {out} holds no checkpoint to write it from; start another folder"
+        )
+    with results.lock_folder(out):
+        write(missing, load(file).eval(), out, result)

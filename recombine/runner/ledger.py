@@ -58,9 +58,15 @@ class Ledger:
             )
 
     def refuses(self, job: int, folder: Path) -> bool:
-        """Takes the result that a folder holds. True: it is of another configuration, which counts as a failure."""
+        """Takes the result that a folder holds. True: it is of another configuration, which counts as a failure.
+
+        A run that has yet to write what `export` asks for is taken by no one: it goes on.
+        """
         try:
-            self.ended[job] = results.score(results.load_finished(folder, results.settings(self.compose(job)))), None
+            config = results.settings(self.compose(job))
+            found = results.load_finished(folder, config)
+            if not results.missing_exports(config.get("export"), found):
+                self.ended[job] = results.score(found), None
         except EXPECTED as error:
             self.ended[job] = None, one_line(error)
             return True

@@ -78,6 +78,8 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
     path = out / "result.json"
     if (result := results.load_finished(out, spec.config)) is not None:
         print(f"{path}: finished before\n{summary_table(result, path)}")
+        if distributed.rank() == 0:
+            exports.make_up(spec.export, out, result)
         return result
     limits.require_accelerator(spec.settings.trainer.accelerator)
     limits.require_workers(spec.data.get("num_workers", 0))
@@ -104,7 +106,7 @@ def execute(spec: RunSpec, out: Path) -> dict:
             result["seconds"]["total"] = round(run.earlier + time.perf_counter() - start, 3)
             if distributed.rank() == 0:
                 report(result, run)
-                exports.write(spec.export, run, result)
+                exports.write(spec.export, run.model, run.out, result)
     return result
 
 

@@ -79,7 +79,8 @@ def damaged(path: Path, then: str) -> None:
 class TrainingState(Checkpoint):
     """Writes a fit's training state: at the ends of epochs, every `minutes` within one, and before the process stops.
 
-    SIGTERM stops it. So does SIGUSR2, with which Slurm announces the end; submitit then queues the job again.
+    SIGTERM stops it, and Ctrl-C, of which a second one ends the process at once. So does SIGUSR2, with which Slurm
+    announces the end; submitit then queues the job again.
 
     Args:
         folder: the run's state folder.
@@ -114,11 +115,14 @@ class TrainingState(Checkpoint):
         """Takes the signals, and remembers the handlers that were there before."""
         trainer.should_stop = self.stopped
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGUSR2)}
+            stops = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+            self.handlers = {number: signal.signal(number, self.note) for number in stops}
 
     def note(self, number: int, _) -> None:
         """The signal handler: the end of the next batch acts on it."""
         self.told = number
+        if number == signal.SIGINT:
+            signal.signal(number, self.handlers[number])
 
     def on_train_batch_end(self, trainer, lit, outputs, batch, index) -> None:
         """Writes a state where one is due within an epoch, or where a signal came."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import peft
 import pytest
@@ -139,6 +140,15 @@ def test_a_run_ends_with_its_folders_and_the_command_writes_them_too(tmp_path, c
     keys = ["method=svd", "budget=retained_50", "stage=compress", f"model.checkpoint={tmp_path}/pretrained.safetensors"]
     result = execute(tmp_path / "run", *keys, "export=[hf,dense,torch]")
     assert result["exports"] == {name: str(tmp_path / "run" / name) for name in ("hf", "dense", "torch")}
+    shutil.rmtree(tmp_path / "run/dense")
+    del result["exports"]["dense"]  # as a failed export leaves a run: it is made up
+    (tmp_path / "run/result.json").write_text(json.dumps(result))
+    result = execute(tmp_path / "run", *keys, "export=[hf,dense]")
+    assert (tmp_path / "run/dense/config.json").is_file() and set(result["exports"]) == {"hf", "dense", "torch"}
+    evaluated = execute(tmp_path / "scored", *keys[-1:], "stage=evaluate", f"stage.checkpoint={result['checkpoint']}")
+    assert evaluated["checkpoint"] == result["checkpoint"]
+    assert command.main([str(tmp_path / "scored"), "--to", "torch", "--out", str(tmp_path / "of_scored")]) == 0
+    capsys.readouterr()
     text = (tmp_path / "run/hf/README.md").read_text()
     assert result["command"] in text and f"| test | {result['metric']} |" in text and result["data"]["licence"] in text
     run, x = str(tmp_path / "run"), torch.randn(2, 3, 32, 32)

@@ -82,6 +82,9 @@ def test_from_runs_to_evidence_and_back(here):
     changed = Experiment("tiny", OmegaConf.create(given | {"data": {"limit": 32}}))
     found = report.build(changed).table
     assert found.done == 0 and "Left out: 2 of another configuration (data.limit=64 there, 32 here)." in found.notes[0]
+    changed = Experiment("tiny", OmegaConf.create(given | {"optim": {"name": "sgd"}}))  # a key with a default since
+    found = report.build(changed).table
+    assert found.done == 0 and "Left out: 2 of another configuration (optim.name=adamw there, sgd" in found.notes[0]
     assert json.loads((here / "experiments/tiny/config.json").read_text()) == {"data.limit": 64}
     (experiment.folder / experiment.cells[0].folder / "result.json").unlink()
     (experiment.folder / experiment.cells[0].folder / "failed.txt").write_text("the disk is full\n")

@@ -97,16 +97,20 @@ def test_a_killed_run_takes_no_other_with_it(tmp_path):
     assert len(list(tmp_path.rglob("result.json"))) == 3 and not list(tmp_path.rglob("failed.txt"))
 
 
-def test_a_sweep_that_is_told_to_stop_leaves_no_worker_and_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_told_to_stop_leaves_no_worker_and_goes_on(number, tmp_path):
     shut, own = gates(tmp_path / "gates", "ab", "ab")
     given = [*WAITING, own, "+method.steps=1", "hydra.launcher.jobs=2"]
     process = start(tmp_path / "sweep", *given)
     until(lambda: all(Path(f"{gate}.reached").is_file() for gate in shut), process)
     working, folders = children(process.pid, "spawn_main"), {path.parents[2] for path in tmp_path.rglob("best-*.ckpt")}
     assert len(working) == 2 == len(folders) and all(map(results.running, folders))
-    process.terminate()
-    process.communicate(timeout=LIMIT)
-    assert process.returncode == 128 + signal.SIGTERM
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 128 + number and "Traceback" not in out
+    if number == signal.SIGINT:
+        how = f"the same command with hydra.sweep.dir={tmp_path / 'sweep'} goes on"
+        assert out.splitlines()[-1] == f"run.py: stopped; {how}"
     assert not any(Path(f"/proc/{pid}").exists() for pid in working) and not list(tmp_path.rglob("failed.txt"))
     assert not any(map(results.running, folders))
     for gate in shut:

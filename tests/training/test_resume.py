@@ -131,7 +131,7 @@ def test_killed_anywhere(case, whole, tmp_path):
     assert not [p for p in broken.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_leaves_a_state_of_the_very_step(number, whole, tmp_path):
     expected, _ = whole("joint")
     slow = [*CASES["joint"], "trainer.checkpoint_minutes=60"]

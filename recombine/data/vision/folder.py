@@ -99,11 +99,12 @@ class Folder(VisionData):
         return parts | {"train": part}
 
     def identity(self) -> str:
-        return f"folder {stamp(self.listing()[1])}"
+        return f"folder {stamp(self.listing()[1])}{' stratified' * (self.limit is not None)}"
 
     def source(self) -> Source:
         classes, parts = self.listing()
-        return Source(classes, "the user's own", {s: (Lazy(decode, parts[s].items), parts[s].labels) for s in SPLITS})
+        parts = {split: parts[split].limited(self.limit) for split in SPLITS}
+        return Source(classes, "the user's own", {s: (Lazy(decode, p.items), p.labels) for s, p in parts.items()})
 
 
 def lists(root: Path, count: int | None) -> Listing:

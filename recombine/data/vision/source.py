@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from recombine.data.readers import first_line
+from recombine.data.sampling import stratified
 from recombine.errors import UsageError
 
 SIZES = {"train": 800, "val": 200, "test": 1000}  # VTAB-1K's form; test sets may be smaller
@@ -50,6 +51,11 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def limited(self, count: int | None) -> Part:
+        """At most so many, every class in its share: a listing goes class by class. In their order."""
+        few = count is not None and count < len(self)
+        return self.take(np.sort(stratified(self.labels, count, 0))) if few else self
 
     def take(self, rows: np.ndarray) -> Part:
         """The pictures with these indices (k,), in this order."""

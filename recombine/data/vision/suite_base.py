@@ -227,11 +227,13 @@ class Suite(VisionData):
     def identity(self) -> str:
         """On the hub it needs no files, and at a commit no network."""
         mark = f"{self.row.repository}@{self.pinned()}" if self.root is None else self.listing()[2]
+        mark += " stratified" * (self.limit is not None)
         return f"{self.name} {self.task} {self.row.image} {self.row.label} {mark} {self.cutting} {self.row.share}"
 
     def source(self) -> Source:
         classes, parts, _, differences = self.listing()
-        pictures = {split: (Lazy(decode, parts[split].items), parts[split].labels) for split in SPLITS}
+        parts = {split: parts[split].limited(self.limit) for split in SPLITS}
+        pictures = {split: (Lazy(decode, part.items), part.labels) for split, part in parts.items()}
         return Source(classes, self.row.licence, pictures, self.row.note, differences)
 
     @property

@@ -44,6 +44,16 @@ def test_folder_of_splits(cache, tmp_path):
     assert not set(module.train.images[:, 0, 0, 0]) & set(module.val.images[:, 0, 0, 0])
 
 
+def test_a_limit_keeps_every_class_in_its_share(cache, tmp_path):
+    """A listing goes class by class, so its first rows are of one."""
+    tree(tmp_path / "d")
+    whole, few = folder(tmp_path / "d"), folder(tmp_path / "d", limit=6)
+    for split in ("train", "val", "test"):
+        part = getattr(few, split)
+        assert part.labels.tolist() == [0] * 3 + [1] * 3
+        assert set(part.images[:, 0, 0, 0].tolist()) <= set(getattr(whole, split).images[:, 0, 0, 0].tolist())
+
+
 def test_folder_of_classes_is_cut_by_seed(cache, tmp_path):
     tree(tmp_path, splits=["d"])
     parts = [folder(tmp_path / "d", seed=seed) for seed in (0, 0, 1)]
