@@ -8,7 +8,6 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
@@ -71,12 +70,9 @@ def cli() -> int:
 
 
 def going_on() -> str:
-    """How a run or a sweep that was stopped goes on."""
-    if not HydraConfig.initialized():
-        return "nothing had begun"
-    hydra = HydraConfig.get()
-    key, folder = ("sweep", hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else ("run", hydra.run.dir)
-    return f"the same command with hydra.{key}.dir={folder} goes on"
+    """How a run or a sweep that was stopped goes on. A sweep has said its folder, and Hydra has forgotten it."""
+    folder = f"hydra.run.dir={HydraConfig.get().run.dir}" if HydraConfig.initialized() else "the same folder"
+    return f"the same command with {folder} goes on"
 
 
 def raised_by_hydra(error: Exception) -> bool:
