@@ -115,7 +115,8 @@ class TrainingState(Checkpoint):
         """Takes the signals, and remembers the handlers that were there before."""
         trainer.should_stop = self.stopped
         if threading.current_thread() is threading.main_thread():
-            stops = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+            stops = [signal.SIGTERM, signal.SIGUSR2]
+            stops += [signal.SIGINT] * (signal.getsignal(signal.SIGINT) != signal.SIG_IGN)  # nohup ignores it
             self.handlers = {number: signal.signal(number, self.note) for number in stops}
 
     def note(self, number: int, _) -> None:
