@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from recombine.data.base import SPLITS
 from recombine.data.sampling import stratified
 from recombine.data.vision.base import VisionData
-from recombine.data.vision.source import Lazy, Part, Source, decode
+from recombine.data.vision.source import Part, Source, decoded
 from recombine.errors import UsageError
 from recombine.runtime.kinds import Place, Word
 
@@ -103,8 +102,7 @@ class Folder(VisionData):
 
     def source(self) -> Source:
         classes, parts = self.listing()
-        parts = {split: parts[split].limited(self.limit) for split in SPLITS}
-        return Source(classes, "the user's own", {s: (Lazy(decode, p.items), p.labels) for s, p in parts.items()})
+        return Source(classes, "the user's own", decoded(parts, self.limit))
 
 
 def lists(root: Path, count: int | None) -> Listing:

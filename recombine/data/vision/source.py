@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,3 +91,9 @@ def decode(item: Path | tuple[str, bytes], upright: bool = False) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on bad files
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise UsageError(f"cannot read the picture {where}: {reason}; replace or remove it") from error
+
+
+def decoded(parts: Mapping[str, Part], limit: int | None) -> dict[str, tuple[Lazy, np.ndarray]]:
+    """The splits of a `Source`, decoded when they are read; of each at most so many, as `Part.limited` chooses them."""
+    parts = {split: parts[split].limited(limit) for split in SIZES}
+    return {split: (Lazy(decode, part.items), part.labels) for split, part in parts.items()}

@@ -20,12 +20,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from recombine.data import hub
-from recombine.data.base import SPLITS, require_known
+from recombine.data.base import require_known
 from recombine.data.sampling import cut_sizes, shuffled, stratified
 from recombine.data.vision import parquet
 from recombine.data.vision.base import VisionData
 from recombine.data.vision.folder import OFFICIAL, is_tree, splits, stamp
-from recombine.data.vision.source import Lazy, Part, Source, decode, join
+from recombine.data.vision.source import Part, Source, decoded, join
 from recombine.errors import UsageError
 from recombine.runtime.kinds import Name, Place, Word
 
@@ -232,9 +232,7 @@ class Suite(VisionData):
 
     def source(self) -> Source:
         classes, parts, _, differences = self.listing()
-        parts = {split: parts[split].limited(self.limit) for split in SPLITS}
-        pictures = {split: (Lazy(decode, part.items), part.labels) for split, part in parts.items()}
-        return Source(classes, self.row.licence, pictures, self.row.note, differences)
+        return Source(classes, self.row.licence, decoded(parts, self.limit), self.row.note, differences)
 
     @property
     def info(self) -> dict[str, Any]:
