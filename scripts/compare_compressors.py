@@ -72,7 +72,7 @@ def main() -> None:
     original, module, cfg = prepare(args)
     head = linear_probe.fit(original, module)
     head.init_head(roles.output_layer(original))
-    roles.find(original, tuple(ROLES))  # the same layers for every method
+    roles.split_fused(original, tuple(ROLES))  # the same layers for every method
     sites = [Site(n, r, original.get_submodule(n)) for n, r in roles.find(original, tuple(ROLES)).items()]
     order = torch.randperm(len(module.train), generator=torch.Generator().manual_seed(cfg.seed))[
         : args.samples
