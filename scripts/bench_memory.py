@@ -86,7 +86,7 @@ def measured(words: list[str]) -> tuple[int, float] | None:
     said = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
-        print(f"failed: {said.decode().strip().splitlines()[-1]}", flush=True)
+        print(f"failed: {(said.decode().strip() or f'status {status}').splitlines()[-1]}", flush=True)
         return None
     scale = 1 if sys.platform == "darwin" else 1024
     return usage.ru_maxrss * scale, usage.ru_utime + usage.ru_stime

@@ -36,8 +36,9 @@ def make_up(formats: Sequence[str], out: Path, result: Result) -> None:
     """
     if not (missing := results.missing_exports(formats, result)):
         return
-    file = out / Path(result.get("checkpoint") or "-").name
-    if not file.is_file():
+    named = Path(result.get("checkpoint") or "-")
+    file = next(filter(Path.is_file, (out / named.name, named)), None)  # of stage=evaluate it lies elsewhere
+    if file is None:
         raise UsageError(
             f"export={','.join(missing)}: {out} holds no checkpoint to write it from; start another folder"
         )
