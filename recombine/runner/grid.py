@@ -48,6 +48,7 @@ class Experiment:
     name: str
     config: DictConfig
     overrides: tuple[str, ...] = ()  # further ones, which every cell gets
+    composed: bool = True  # the config has what it chooses of other groups too; else its own files alone
 
     @cached_property
     def grid(self) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def read(name: str) -> Experiment:
         raise UsageError(f"experiment={name}: there is none in conf/experiment")
     for key in ("grid", "report", "only"):
         own.setdefault(key, None)
-    return Experiment(name, own)
+    return Experiment(name, own, composed=False)
 
 
 def jobs(config: DictConfig, arguments: Sequence[str]) -> list[list[str]]:

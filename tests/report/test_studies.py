@@ -131,7 +131,8 @@ def test_a_page_over_the_evidence_draws_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["start", "offline/cersa_tab07_09", "offline/crisp_tab02", "jactus/vision", "cersa/tab08"]
+    "name",
+    ["start", "offline/cersa_tab07_09", "offline/crisp_tab02", "offline/jactus_fig03", "jactus/vision", "cersa/tab08"],
 )
 def test_an_experiment_read_without_hydra_is_the_composed_one(name):
     light, full = grid.read(name), grid.load(name)
