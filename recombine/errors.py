@@ -1,9 +1,11 @@
 """The one exception that users see, and how all errors that a user can mend become one line."""
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -55,10 +57,14 @@ def one_line(error: BaseException, overrides: Iterable[str] = ()) -> str:
         return f"{match[1]}: {str(error.__cause__).splitlines()[0]}; give it a value of its own kind"
     if match := SWEPT.fullmatch(text):
         key, value = match.groups()
-        text = value.replace("'", "")
-        fix = f"as a sweep say -m, as a list {key}=[{value}], as a text '{key}=\"{text}\"'"
+        fix = f"as a sweep say -m, as a list {shlex.quote(f'{key}=[{value}]')}, as a text {as_text(key, value)}"
         return f"{key}={value}: several values; {fix}"
     return text
+
+
+def as_text(key: str, value: str) -> str:
+    """The word for a shell that gives a key this value as one text, whatever is in it."""
+    return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
 
 
 def keys_of(overrides: Iterable[str], value: str) -> Iterator[str]:

@@ -10,7 +10,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from recombine.errors import UsageError, unknown_key
-from recombine.runner.arguments import options, parse
+from recombine.runner.arguments import options
+from recombine.runner.quoting import parse
 from recombine.runtime import help
 from recombine.runtime.conf import CONF
 

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import run
 from helpers import TINY, refusal
 from helpers.command import line
-from recombine.runner import arguments, grid, override_lines, typed_keys
+from recombine.runner import arguments, grid, override_lines, quoting, typed_keys
 from recombine.runtime import help
 
 
@@ -28,7 +28,7 @@ def value(override: str):
     ],
 )
 def test_names_of_folders_are_what_was_typed(typed):
-    read = arguments.readable(f"data.root={typed}")
+    read = quoting.readable(f"data.root={typed}")
     assert value(read) == typed
 
 
@@ -40,20 +40,34 @@ def test_names_of_folders_are_what_was_typed(typed):
     ],
 )
 def test_what_hydra_reads_is_left_alone(typed):
-    assert arguments.readable(typed) == typed
+    assert quoting.readable(typed) == typed
 
 
 def test_each_part_of_a_sweep_is_quoted_by_itself():
-    assert override_lines.values(arguments.readable("data.root=/a/日本,plain,/b c/(2)")) == [
+    assert override_lines.values(quoting.readable("data.root=/a/日本,plain,/b c/(2)")) == [
         'data.root="/a/日本"', "data.root=plain", 'data.root="/b c/(2)"',
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ('"/a,b",/日本', ["/a,b", "/日本"]),
+        ("/日本,'it\\'s, here',(1)", ["/日本", "it's, here", "(1)"]),
+        ("[q,v],é", [["q", "v"], "é"]),
+        ('"日,本",é', ["日,本", "é"]),
+    ],
+)
+def test_commas_in_what_is_quoted_divide_nothing(typed, meant):
+    read = quoting.readable(f"data.root={typed}")
+    assert [value(line) for line in override_lines.values(read)] == meant
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/anna")
     for typed in ("data.root=~/x", "data.root='~/x'"):
-        assert value(arguments.readable(typed)) == "/home/anna/x"
-    assert value(arguments.readable("data.root=~")) == "/home/anna" and value(arguments.readable("a=b~c")) == "b~c"
+        assert value(quoting.readable(typed)) == "/home/anna/x"
+    assert value(quoting.readable("data.root=~")) == "/home/anna" and value(quoting.readable("a=b~c")) == "b~c"
 
 
 @pytest.mark.parametrize(
@@ -61,6 +75,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     [
         ("seed=choice(0,1", ["still open", "seed=choice(0,1"]),
         ("method.targets=[q,v", ["still open", "'method.targets=\"[q,v\"'"]),
+        ('a=[q,"v', ['cannot be read at "v', r"""'a="[q,\"v"'"""]),
         ("logger.tags=[ä]", ["cannot be read at ä", "quote each text"]),
         ("seed=chioce(0,1)", ["no function chioce", "did you mean choice?"]),
         ("method", ["say method=..."]),
@@ -69,7 +84,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     ],
 )
 def test_what_cannot_be_read_says_where_and_the_fix(typed, words):
-    said = refusal(arguments.readable, typed)
+    said = refusal(quoting.readable, typed)
     assert all(word in said for word in words), said
 
 
@@ -157,6 +172,9 @@ def test_hydras_advice_to_add_a_key_is_gone(capsys, monkeypatch, tmp_path):
     said = line(capsys, monkeypatch, tmp_path, "optim.momentum=0.9")
     assert "no such key" in said and "+optim" not in said
     assert "several values; as a sweep say -m" in line(capsys, monkeypatch, tmp_path, "seed=0,1")
+    said = line(capsys, monkeypatch, tmp_path, "data.root='/a,b',c")
+    as_list, as_text = (shlex.split(said.partition(words)[2])[0].rstrip(",") for words in ("as a list ", "as a text "))
+    assert value(as_list) == ["/a,b", "c"] and value(as_text) == "'/a,b',c"
     assert "could not be converted to Integer" in line(
         capsys, monkeypatch, tmp_path, "hydra/sweeper=search", "hydra.sweeper.n_jobs=x"
     )
