@@ -1,8 +1,9 @@
-"""What a layer has beside its weights and keeps when it is replaced: hooks, its class, and the places it stands in."""
+"""What a layer has beside its weights and keeps when it is replaced: hooks, its class, and the places it stands in.
+And functions that stand for modules for a while."""
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -85,3 +86,18 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
         hooks.update(vars(new)[table])
         vars(old)[table], vars(new)[table] = OrderedDict(stay), hooks
         new._is_full_backward_hook = old._is_full_backward_hook
+
+
+@contextmanager
+def standing_for(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Until the block ends, each function is called in the place of its module's forward; hooks run as before."""
+    own = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, before in own.items():
+            vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before

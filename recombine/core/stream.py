@@ -11,7 +11,7 @@ The statistics are those of `calibration.collect`.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recombine.core.calibration import Losses, Sums, capture_attention_mask, eval_frozen, need_graph
 from recombine.core.kept import Kept
 from recombine.core.layer_statistics import BACKWARD, Stats
+from recombine.core.places import standing_for
 from recombine.core.sites import Site
 from recombine.runtime import progress
 from recombine.runtime.mapped import release
@@ -91,19 +92,9 @@ class Chain:
                 if cached:
                     config.use_cache = cached
 
-    @contextmanager
-    def through(self, forward: Callable) -> Iterator[None]:
+    def through(self, forward: Callable) -> AbstractContextManager[None]:
         """Calls forward(index, *args, **kwargs) in the place of each block."""
-        own = [vars(block).get("forward") for block in self.blocks]
-        try:
-            for index, block in enumerate(self.blocks):
-                block.forward = partial(forward, index)
-            yield
-        finally:
-            for block, before in zip(self.blocks, own, strict=True):
-                del block.forward
-                if before is not None:
-                    block.forward = before
+        return standing_for({block: partial(forward, index) for index, block in enumerate(self.blocks)})
 
     def record(self, mask: list[Tensor | None], index: int, *args, **kwargs):
         """What stands for a block in the first run: hands on its input."""

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from recombine.core.places import standing_for
 from recombine.errors import UsageError, did_you_mean
 from recombine.models import roles
 from recombine.models.recompute import recompute
@@ -92,16 +93,9 @@ def compiled(model: nn.Module, backend: str | Callable) -> Iterator[None]:
     Blocks of the same shapes share what is compiled. Others are compiled anew, beyond torch's limit of eight too.
     """
     blocks = roles.blocks(model) or [model]
-    before = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = where_it_trains(block, backend, limit=8 + SHAPES * len(blocks))
-    try:
+    limit = 8 + SHAPES * len(blocks)
+    with standing_for({block: where_it_trains(block, backend, limit) for block in blocks}):
         yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
 
 
 def where_it_trains(block: nn.Module, backend: str | Callable, limit: int) -> Callable:

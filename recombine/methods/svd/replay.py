@@ -1,12 +1,13 @@
 """Runs a model again from the first block that differs: the blocks before it give what they gave."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from recombine.core.places import standing_for
 from recombine.core.sites import block_of
 from recombine.models import roles
 
@@ -58,20 +59,9 @@ class Replay:
         self.given.clear()
         self.noting, self.twice, self.held = True, False, 0
 
-    @contextmanager
-    def skipping(self, changed: Sequence[str]) -> Iterator[None]:
+    def skipping(self, changed: Sequence[str]) -> AbstractContextManager[None]:
         """Leaves out the blocks that ran before the first one that holds a changed layer. changed: module names."""
-        skipped = [self.blocks[i] for i in self.before(changed)]
-        own = [vars(block).get("forward") for block in skipped]
-        for block, index in zip(skipped, self.given, strict=False):
-            block.forward = partial(again, self.given[index][0])
-        try:
-            yield
-        finally:
-            for block, forward in zip(skipped, own, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
+        return standing_for({self.blocks[i]: partial(again, self.given[i][0]) for i in self.before(changed)})
 
     def before(self, changed: Sequence[str]) -> list[int]:
         """The indices of the blocks that may be left out, in the order in which they ran."""
