@@ -120,6 +120,19 @@ def missing_exports(asked: str | Sequence[str] | None, result: Result) -> list[s
     return [name for name in asked if name not in result.get("exports", {})]
 
 
+def checkpoint_file(folder: Path, result: Mapping[str, Any]) -> Path | None:
+    """The file of the model that a run in this folder scored; None: it is in none.
+
+    stage=evaluate names a file elsewhere. The bits that it is asked for are of the model in memory alone.
+    """
+    config = result.get("config") or {}
+    bits = [(config.get(group) or {}).get("bits") for group in ("stage", "quantize")]
+    if not result.get("checkpoint") or (result.get("stage") == "evaluate" and any(bits)):
+        return None
+    named = Path(result["checkpoint"])
+    return next(filter(Path.is_file, (folder / named.name, named)), None)
+
+
 def different(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(key, value there, value here) of two canonical configurations, of the keys that both have or LATER knows."""
     for key in there.keys() & here.keys() | LATER.keys() & (there.keys() ^ here.keys()):

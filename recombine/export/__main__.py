@@ -14,6 +14,7 @@ from typing import Any
 import recombine
 from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.export.folder import FORMATS, check, export
+from recombine.results import checkpoint_file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,8 +53,10 @@ def found(source: Path) -> tuple[Path, dict[str, Any] | None]:
     run = result(source)
     if run is None or not run.get("checkpoint"):
         raise UsageError(f"{source}: holds no result.json that names a checkpoint; name the folder of a finished run")
-    own = source / Path(run["checkpoint"]).name  # of stage=evaluate it lies elsewhere
-    return own if own.is_file() else Path(run["checkpoint"]), run
+    if (file := checkpoint_file(source, run)) is None:
+        where = f"{run['checkpoint']} is not there, or not in the bits of the run"
+        raise UsageError(f"{source}: no file holds its model ({where}); run it in a new folder with export=FORMAT")
+    return file, run
 
 
 def result(folder: Path) -> dict[str, Any] | None:

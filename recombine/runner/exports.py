@@ -36,9 +36,7 @@ def make_up(formats: Sequence[str], out: Path, result: Result) -> None:
     """
     if not (missing := results.missing_exports(formats, result)):
         return
-    named = Path(result.get("checkpoint") or "-")
-    file = next(filter(Path.is_file, (out / named.name, named)), None)  # of stage=evaluate it lies elsewhere
-    if file is None:
+    if (file := results.checkpoint_file(out, result)) is None:
         raise UsageError(
             f"export={','.join(missing)}: {out} holds no checkpoint to write it from; start another folder"
         )

@@ -145,10 +145,16 @@ def test_a_run_ends_with_its_folders_and_the_command_writes_them_too(tmp_path, c
     (tmp_path / "run/result.json").write_text(json.dumps(result))
     result = execute(tmp_path / "run", *keys, "export=[hf,dense]")
     assert (tmp_path / "run/dense/config.json").is_file() and set(result["exports"]) == {"hf", "dense", "torch"}
-    evaluated = execute(tmp_path / "scored", *keys[-1:], "stage=evaluate", f"stage.checkpoint={result['checkpoint']}")
+    scoring = [*keys[-1:], "stage=evaluate", f"stage.checkpoint={result['checkpoint']}"]
+    evaluated = execute(tmp_path / "scored", *scoring)
     assert evaluated["checkpoint"] == result["checkpoint"]
     assert command.main([str(tmp_path / "scored"), "--to", "torch", "--out", str(tmp_path / "of_scored")]) == 0
-    capsys.readouterr()
+    evaluated = execute(tmp_path / "scored", *scoring, "export=torch")
+    assert evaluated["exports"] == {"torch": str(tmp_path / "scored" / "torch")}
+    evaluated["config"]["stage"]["bits"] = 8  # then the file does not hold what was scored
+    (tmp_path / "scored/result.json").write_text(json.dumps(evaluated))
+    assert command.main([str(tmp_path / "scored"), "--to", "hf"]) == 2
+    assert "no file holds its model" in capsys.readouterr().err
     text = (tmp_path / "run/hf/README.md").read_text()
     assert result["command"] in text and f"| test | {result['metric']} |" in text and result["data"]["licence"] in text
     run, x = str(tmp_path / "run"), torch.randn(2, 3, 32, 32)
