@@ -81,7 +81,7 @@ def save(report: Report) -> list[Path]:
 
     texts = {
         RUNS: records.dump(report.runs.records),
-        CONFIG: results.dumps(records.common(report.experiment), indent=1, ensure_ascii=False) + "\n",
+        CONFIG: results.dumps(records.common(report.experiment)[0], indent=1, ensure_ascii=False) + "\n",
         "table.md": render.markdown(report.table),
         "table.tex": render.latex(report.table),
         "table.csv": render.as_csv(report.table),

@@ -104,7 +104,8 @@ class Paper:
         """The lines that have these values."""
         if unknown := wanted.keys() - self.lines[0].keys():
             raise UsageError(f"report.paper: {self.spec['file']} has no column {unknown.pop()}")
-        return [line for line in self.lines if all(line[key] == str(value) for key, value in wanted.items())]
+        asked = {key: str(value) for key, value in wanted.items()}.items()
+        return [line for line in self.lines if asked <= line.items()]
 
     def single(self, numbers: list[Number | None], what: str) -> Number | None:
         """The only number; None where there is none."""

@@ -75,8 +75,7 @@ def read(experiment: Experiment) -> Runs:
         UsageError: a committed file is not readable.
     """
     kept = {record["cell"]: record for record in lines(EVIDENCE / experiment.name / RUNS)}
-    now, then = common(experiment), committed_config(EVIDENCE / experiment.name / CONFIG)
-    free = left_open(experiment)
+    then, (now, free) = committed_config(EVIDENCE / experiment.name / CONFIG), common(experiment)
     records, failed, unread, other = [], {}, {}, {}
     for cell in experiment.cells:
         name = cell.folder
@@ -120,17 +119,16 @@ def result_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     raise UsageError(f"{path}: not a readable result ({' '.join(what.split())[:200]}); move it away")
 
 
-def common(experiment: Experiment) -> dict[str, Any]:
-    """What the experiment itself configures, as flat keys: without what its cells set and what follows from that."""
-    free = left_open(experiment)
-    return {key: value for key, value in own_settings(experiment).items() if not under(key, free)}
+def common(experiment: Experiment) -> tuple[dict[str, Any], set[str]]:
+    """(What the experiment itself configures, as flat keys; the keys that are no part of that).
 
-
-def left_open(experiment: Experiment) -> set[str]:
-    """The keys that the cells of an experiment set, those that follow from others, and those that change no number."""
+    Those are the keys that the cells set, those that follow from others, and those that change no number.
+    """
+    own = own_settings(experiment)
     cells = {key_of(line).rpartition("@")[2] for cell in experiment.cells for line in cell.overrides}
-    follow = {key for key, value in own_settings(experiment).items() if isinstance(value, str) and "${" in value}
-    return {"experiment", *results.ELSEWHERE, *cells, *follow}
+    follow = {key for key, value in own.items() if isinstance(value, str) and "${" in value}
+    free = {"experiment", *results.ELSEWHERE, *cells, *follow}
+    return {key: value for key, value in own.items() if not under(key, free)}, free
 
 
 def own_settings(experiment: Experiment) -> dict[str, Any]:

@@ -2,12 +2,22 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 
 from recombine.errors import UsageError
 
 CONF = Path(__file__).parents[2] / "conf"  # beside the package in a clone; no part of a wheel
+
+
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Values as OmegaConf reads them, 1e-3 as a number, by libyaml where PyYAML has it."""
+
+
+Loader.yaml_implicit_resolvers = get_yaml_loader().yaml_implicit_resolvers
 
 
 def need_clone(what: str) -> None:
@@ -44,14 +54,14 @@ def parts(group: str, name: str) -> list[Path]:
     return files if path in files else [*files, path]
 
 
-def read(path: Path) -> DictConfig:
+def read(path: Path) -> dict[str, Any]:
     """A YAML file as it stands; read again only once it has changed. The caller does not change it."""
     return _read(path, path.stat().st_mtime_ns)
 
 
 @cache
-def _read(path: Path, changed: int) -> DictConfig:
-    return OmegaConf.load(path)
+def _read(path: Path, changed: int) -> dict[str, Any]:
+    return yaml.load(path.read_text(encoding="utf-8"), Loader) or {}
 
 
 def load(group: str, name: str) -> dict | None:
@@ -68,6 +78,19 @@ def merged(group: str, name: str) -> DictConfig | None:
     """A choice as OmegaConf has it, interpolations and all; None: there is no such file."""
     if not (files := parts(group, name)):
         return None
-    found = OmegaConf.merge(*map(read, files))
+    found: dict[str, Any] = {}
+    for path in files:
+        lay_over(found, read(path))
     found.pop("defaults", None)
-    return found
+    return OmegaConf.create(found)
+
+
+def lay_over(under: dict[str, Any], over: dict[str, Any]) -> None:
+    """Merges a dict into another as OmegaConf does, in a fraction of its time: lists are replaced."""
+    for key, value in over.items():
+        if isinstance(value, dict):
+            if not isinstance(under.get(key), dict):
+                under[key] = {}
+            lay_over(under[key], value)
+        elif value != "???" or key not in under:
+            under[key] = value

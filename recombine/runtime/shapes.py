@@ -16,6 +16,8 @@ def first_wrong(value: Any, kind: Any, required: Collection[str] = (), path: str
         required: the only keys that must be there, at whatever depth: older versions lacked some.
         path: what the value is called.
     """
+    if type(value) in plain(kind):
+        return None
     if is_typeddict(kind):
         if not isinstance(value, dict):
             return f"{path} is no group of keys"
@@ -30,8 +32,18 @@ def first_wrong(value: Any, kind: Any, required: Collection[str] = (), path: str
         tried = [first_wrong(value, one, required, path) for one in inner]
         return None if None in tried else tried[0]
     if origin in (dict, list) and isinstance(value, origin):
+        if set(map(type, value.values() if origin is dict else value)) <= plain(inner[-1]):
+            return None
         pairs = value.items() if origin is dict else enumerate(value)
         return next(filter(None, (first_wrong(one, inner[-1], required, f"{path}.{key}") for key, one in pairs)), None)
     kinds = (int, float) if kind is float else (origin or kind,)
     fits = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
     return None if fits else f"{path} is no {getattr(origin or kind, '__name__', kind)}"
+
+
+@cache
+def plain(kind: Any) -> frozenset[type]:
+    """The types whose every value fits, found without a look into it: of float these are int and float."""
+    if get_origin(kind) is types.UnionType:
+        return frozenset().union(*map(plain, get_args(kind)))
+    return frozenset({float: (int, float)}.get(kind, [kind] if kind in (int, str, bool, types.NoneType) else []))
