@@ -42,7 +42,9 @@ def number_ticks(ax: Axes, log: bool, places: Mapping[str, float] | None) -> Non
         ax.set_xticks(list(places.values()), list(places))
         ax.xaxis.set_minor_locator(NullLocator())
         return
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if log else MaxNLocator(nbins=6, steps=(1, 2, 2.5, 5, 10)))
+    low, high = ax.get_xlim()
+    subs = (1, 2, 5) if high < 1000 * low else (1,)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs) if log else MaxNLocator(nbins=6, steps=(1, 2, 2.5, 5, 10)))
     if log or max(map(abs, ax.get_xlim())) >= 1e4:
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.xaxis.set_minor_formatter(NullFormatter())

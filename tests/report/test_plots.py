@@ -5,7 +5,7 @@ import pytest
 
 from helpers.report_runs import METHODS, SCORES, runs
 from recombine.errors import UsageError
-from recombine.report import plots
+from recombine.report import plot_axes, plots
 from recombine.report.records import Runs
 
 
@@ -89,3 +89,19 @@ def test_a_plot_without_numbers_is_left_out_and_a_wrong_one_refused():
     ):
         with pytest.raises(UsageError, match=why):
             plots.figures({"p": given}, runs())
+
+
+@pytest.mark.parametrize("most", [300, 1e7])
+def test_numbers_below_a_logarithmic_axis_are_apart(most):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 2.6))
+    ax = figure.subplots()
+    ax.set_xscale("log")
+    ax.plot([20, most], [1, 2])
+    plot_axes.number_ticks(ax, True, None)
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+    low, high = ax.bbox.x0, ax.bbox.x1
+    shown = sorted((box for box in boxes if low <= (box.x0 + box.x1) / 2 <= high), key=lambda box: box.x0)
+    assert len(shown) >= 2 and all(a.x1 < b.x0 for a, b in zip(shown, shown[1:], strict=False))
