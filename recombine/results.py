@@ -123,11 +123,11 @@ def missing_exports(asked: str | Sequence[str] | None, result: Result) -> list[s
 def checkpoint_file(folder: Path, result: Mapping[str, Any]) -> Path | None:
     """The file of the model that a run in this folder scored; None: it is in none.
 
-    stage=evaluate names a file elsewhere. The bits that it is asked for are of the model in memory alone.
+    stage=evaluate and sample name a file elsewhere. The bits that they are asked for are of the model in memory alone.
     """
     config = result.get("config") or {}
     bits = [(config.get(group) or {}).get("bits") for group in ("stage", "quantize")]
-    if not result.get("checkpoint") or (result.get("stage") == "evaluate" and any(bits)):
+    if not result.get("checkpoint") or (result.get("stage") in ("evaluate", "sample") and any(bits)):
         return None
     named = Path(result["checkpoint"])
     return next(filter(Path.is_file, (folder / named.name, named)), None)

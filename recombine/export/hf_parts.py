@@ -30,11 +30,12 @@ class Packed(nn.Module):
 
     def value(self, dtype: torch.dtype) -> Tensor:
         """W (out, in)."""
-        codes = self.codes.to(dtype)
+        wide = torch.float32 if dtype == torch.float16 else dtype  # float16 has no place for small scales
+        codes = self.codes.to(wide)
         if self.bits == 4:  # exact, and any format of graphs knows it
             high = (codes / 16).floor()
             codes = torch.stack((codes - 16 * high, high), -1).flatten(1)
-        values = (codes - 2 ** (self.bits - 1)) * self.scale.to(dtype)[:, None]
+        values = ((codes - 2 ** (self.bits - 1)) * self.scale.to(wide)[:, None]).to(dtype)
         return values.flatten()[: self.in_features * self.out_features].view(self.out_features, self.in_features)
 
     @property

@@ -38,7 +38,8 @@ def unpack(codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tenso
     """The values (G, group) of `pack`ed groups."""
     if bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)
-    return codes.to(dtype).sub_(2 ** (bits - 1)).mul_(scale.to(dtype)[:, None])
+    wide = torch.float32 if dtype == torch.float16 else dtype  # float16 has no place for small scales
+    return codes.to(wide).sub_(2 ** (bits - 1)).mul_(scale.to(wide)[:, None]).to(dtype)
 
 
 class Packed(nn.Module):

@@ -169,6 +169,8 @@ def predict(run: RunContext) -> StagePart:
         raise UsageError("stage.rewrite=false: a pair's second needs what the first leaves; set stage.rewrite=true")
     if isinstance(run.method, Full):
         raise UsageError("stage.rewrite=false: counts the target layers, and full trains more; set stage.rewrite=true")
+    if (bits := run.settings.quantize.bits) is not None:
+        raise UsageError(f"quantize.bits={bits}: stage.rewrite=false counts no packed weights; set stage.rewrite=true")
     method = run.method.copy()
     sites = prepare(run.model, method, run.budget, run.losses, run.memory(method))
     cls = type(method)

@@ -27,6 +27,7 @@ def sample(run: RunContext) -> StagePart:
         UsageError: the model does not draw.
     """
     path = load_checkpoint(run)
+    run.quantize()
     return {"test": drawn_scores(run), "checkpoint": path}
 
 

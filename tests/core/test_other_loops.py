@@ -147,6 +147,23 @@ def test_peft_adapts_a_compressed_model(method, tmp_path):
         recombine.peft_config(IA3Config())
 
 
+@pytest.mark.parametrize("method", [None, recombine.Svd(targets=("up", "down"))], ids=["packed", "packed factors"])
+def test_peft_adapts_a_packed_model(method):
+    """A packed layer is an nn.Linear, whose weight peft's own layer would change in vain."""
+    from peft import LoraConfig, get_peft_model
+
+    model = build("tiny_llama").eval()
+    if method is not None:
+        recombine.apply(model, method)
+    x = batch(recombine.quantize(model, 8, 16))
+    before = outputs(model, x)
+    options = {"r": 2, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    adapted = get_peft_model(model, recombine.peft_config(LoraConfig(**options))).eval()
+    after = outputs(adapted, x)
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert torch.allclose(outputs(adapted.merge_and_unload(), x), after, atol=1e-5)
+
+
 def test_torch_compile_around_the_model(tmp_path):
     """What was compiled before the rewriting runs the rewritten model, and is saved, counted and merged through."""
     model = build("tiny_vit")

@@ -153,6 +153,14 @@ def test_small_scales_survive_half_precision():
     assert torch.equal(holder.half().float().weight, before)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-4, 1e-5])
+def test_small_weights_in_half_precision_are_as_exact_as_large_ones(size):
+    weight = (size * torch.randn(64, 64)).half()
+    found = Packed.of(weight, 8, 64).value()
+    assert found.dtype == torch.float16
+    assert (found.float() - weight.float()).norm() < 0.01 * weight.float().norm()
+
+
 def test_casts_and_autocast():
     layer, _ = packed(layers()["linear"], 4)
     x = torch.randn(4, 24)

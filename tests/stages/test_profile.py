@@ -58,6 +58,7 @@ def test_the_closed_form_is_the_account_of_the_rewritten_model(tmp_path, method)
     "wrong, why",
     [
         (["method=full", "stage.rewrite=false"], "full trains more"),
+        (["method=svd", "quantize.bits=8", "stage.rewrite=false"], "counts no packed weights"),
         (["method@compressor=svd", "method=lora", "stage.rewrite=false"], "a pair's second"),
         (["stage.reference.name=lorra"], "stage.reference.name=lorra"),
     ],

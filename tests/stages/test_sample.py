@@ -60,6 +60,11 @@ def test_a_subject_is_learnt_and_drawn(method, tiny, tmp_path, own_cache):
     for file in again["pictures"]["a photo of sks cat"]:
         one, two = (np.asarray(Image.open(tmp_path / run / file), np.int64) for run in ("run", "again"))
         assert abs(one - two).max() <= 1
+    if method == "full":
+        keys = ["stage=sample", f"stage.checkpoint={result['checkpoint']}", "quantize.bits=4", *DRAW]
+        packed = execute(tmp_path / "packed", *tiny, *keys)
+        assert packed["quantized"]["bits"] == 4
+        assert packed["account"]["bytes_weights"] < 0.8 * again["account"]["bytes_weights"]
 
 
 def test_a_compressor_sees_denoising_losses(tiny, tmp_path):

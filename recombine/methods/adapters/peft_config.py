@@ -3,14 +3,15 @@
 from typing import Any
 
 from recombine.errors import UsageError
-from recombine.layers import RecombinedLinear
+from recombine.layers import PackedLinear, RecombinedLinear
 
 
 def peft_config(config: Any) -> Any:
     """Lets peft find recombined layers: get_peft_model(model, recombine.peft_config(LoraConfig(...))).
 
     peft knows no layer of ours and would say that no target module is supported. Its adapters train beside frozen
-    factors, and `merge_and_unload` leaves ordinary dense layers.
+    factors, and `merge_and_unload` leaves ordinary dense layers. A packed layer (`recombine.quantize`) is an nn.Linear, so
+    peft would take it as one and lose the adapter when it merges.
 
     Args:
         config: a peft.LoraConfig.
@@ -25,5 +26,5 @@ def peft_config(config: Any) -> Any:
         raise UsageError(f"peft_config: {type(config).__name__} cannot be taught new layers; give a peft.LoraConfig")
     from recombine.layers.peft_lora import RecombinedLora
 
-    config._register_custom_module({RecombinedLinear: RecombinedLora})
+    config._register_custom_module({RecombinedLinear: RecombinedLora, PackedLinear: RecombinedLora})
     return config

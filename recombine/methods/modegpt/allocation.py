@@ -58,8 +58,9 @@ def sparsities(scores: Tensor, weights: Tensor, cut: float, smoothing: float, mo
     """
     if cut >= most:
         return torch.full_like(weights, cut)
-    share, full = (-scores / smoothing).softmax(0), torch.zeros_like(weights, dtype=torch.bool)
+    full = torch.zeros_like(weights, dtype=torch.bool)
     while True:
+        share = (-scores / smoothing).masked_fill(full, -torch.inf).softmax(0)  # of the rest: all of it may underflow
         left = cut * weights.sum() - most * weights[full].sum()
         lost = share * left / (weights * share)[~full].sum()
         lost[full] = most

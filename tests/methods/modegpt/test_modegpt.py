@@ -249,6 +249,8 @@ def test_sparsities_follow_the_softmax_up_to_a_limit():
     uneven = torch.tensor([1.0, 3.0, 2.0, 5.0]).double()
     assert (sparsities(scores, uneven, 0.5, 0.1, 0.8) * uneven).sum() / 11 == pytest.approx(0.5)
     assert torch.equal(sparsities(scores, weights, 0.9, 0.1, 0.8), torch.full((4,), 0.9, dtype=torch.float64))
+    steep = sparsities(scores, weights, 0.5, 1e-4, 0.8)  # all but the first underflow in one softmax
+    assert torch.allclose(steep, torch.tensor([0.8, 0.4, 0.8, 0.0]).double())
 
 
 @pytest.mark.parametrize("arch", ["tiny_swin", "tiny_llama"])
