@@ -10,8 +10,8 @@ def peft_config(config: Any) -> Any:
     """Lets peft find recombined layers: get_peft_model(model, recombine.peft_config(LoraConfig(...))).
 
     peft knows no layer of ours and would say that no target module is supported. Its adapters train beside frozen
-    factors, and `merge_and_unload` leaves ordinary dense layers. A packed layer (`recombine.quantize`) is an nn.Linear, so
-    peft would take it as one and lose the adapter when it merges.
+    factors, and `merge_and_unload` leaves ordinary dense layers. A packed layer (`recombine.quantize`) is an nn.Linear,
+    so peft alone would take it as one and lose the adapter when it merges.
 
     Args:
         config: a peft.LoraConfig.
