@@ -119,7 +119,9 @@ def launch(cfg: DictConfig, out: Path, count: int) -> float:
 
     handlers = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR2)}
+        numbers = [signal.SIGTERM, signal.SIGUSR2]
+        numbers += [signal.SIGINT] * (signal.getsignal(signal.SIGINT) != signal.SIG_IGN)  # nohup ignores it
+        handlers = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         for r in range(count):
             ranks.append(start_rank(r, out, common))
@@ -134,6 +136,8 @@ def launch(cfg: DictConfig, out: Path, count: int) -> float:
     if told:
         if told[0] == signal.SIGUSR2 and callable(handlers[told[0]]):
             handlers[told[0]](told[0], None)  # submitit's: queues the job again
+        if told[0] == signal.SIGINT:
+            raise KeyboardInterrupt  # run.py says how it goes on
         raise SystemExit(128 + told[0])
     return collect_results(folder, codes)
 
@@ -159,7 +163,7 @@ def start_rank(r: int, out: Path, common: dict[str, str]) -> subprocess.Popen:
     with nullcontext() if r == 0 else (out / f"rank{r}.log").open("a") as log:
         command = [sys.executable, "-m", "recombine.runner.ranks", str(out)]
         env = common | {"LOCAL_RANK": str(r), distributed.REPORT: str(report)}
-        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log, process_group=0)
 
 
 def end_together(ranks: list[subprocess.Popen]) -> list[int | None]:
@@ -200,6 +204,8 @@ def work(out: Path) -> None:
         HydraConfig.instance().cfg = OmegaConf.load(folder / "hydra.yaml")
     try:
         value = main(OmegaConf.load(folder / "config.yaml"), out)
+    except KeyboardInterrupt:  # before or after a training, which leaves a state first
+        os._exit(128 + signal.SIGINT)
     except Exception as error:
         trace = None if isinstance(error, EXPECTED) else traceback.format_exc()
         report.write_text(json.dumps({"error": one_line(error), "trace": trace, "time": time.time()}))

@@ -7,7 +7,6 @@ import sys
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 
 from recombine.core import adapters, checkpoint
@@ -18,7 +17,7 @@ from recombine.result_schema import StagePart
 from recombine.stages.context import RunContext
 from recombine.stages.sample import drawn_scores
 from recombine.training import distributed, engine, finite
-from recombine.training.callbacks import Bars, Curves, Epochs, KeepBest
+from recombine.training.callbacks import Bars, Curves, Epochs, KeepBest, Patience
 from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Objective
 from recombine.training.resume import TrainingState, loop_position
@@ -94,7 +93,7 @@ def fit(
     return lit, best
 
 
-def early_stopping(run: RunContext, monitor: str, mode: str) -> list[EarlyStopping]:
+def early_stopping(run: RunContext, monitor: str, mode: str) -> list[Patience]:
     """The callback that `trainer.patience` asks for, if it does."""
     patience = run.settings.trainer.patience
     if patience and run.data.val is None:
@@ -102,7 +101,7 @@ def early_stopping(run: RunContext, monitor: str, mode: str) -> list[EarlyStoppi
             f"trainer.patience={patience}: without validation data nothing says when to stop; "
             "set trainer.patience=null, or data.select=val"
         )
-    return [EarlyStopping(monitor, mode=mode, patience=patience, check_finite=False)] if patience else []
+    return [Patience(monitor, mode=mode, patience=patience, check_finite=False)] if patience else []
 
 
 def validate(run: RunContext, lit: LitRecombine) -> dict[str, float]:

@@ -5,8 +5,8 @@ import sys
 import time
 
 import torch
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from torch import nn
+from lightning.pytorch.callbacks import Callback, EarlyStopping, TQDMProgressBar
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from recombine.core import checkpoint
@@ -132,6 +132,14 @@ class Bars(TQDMProgressBar):
         return {key: f"{value:.3g}" for key, value in shown.items()}
 
 
+class Patience(EarlyStopping):
+    """Stops where validation gets no better. Epochs in which the model has not its final form do not count."""
+
+    def _run_early_stopping_check(self, trainer) -> None:
+        if trainer.lightning_module.is_final_form:
+            super()._run_early_stopping_check(trainer)
+
+
 class KeepBest(Callback):
     """Keeps the weights that validation likes best, in memory and as a checkpoint, and puts them back at the end.
 
@@ -174,7 +182,7 @@ class KeepBest(Callback):
         if isinstance(trainer.strategy, Sharded):  # `adapt.fit` writes the file, of a model that is whole
             self.weights = trained_weights(lit.model)
             return
-        self.weights = {n: p.detach().cpu().clone() for n, p in lit.model.named_parameters() if p.requires_grad}
+        self.weights = {n: t.detach().cpu().clone() for n, t in moving(lit.model).items()}
         if trainer.is_global_zero:
             checkpoint.save(lit.model, self.path, whole=False)
         lit.last_good = str(self.path)
@@ -192,10 +200,10 @@ class KeepBest(Callback):
 
     def restore(self, model: nn.Module) -> None:
         """The kept weights into the model, or into one like it."""
-        parameters = dict(model.named_parameters())
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         with torch.no_grad():
             for name, value in self.weights.items():
-                parameters[name].copy_(value)
+                tensors[name].copy_(value)
 
     def state_dict(self) -> dict:
         """What a training state keeps of the best weights."""
@@ -210,3 +218,10 @@ class KeepBest(Callback):
     def value(self) -> float:
         """The best value of the metric that is monitored; nan where there was no validation."""
         return self.direction * self.best
+
+
+def moving(model: nn.Module) -> dict[str, Tensor]:
+    """What a training may change: the parameters that train, and the buffers that a file holds (BatchNorm's means)."""
+    kept = model.state_dict().keys()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | {name: b for name, b in model.named_buffers() if name in kept}

@@ -99,6 +99,14 @@ class Objective(nn.Module):
         return scores
 
 
+class Balanced(MulticlassAccuracy):
+    """The mean over the classes that occur among the labels; others have no accuracy."""
+
+    def compute(self) -> Tensor:
+        support = self.tp + self.fn
+        return (self.tp / support.clamp(min=1)).sum() / (support > 0).sum()
+
+
 class Classification(Objective):
     """Cross-entropy; accuracy over samples and, where classes are uneven, the mean over classes."""
 
@@ -118,7 +126,7 @@ class Classification(Objective):
         return MetricCollection(
             {
                 "acc": MulticlassAccuracy(self.num_classes, average="micro"),
-                "balanced_acc": MulticlassAccuracy(self.num_classes, average="macro"),
+                "balanced_acc": Balanced(self.num_classes, average="none"),
             }
         )
 

@@ -170,6 +170,24 @@ def test_a_batch_of_several_tasks_trains_each(crisp):
         assert (mixer.grad is not None) == trains
 
 
+def test_adapters_stay_where_they_are_while_a_batch_mixes_them(crisp):
+    folder, base, *_ = crisp
+    model = held(copy.deepcopy(base), folder)
+    before = recombine.set_adapter(model, "task1")(batch(model))
+    with recombine.mixed(model, ["task0", "task1"]):
+        for said in (refusal(recombine.set_adapter, model, "task0"), refusal(recombine.disable_adapters, model)):
+            assert "inside recombine.mixed" in said
+    assert torch.equal(model(batch(model)), before)
+
+
+def test_a_base_keeps_the_bits_of_its_layers_under_an_adapter(crisp):
+    folder, base, *_ = crisp
+    model = copy.deepcopy(base)
+    model.recombined.bits["blocks.0.mlp.fc1"] = 8
+    held(model, folder)
+    assert recombine.set_adapter(model, "task1").recombined.bits == {"blocks.0.mlp.fc1": 8}
+
+
 @torch.no_grad()
 def test_a_cast_base_takes_its_adapters(crisp):
     folder, base, alone, _ = crisp

@@ -63,15 +63,17 @@ def test_two_ranks_are_one(joint, tmp_path):
     assert not (tmp_path / "run" / ".state").exists() and not (tmp_path / "run" / ".ranks").exists()
 
 
-def test_told_to_stop_two_ranks_leave_one_state(tmp_path):
-    """Lightning's own handler would have one rank wait for the other for ever."""
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, 130)])
+def test_told_to_stop_two_ranks_leave_one_state(tmp_path, number, code):
+    """Lightning's own handler would have one rank wait for the other for ever. A terminal's Ctrl-C goes to all."""
     long = ["method=lora", "method.rank=4", "probe=false", "trainer.epochs=900", f"hydra.run.dir={tmp_path}"]
-    told = subprocess.Popen(command(*long, *TWO), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    told = subprocess.Popen(command(*long, *TWO), **pipes)
     until(lambda: list(tmp_path.rglob("best-*.ckpt")), told)
-    told.terminate()
+    os.killpg(told.pid, number)
     said = told.communicate(timeout=LIMIT)[1]
-    assert told.returncode == 128 + signal.SIGTERM
-    step = int(re.search(r"stopped by SIGTERM at step (\d+) of best", said)[1])
+    assert told.returncode == code and "Traceback" not in said
+    step = int(re.search(rf"stopped by {number.name} at step (\d+) of best", said)[1])
     assert list(tmp_path.rglob(f"best-{step:08}-*.ckpt")) and not list(tmp_path.rglob("result.json"))
 
 

@@ -21,6 +21,7 @@ from recombine.stages.adapt import fit
 from recombine.stages.adapt import test as score
 from recombine.stages.context import RunContext
 from recombine.training import finite
+from recombine.training.callbacks import KeepBest, moving
 from recombine.training.distillation import Distillation
 from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Classification
@@ -35,6 +36,30 @@ RATES = {  # the key that the line names first -> what `fit` makes, the optimize
     "stage.distil.lr than 1e+30": ("distilled", {"lr": 1e30}, 1e-3),
     "compressor.lr than 1e+30": ("distilled", {}, 1e30),
 }
+
+
+def test_the_best_weights_come_back_with_their_running_means():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    model(torch.randn(8, 4))
+    best = KeepBest("val/acc", "max", None)
+    best.weights = {name: tensor.clone() for name, tensor in moving(model).items()}
+    x = torch.randn(3, 4)
+    before = model.eval()(x)
+    model.train()(5 + torch.randn(8, 4)).sum().backward()
+    best.restore(model)
+    assert torch.equal(model.eval()(x), before)
+
+
+def test_balanced_accuracy_is_over_the_classes_that_occur():
+    scores = Classification(3).metrics()
+    scores.update(torch.tensor([0, 2, 1, 1]), torch.tensor([0, 0, 1, 1]))
+    assert scores.compute()["balanced_acc"] == 0.75  # class 2 is predicted, and is not there
+
+
+def test_patience_waits_for_the_form_that_is_kept(tmp_path):
+    keys = ["stage=joint", "stage.distil.epochs=4", "trainer.epochs=1", "trainer.patience=1"]
+    result = execute(tmp_path, *keys, "method=pc_lora", "budget=retained_50")
+    assert len(result["distil"]["curves"]["train/loss"]) == 4  # the loss rises while the dense part fades
 
 
 @pytest.fixture(scope="module")

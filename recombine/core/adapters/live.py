@@ -87,6 +87,7 @@ class Live:
     trains: list[nn.Parameter] = field(default_factory=list)
     totals: dict[int, tuple] = field(default_factory=dict)
     parts: dict[tuple, nn.Parameter] = field(default_factory=dict)
+    mixing: bool = False  # inside `mixed`, where no adapter is put on or off
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -163,6 +164,9 @@ def held(model: nn.Module, *names: str) -> tuple[nn.Module, Live]:
 
 def switch(model: nn.Module, live: Live, name: str | None) -> None:
     """Exchanges the adapter that is on for another; None: for the base."""
+    if live.mixing:
+        why = "adapters cannot be loaded, put on or off, or deleted inside recombine.mixed"
+        raise UsageError(f"{why}: end the block first")
     if name == live.active:
         return
     device = next(model.parameters()).device

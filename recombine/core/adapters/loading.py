@@ -103,6 +103,7 @@ def built(path: Path, model: nn.Module, live: Live, meta: dict, tensors: dict[st
         frozen=record.frozen,
         notes=list(record.notes),
         marks={name: meta["own"][name] for name in untouched},
+        bits=dict(record.bits),
     )
     declare_tied(model)
     added, now = [parameters[name] for name in meta["trains"]], tensors_of(model)

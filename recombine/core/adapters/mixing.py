@@ -49,8 +49,10 @@ def mixed(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[nn.Module]
                 before.append((owner, key, owner._modules[key]))
                 layer = MixedLayer(path, [versions[name] for name in names], windowed(inner, path))
                 owner._modules[key] = layer.train(owner.training)
+        live.mixing = True
         yield model
     finally:
+        live.mixing = False
         for owner, key, module in before:
             owner._modules[key] = module
         switch(inner, live, active)
