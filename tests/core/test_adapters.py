@@ -188,6 +188,49 @@ def test_a_base_keeps_the_bits_of_its_layers_under_an_adapter(crisp):
     assert recombine.set_adapter(model, "task1").recombined.bits == {"blocks.0.mlp.fc1": 8}
 
 
+@pytest.mark.parametrize("method", [CASES["crisp"][0], LORA], ids=["crisp", "lora"])
+def test_what_trained_and_was_frozen_again_is_in_the_file(method, tmp_path):
+    base = build("tiny_vit")
+    model = recombine.apply(copy.deepcopy(base), method)
+    kept = copy.deepcopy(model) if method is not LORA else base  # the base that the adapter belongs to
+    norm = moved(model, 0).blocks[1].norm1.weight
+    norm.data.mul_(1.5)
+    norm.requires_grad_(False)
+    for _ in range(2):  # a file more changes nothing
+        path = recombine.save_adapter(model, tmp_path / "adapter")
+    x = batch(base)
+    assert torch.equal(outputs(become(copy.deepcopy(kept), path), x), outputs(model, x))
+
+
+@torch.no_grad()
+def test_buffers_stay_the_newest_where_a_model_moves(tmp_path):
+    """`Module.to` gives modules new buffers, but only those that are on."""
+    base = build("tiny_vit")
+    for block in base.blocks:
+        block.norm1 = torch.nn.Sequential(block.norm1, Running())
+    model = recombine.apply(copy.deepcopy(base), LORA)
+    model.train()(batch(model))
+    model = recombine.load_adapter(copy.deepcopy(base), recombine.save_adapter(moved(model, 0), tmp_path / "a"), "a")
+    turn = {"a": lambda: recombine.set_adapter(model, "a"), None: lambda: recombine.disable_adapters(model)}
+    for name, other in (("a", None), (None, "a"), ("a", None)):
+        turn[name]()
+        model._apply(torch.clone).train()(batch(model))  # what `to` does
+        now = {key: b.clone() for key, b in model.eval().named_buffers()}
+        turn[other]()
+        turn[name]()
+        assert all(torch.equal(b, now[key]) for key, b in model.named_buffers())
+
+
+class Running(torch.nn.BatchNorm1d):
+    """Keeps running means of tokens, as XCiT's convolutions do."""
+
+    def __init__(self):
+        super().__init__(48)
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
 @torch.no_grad()
 def test_a_cast_base_takes_its_adapters(crisp):
     folder, base, alone, _ = crisp

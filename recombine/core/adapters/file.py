@@ -11,7 +11,7 @@ from torch import nn
 from recombine.core.adapters.live import whole
 from recombine.core.checkpoint.metadata import Classes, Count, Identifier, ModuleName, Number, Step, Strict, Word, first
 from recombine.core.checkpoint.saving import described
-from recombine.core.untouched import Mark, probe, total
+from recombine.core.untouched import Mark, forget_changed, probe, total
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runtime import tensor_file
@@ -48,7 +48,8 @@ def save_adapter(model: nn.Module, path: str | Path, labels: Sequence[str] | Non
     """Writes what trained and the head of a recombined model, atomically; returns the path.
 
     Everything else is the base's: the pretrained model where a method added its tensors to it (LoRA, SSF, RoSA), or the
-    model as the method left it (CRISP, CERSA, SVFT, ...), which any `recombine.save` of it keeps.
+    model as the method left it (CRISP, CERSA, SVFT, ...), which any `recombine.save` of it keeps. What trained and was
+    frozen again is in the file.
 
     Args:
         labels: names of the classes, in the order of the head's outputs.
@@ -59,8 +60,10 @@ def save_adapter(model: nn.Module, path: str | Path, labels: Sequence[str] | Non
     model, path = whole(model), Path(path)
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: no method says what an adapter of it holds")
+    forget_changed(model, record)
     head, parameters = head_of(model), dict(model.named_parameters())
-    own = {n: p for n, p in parameters.items() if not (p.requires_grad or n in record.trainable or id(p) in head)}
+    trained = record.trainable | (record.marks.keys() - record.untouched)
+    own = {n: p for n, p in parameters.items() if not (p.requires_grad or n in trained or id(p) in head)}
     tensors, meta = described(model, record, set(own))
     if labels is not None and len(labels) != meta["classes"]:
         raise UsageError(f"labels: there are {len(labels)} of them, and the head tells {meta['classes']} classes apart")

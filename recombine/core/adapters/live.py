@@ -35,8 +35,11 @@ class Change(NamedTuple):
     without: Any
     with_it: Any
 
-    def put(self, on: bool) -> None:
-        """Exchanges the contents. What comes in gets its owner's mode, and what was built of others is dropped."""
+    def put(self, on: bool, device: torch.device) -> None:
+        """Exchanges the contents. What comes in gets its owner's mode, and what was built of others is dropped.
+
+        `Module.to` gives a module new buffers: those that go are kept as they are now, those that come are moved.
+        """
         content, other = (self.with_it, self.without) if on else (self.without, self.with_it)
         if self.table is None:
             for key, value in content.items():
@@ -46,11 +49,17 @@ class Change(NamedTuple):
                     vars(self.owner)[key] = value
             return
         held = vars(self.owner)[self.table]
+        if self.table == "_buffers":
+            content.update({key: held[key] for key in held if key in content and content[key] is other.get(key)})
+            other.clear()
+            other.update(held)
+            move((b for b in content.values() if b is not None), device)
         held.clear()
         held.update(content)
         if self.table == "_modules":
             for child in (child for key, child in content.items() if child is not None and child is not other.get(key)):
                 child.train(self.owner.training)
+                move(child.buffers(), device)
         elif "_kept" in vars(self.owner):
             vars(self.owner)["_kept"] = None
 
@@ -173,12 +182,12 @@ def switch(model: nn.Module, live: Live, name: str | None) -> None:
     if live.active is not None:
         old = live.named[live.active]
         for change in reversed(old.changes):
-            change.put(on=False)
+            change.put(False, device)
         move(old.replaced, device)
     if name is not None:
         new = live.named[name]
         for change in new.changes:
-            change.put(on=True)
+            change.put(True, device)
         move(new.tensors, device)
     for p in live.trains:
         p.requires_grad_(name is None)
