@@ -52,6 +52,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=70)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--packaged", action="store_true", help="DINOv2's weights from a package instead of random ones")
     return parser
 
 
@@ -59,8 +60,9 @@ def setting(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
     """The dense model, a batch (B, 3, S, S) and its labels; says what they are."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    arch = {"arch": args.model, "pretrained": False, "image_size": args.size, "num_classes": 16}
-    dense = models.build("bench", **arch).to(device)
+    weights = {"pretrained": True, "tag": "packaged"} if args.packaged else {"pretrained": False}
+    arch = {"arch": args.model, "image_size": args.size, "num_classes": 16} | weights
+    dense = models.build("dinov2_s14" if args.packaged else "bench", **arch).to(device)
     print(f"{args.model} at {args.size} px, batch {args.batch}, {device}, {torch.get_num_threads()} threads")
     x = torch.randn(args.batch, 3, args.size, args.size, device=device)
     return dense, x, torch.randint(16, (args.batch,), device=device)

@@ -199,19 +199,16 @@ def batch(module: DataModule, model: nn.Module, size: int, learnt: bool = False)
 
 
 def compare(player: "Player", teacher: nn.Module) -> None:
-    """Both models' outputs on the samples that a retrofit compares, one by one; the teacher's are kept."""
+    """Both models' outputs on the samples that a retrofit compares, one by one."""
     model, samples = player.model, min(SAMPLES, player.samples.get("train", SAMPLES))
     known, apart, given = footprint.tensors(model), footprint.tensors(teacher), batch(player.module, model, 1)
-    kept = []
 
     def both() -> None:
         one, other = (call(each.eval(), given) for each in (teacher, model))
-        kept.append(footprint.size([one]))
         other.sub_(one).abs_().max()
 
     watch = footprint.forward(both, [*known, *apart], player.kernels())
     held = {"weights": footprint.size(known), "teacher": footprint.apart(apart, known), "activations": watch.peak}
-    held["outputs"] = (samples - 1) * kept[-1]
     player.add("compare", Cost.of(watch) * samples, **held)
 
 

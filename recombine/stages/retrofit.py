@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from recombine.core.calibration import eval_frozen
 from recombine.core.twin import shared_copy
 from recombine.errors import UsageError
 from recombine.layers import RecombinedLinear
@@ -28,22 +27,19 @@ def retrofit(run: RunContext) -> StagePart:
     """
     stage, original = run.settings.stage, shared_copy(run.model)
     batches = [run.batch(run.data.train, [i]) for i in range(min(SAMPLES, len(run.data.train)))]
-    with run.timed("compare"), eval_frozen(run.model):
-        reference = [objectives.call(run.model, batch) for batch in batches]
     with torch.enable_grad():
         run.rewrite_all()
     if stage.bits is not None:
         quantize(map(run.model.get_submodule, run.model.recombined.targets), stage.bits)
-    run.model.eval()
     largest = scale = 0.0
     with run.timed("compare"):
-        errors = weight_errors(original, run.model)
-        for batch, before in zip(batches, reference, strict=True):  # one by one: a vocabulary is wide
-            logits = objectives.call(run.model, batch)
+        for batch in batches:  # one by one: a vocabulary is wide
+            before, logits = (objectives.call(model.eval(), batch) for model in (original, run.model))
             if not (before.isfinite().all() and logits.isfinite().all()):
                 raise UsageError(f"the outputs on training samples are not finite: {finite.blame(run.model, batch)}")
             scale = max(scale, before.abs().max().item())
             largest = max(largest, logits.sub_(before).abs_().max().item())
+        errors = weight_errors(original, run.model)
     scores = test(run, LitRecombine(run.model, run.method, run.objective())) if stage.test else {}
     return scores | {
         "weight_error": errors,
