@@ -1,4 +1,4 @@
-"""experiments/leaderboard: figures and the page's tables, from the runs of leaderboard/joint.
+"""experiments/leaderboard: figures and the page's tables, from the runs of leaderboard/joint and leaderboard/adapt.
 
     python -m recombine.report leaderboard/joint --save && python scripts/leaderboard.py
 
@@ -104,8 +104,12 @@ def share(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def table(board: Board) -> str:
-    """The board as Markdown. What is level with the best is bold."""
+def table(board: Board, chains: bool = True) -> str:
+    """The board as Markdown. What is level with the best is bold.
+
+    Args:
+        chains: what is not of `AT_ONCE` is a chain.
+    """
     paired, level = board.paired, board.paired.level_with_best()
     ranks = paired.ranks()
     head = ["method", *(words.label("data.task", task) for task in paired.tasks), "mean (95 %)", "mean rank", *COLUMNS]
@@ -118,7 +122,7 @@ def table(board: Board) -> str:
         costs = [f"{board.mean(method, path) * by:,.{digits}f}" for path, by, digits in COLUMNS.values()]
         if not board.mean(method, "account.trained"):  # it trained before it was compressed
             costs[1:3] = ["—", "—"]
-        kind = "" if method in AT_ONCE else " (chain)"
+        kind = " (chain)" if chains and method not in AT_ONCE else ""
         cells = [
             method + kind,
             *tasks,
@@ -173,14 +177,17 @@ def main() -> None:
     """Writes the figures and prints the tables and findings that the README holds."""
     if not (found := load("leaderboard/joint")):
         sys.exit("leaderboard: no task and seed that two methods have run; python run.py experiment=leaderboard/joint")
+    adapters = load("leaderboard/adapt")
     with plt.rc_context(STYLE):
-        drawn = {"joint": figure(found), "ranks": differences(found)}
+        drawn = {"joint": figure(found), "ranks": differences(found)} | ({"adapt": figure(adapters)} if adapters else {})
         if len(found) > 1 and set.intersection(*(set(board.paired.tasks) for board in found)):
             drawn["bytes"] = against_bytes(found)
         for name, made in drawn.items():
             (FOLDER / f"{name}.svg").write_text(as_svg(made, name), encoding="utf-8")
     for board in found:
         print(f"\n### {board.heading}\n\n{finding(board)}\n\n{table(board)}\n\n{verdicts(board)}")
+    for board in adapters:
+        print(f"\n### {board.heading}\n\n{table(board, chains=False)}")
 
 
 if __name__ == "__main__":
