@@ -27,6 +27,7 @@ SCHEDULES = {  # share of the steps after the warm-up that is left -> factor of 
 }
 RELATIVE = 0.1  # the rate where none is given
 NO_MATRIX = ("norm", "embed")  # roles of layers that no input times a matrix is
+DIFFERENCE = 1e-2  # of a step, to each side; the layers that need it are linear in each of their tensors
 PROBES = 64  # random inputs by which a weight's norm is told
 
 
@@ -68,6 +69,18 @@ def movements(model: nn.Module) -> dict[str, float]:
     return {name: value for name, p in model.named_parameters() if (value := means.get(id(p)))}
 
 
+def derivative(function: Callable[[Tensor], Tensor], at: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """A function's value and its derivative along a step.
+
+    Of functions that know no forward derivative (peft's RandLoRA, LoHa, VeLoRA), by a central difference.
+    """
+    try:
+        return jvp(function, (at,), (step,))
+    except (RuntimeError, NotImplementedError):
+        ahead, behind = (function(at + share * step) for share in (DIFFERENCE, -DIFFERENCE))
+        return function(at), (ahead - behind) / (2 * DIFFERENCE)
+
+
 def movement(layer: nn.Module, key: str, p: Tensor) -> float:
     """|dW| / |W| sqrt(P / mn) of one layer (m, n) where every entry of its tensor of that name moves by 1."""
     rng = torch.Generator().manual_seed(0)
@@ -78,7 +91,7 @@ def movement(layer: nn.Module, key: str, p: Tensor) -> float:
         layer.eval()  # no dropout
         with torch.enable_grad():  # without, layers keep what they build
             zero = layer(torch.zeros_like(x[:1]))  # the bias
-            y, moved = jvp(lambda value: functional_call(layer, {key: value}, (x,)), (p.detach(),), (step,))
+            y, moved = derivative(lambda value: functional_call(layer, {key: value}, (x,)), p.detach(), step)
     finally:
         layer.train(mode)
     size = (y - zero).detach().double().norm()

@@ -65,6 +65,33 @@ def test_a_factor_that_moves_nothing_yet_has_the_rate_of_the_other():
         assert moves[f"{name}.lora_A.default.weight"] == moves[f"{name}.lora_B.default.weight"] > 0
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        Peft(config="RandLoraConfig", targets=("q", "v"), rank=8, options={"randlora_alpha": 160}),
+        Peft(config="LoHaConfig", targets=("q", "v"), rank=4, options={"alpha": 8}),
+    ],
+    ids=["randlora", "loha"],
+)
+def test_peft_layers_without_a_forward_derivative_are_measured(method):
+    model = recombine.apply(build("tiny_vit"), method)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    moves = movements(model)
+    layers = {name: model.get_submodule(name) for name in model.recombined.targets}
+    for name, layer in layers.items():
+        own = {key: p for key, p in layer.named_parameters() if f"{name}.{key}" in moves}
+        key, p = next(iter(own.items()))
+        before, step = layer.get_delta_weight("default"), torch.randint(2, p.shape) * 2.0 - 1
+        with torch.no_grad():
+            p += step
+            lengths = (layer.get_delta_weight("default") - before).norm() / (before + layer.base_layer.weight).norm()
+        share = p.numel() / (layer.out_features * layer.in_features)
+        assert moves[f"{name}.{key}"] == pytest.approx(len(layers) * lengths.item() * share**0.5, rel=0.3)
+
+
 def test_a_basis_of_several_layers_has_their_root_mean_square():
     model = recombine.apply(build("tiny_vit"), method := Crisp(chunk=16, basis_rank=9))
     train_only(model, method.distillation_parameters(model))
