@@ -52,7 +52,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=70)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--packaged", action="store_true", help="DINOv2's weights from a package instead of random ones")
+    parser.add_argument("--packaged", action="store_true", help="DINOv2's packaged weights, not random ones")
     return parser
 
 

@@ -179,7 +179,9 @@ def main() -> None:
         sys.exit("leaderboard: no task and seed that two methods have run; python run.py experiment=leaderboard/joint")
     adapters = load("leaderboard/adapt")
     with plt.rc_context(STYLE):
-        drawn = {"joint": figure(found), "ranks": differences(found)} | ({"adapt": figure(adapters)} if adapters else {})
+        drawn = {"joint": figure(found), "ranks": differences(found)}
+        if adapters:
+            drawn["adapt"] = figure(adapters)
         if len(found) > 1 and set.intersection(*(set(board.paired.tasks) for board in found)):
             drawn["bytes"] = against_bytes(found)
         for name, made in drawn.items():
