@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +16,7 @@ from recombine.core.method import Method, Site, method_classes
 from recombine.core.rollback import HELD
 from recombine.errors import UsageError
 from recombine.layers import PackedLinear, RecombinedLinear
+from recombine.models.wrappers import unwrapped
 from recombine.runtime.mapped import release
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", NoneType: "none"}
@@ -38,9 +38,7 @@ def check_call(model: nn.Module, method: Method) -> None:
     if isinstance(model, DataParallel | DistributedDataParallel):
         why = "keeps a list of the parameters that it was made with: apply to the model first, then wrap it"
         raise UsageError(f"model is wrapped in {type(model).__name__}, which {why}")
-    if HELD in vars(model):
-        why = "which stand in its layers' places: give the base without them, a copy or a file loaded anew"
-        raise UsageError(f"model holds adapters ({', '.join(vars(model)[HELD].named)}), {why}")
+    check_holds_none(unwrapped(model))
     if torch.is_inference_mode_enabled():
         raise UsageError("apply runs in torch.inference_mode, where no weight can ever train: leave it, or use no_grad")
     for name, p in model.named_parameters():
@@ -48,6 +46,17 @@ def check_call(model: nn.Module, method: Method) -> None:
             raise UsageError(f"{name} is on torch's meta device and has no values: load the weights before apply")
         if p.is_inference():
             raise UsageError(f"{name} was made in torch.inference_mode and can never train: load the model outside it")
+
+
+def check_holds_none(model: nn.Module) -> None:
+    """Refuses a model that holds adapters: putting one on or off would undo what is done to its layers.
+
+    Raises:
+        UsageError: it holds some.
+    """
+    if HELD in vars(model):
+        why = "which stand in its layers' places: give the base without them, a copy or a file loaded anew"
+        raise UsageError(f"model holds adapters ({', '.join(vars(model)[HELD].named)}), {why}")
 
 
 def check_fields(part: Any, key: str) -> None:
@@ -92,7 +101,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (tuple, list):  # a YAML knows lists only
         return isinstance(value, tuple | list) and all(_fits(v, inner[0]) for v in value)
     if hint in (int, float):
-        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+        kinds = int if hint is int else int | float  # a file holds no others: numpy's integers cannot be saved
+        return isinstance(value, kinds) and not isinstance(value, bool)
     kind = origin or hint
     return not isinstance(kind, type) or isinstance(value, kind)
 

@@ -70,7 +70,7 @@ class Method:
         cls.abstract = abstract
 
     def __post_init__(self):
-        self.targets = (one,) if (one := self.targets) and isinstance(one, str) else one  # as peft takes it
+        self.targets = (one,) if isinstance(one := self.targets, str) and one else one  # as peft takes it
         self.label = type(self).__name__.lower()  # how messages call it; the runner knows what the user typed
         self.key = "method"  # the node of the configuration that its fields stand in, for messages
         self.stats: dict[str, Stats] = {}  # what `statistics_needed` asked for, by site name, of one model

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from recombine.core.checks import check_holds_none
 from recombine.core.packing import BESIDE, MIX, Packing, linear_layers
 from recombine.core.places import kept_around
 from recombine.core.rewrite import Record
@@ -40,6 +41,7 @@ def quantize(model: nn.Module, bits: int | str = 4, group: int = 64) -> nn.Modul
     """
     wrapped, model = model, unwrapped(model)
     Packing(bits, group)  # refuses others
+    check_holds_none(model)
     bits_of = chosen(model) if bits == MIX else lambda name: bits
     found = [(name, p) for name, p in frozen_matrices(model) if p.is_floating_point() and p.numel() >= SMALLEST]
     found = [(name, p) for name, p in found if bits_of(name) is not None]

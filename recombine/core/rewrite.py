@@ -18,6 +18,7 @@ from recombine.core.rollback import unchanged_on_failure
 from recombine.core.sites import Site, parent
 from recombine.core.tied import declare_tied
 from recombine.core.untouched import Mark, remember
+from recombine.errors import UsageError
 from recombine.layers.packed import entries
 from recombine.models import rebuild, roles
 from recombine.models.wrappers import unwrapped
@@ -189,6 +190,9 @@ def find_sites(model: nn.Module, method: Method) -> list[Site]:
     """
     check_fields(method, method.key)
     roles_by_name = roles.find(model, method.targets, method.target_types, f"{method.key}.targets")
+    if not roles_by_name:
+        typed, has = ",".join(method.targets), " ".join(roles.role_names(model))
+        raise UsageError(f"{method.key}.targets=[{typed}]: {type(model).__name__} has none of them; it has {has}")
     sites = [Site(name, role, roles.layer_at(model, name)) for name, role in roles_by_name.items()]
     check_layers(model, method, sites)
     with fields_as_typed(method):
@@ -232,7 +236,7 @@ def finish(model: nn.Module, method: Method, alone: bool) -> None:
 
 def train_only(model: nn.Module, names: set[str]) -> None:
     """Makes exactly these parameters trainable. They no longer count as untouched in the record."""
-    model = unwrapped(model)
+    model, names = unwrapped(model), set(names)
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
     if hasattr(model, "recombined"):

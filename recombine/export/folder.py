@@ -58,11 +58,10 @@ def export(
         raise UsageError(f"this {type(model).__name__} is not recombined: save it as its own library does")
     if to != "lora" and (base, rank, energy) != (None, None, None):
         raise UsageError(f'base, rank and energy are for to="lora", not for {to!r}: leave them out')
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         if to == "lora":
             import_module("recombine.export.lora").write(model, temporary, base, rank, energy)
         else:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from recombine.export.cut import rotary_text
 from recombine.export.plan import Plan, planned, replaced
 from recombine.models import rebuild, roles
 from recombine.runtime.atomic import atomic_write
+
+log = logging.getLogger(__name__)
 
 CODE = "modeling_recombined"
 TASKS = {  # end of a class's name -> the Auto class of its task
@@ -224,8 +227,11 @@ def require_same(
             if here[key] != there[key]:
                 where = re.sub(r"^\.", "", f"{name}.{key}")
                 raise UsageError(f"cannot be exported: {where} is {here[key]} and not {there[key]}: {fix}")
-    for name in rebuild.own_buffers(model, inner):
-        raise UsageError(f"cannot be exported: the values of {name} are its own: {fix}")
+    tables = dict(inner.named_buffers())
+    for name, buffer in rebuild.own_buffers(model, inner).items():
+        if name not in tables or not rebuild.same(tables[name].to(buffer), buffer):
+            raise UsageError(f"cannot be exported: the values of {name} are its own: {fix}")
+        log.warning("exported with %s as it was before the model was cast, which rounded it", name)
 
 
 def preprocessor(model: nn.Module) -> dict:

@@ -95,6 +95,8 @@ class Factored(Compressed):
         x = x if self.diagonal is None else x * self.diagonal.to(x.dtype)
         if type(left) is nn.Linear:
             return F.linear(x, left.weight, self.bias)
+        if type(left) is Packed:
+            return F.linear(x, left.value(x.dtype), self.bias)
         y = left(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

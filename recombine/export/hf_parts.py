@@ -38,6 +38,13 @@ class Packed(nn.Module):
         values = ((codes - 2 ** (self.bits - 1)) * self.scale.to(wide)[:, None]).to(dtype)
         return values.flatten()[: self.in_features * self.out_features].view(self.out_features, self.in_features)
 
+    def _apply(self, fn, recurse=True):
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.bfloat16:
+            self.scale = scale.to(self.scale.device)  # another type may have lost some of it
+        return self
+
     @property
     def weight(self) -> Tensor:
         """W for who reads it."""

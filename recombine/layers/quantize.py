@@ -22,6 +22,9 @@ def quantize(layers: Iterable[nn.Module], bits: int) -> None:
     """
     for weight in {id(p): p for layer in layers for p in layer.parameters() if p.ndim > 1}.values():
         rows = weight.reshape(len(weight), -1)
-        scale = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / (2 ** (bits - 1) - 1)
-        weight.data = (torch.round(rows / scale) * scale).view_as(weight)  # who else has the old values keeps them
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # half is too coarse for them
+        scale = rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny) / (2 ** (bits - 1) - 1)
+        weight.data = (
+            (torch.round(rows / scale) * scale).to(weight).view_as(weight)
+        )  # who has the old values keeps them
         weight.stored_bytes = -(-weight.numel() * bits // 8) + 4 * len(rows)

@@ -93,7 +93,7 @@ def rebuilt(architecture: Mapping[str, Any]) -> nn.Module:
 
 def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
     """The model that is built so. Its parameters lie on torch's meta device; its buffers are real."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), in_float32():
         try:
             with parameters_on_meta():
                 model = build()
@@ -108,6 +108,17 @@ def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
             if p is not None:
                 module._parameters[name] = nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad)
     return model
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """While the block runs, new tensors are float32: a process's default dtype would round the tables of positions."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def made(architecture: Mapping[str, Any]) -> nn.Module:

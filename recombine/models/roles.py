@@ -45,7 +45,7 @@ def find(
         UsageError: nothing is named, or one twice; the model has no such layer, or all of them are rewritten already.
     """
     row = family(model)
-    if not wanted or isinstance(wanted, str):
+    if not isinstance(wanted, tuple | list) or not wanted or not all(isinstance(target, str) for target in wanted):
         raise UsageError(f"{key}={wanted!r} is not a list of roles: name one or more of {' '.join(role_names(model))}")
     typed = f"{key}=[{','.join(wanted)}]"
     if twice := next((target for target in wanted if list(wanted).count(target) > 1), None):
@@ -126,7 +126,9 @@ def _resolve(model: nn.Module, row: Family, wanted: Collection[str]) -> tuple[di
             one = {name: whole for name in _named(row, whole, modules) if not isinstance(modules[name], SplitLinear)}
             named |= {target: names | one for target, names in named.items() if target.removesuffix("?") in parts}
     layers = _candidates(model, modules) if patterns else []
-    named |= {t: _pattern(row, word, layers, modules) for t in wanted if (word := t.removesuffix("?")) in patterns}
+    for target in wanted:
+        if (word := target.removesuffix("?")) in patterns:  # fc? may also be a glob
+            named[target] = _pattern(row, word, layers, modules) or _pattern(row, target, layers, modules)
     return modules, named
 
 

@@ -20,7 +20,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         UsageError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch()

@@ -277,3 +277,13 @@ def test_refusals(crisp, tmp_path):
         assert "(3, 17, 48) for 2 adapter_names" in refusal(model, batch(model, 3))
     assert state == {name: (id(p), p._version) for name, p in model.named_parameters()}
     assert [*recombine.adapters(model)] == ["task0"]
+
+
+def test_what_would_be_undone_is_refused_on_a_model_with_adapters(crisp, tmp_path):
+    folder, base, *_ = crisp
+    model = recombine.load_adapter(copy.deepcopy(base), folder / "0")
+    assert "model holds adapters (default)" in refusal(recombine.quantize, model, 8)
+    whole = recombine.save(recombine.apply(build("tiny_vit"), Svd(), "retained_50"), tmp_path / "whole", whole=False)
+    plain = build("tiny_vit")
+    recombine.load_adapter(plain, recombine.save_adapter(recombine.apply(build("tiny_vit"), LORA), tmp_path / "lora"))
+    assert "model holds adapters (default)" in refusal(recombine.load, whole, plain)

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved, what is refused, and a full disk."""
 
+import copy
 import resource
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import recombine
+import zoo
 from recombine import models, results
 
 
@@ -88,3 +90,47 @@ def test_full_disk_leaves_nothing_half_written(tmp_path):
         signal.signal(signal.SIGXFSZ, ignored)
     assert "\n" not in str(error.value)
     assert path.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {"good.safetensors"}
+
+
+@pytest.mark.parametrize("method", [recombine.Peft(targets=("q", "v"), rank=2), recombine.Svd(targets=("q", "k", "v"))])
+def test_a_fused_layer_in_two_places_is_loaded_into_both(tmp_path, method):
+    vit = zoo.build("tiny_vit")
+    vit.blocks[1].attn.qkv = vit.blocks[0].attn.qkv
+    torch.manual_seed(0)
+    x, model = zoo.batch(vit), copy.deepcopy(vit)
+    recombine.apply(model, method, "retained_50" if isinstance(method, recombine.Svd) else None)
+    zoo.train(model, 2)
+    file = recombine.save(model.eval(), tmp_path / "m", whole=False)
+    assert torch.equal(zoo.outputs(recombine.load(file, vit).eval(), x), zoo.outputs(model, x))
+    assert vit.blocks[1].attn.qkv is vit.blocks[0].attn.qkv
+
+
+def test_hooks_of_a_fused_layer_live_through_load_and_adapters(tmp_path):
+    vit = zoo.build("tiny_vit")
+    model, x, calls = (
+        recombine.apply(copy.deepcopy(vit), recombine.Peft(targets=("q", "v"), rank=2)),
+        zoo.batch(vit),
+        [],
+    )
+    file, other = recombine.save(model, tmp_path / "m", whole=False), copy.deepcopy(vit)
+    part = recombine.save_adapter(model, tmp_path / "a")
+    handle = vit.blocks[0].attn.qkv.register_forward_hook(lambda *_: calls.append(1))
+    zoo.outputs(recombine.load(file, vit), x)
+    assert calls == [1]
+    handle.remove()
+    zoo.outputs(vit, x)
+    assert calls == [1]
+    other.blocks[0].attn.qkv.register_forward_hook(lambda *_: calls.append(2))
+    recombine.load_adapter(other, part, "a")
+    for switch in (recombine.disable_adapters, lambda m: recombine.set_adapter(m, "a")) * 2:
+        zoo.outputs(switch(other), x)
+    assert calls == [1, 2, 2, 2, 2]
+
+
+def test_a_file_for_a_folder_is_refused_in_one_line(tmp_path):
+    vit = zoo.build("tiny_vit")
+    recombine.apply(vit, recombine.Svd(), "retained_50")
+    (tmp_path / "file").touch()
+    for write in (recombine.save, recombine.save_adapter, recombine.export):
+        with pytest.raises(recombine.UsageError, match="cannot be written"):
+            write(vit, tmp_path / "file" / "x")

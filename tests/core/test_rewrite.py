@@ -1,5 +1,6 @@
 """What `apply` refuses, and that a refusal changes nothing."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,3 +146,25 @@ def test_twice_and_not_at_all():
         recombine.apply(model, Svd())
     with pytest.raises(recombine.UsageError, match="nothing to merge"):
         recombine.merge(build("tiny_vit"))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        recombine.Peft(targets={"q"}), recombine.Peft(targets=(3,)), recombine.Peft(targets=np.array(["q", "v"])),
+        recombine.Peft(targets=("nope?",)), recombine.Svd(targets=("nope?",)), recombine.Cersa(rank=np.int64(4)),
+        recombine.Cersa(alpha=np.float32(0.9)), recombine.Crisp(chunk=np.int64(8)),
+    ],
+)  # fmt: skip
+def test_fields_that_no_file_can_hold_are_refused_before_anything_happens(method):
+    vit = build("tiny_vit")
+    with pytest.raises(recombine.UsageError, match="^method"):
+        recombine.apply(vit, method, "retained_50" if isinstance(method, recombine.Svd) else None)
+    assert not hasattr(vit, "recombined")
+
+
+def test_train_only_takes_a_list():
+    vit = build("tiny_vit")
+    recombine.apply(vit, recombine.Peft(rank=2))
+    recombine.train_only(vit, ["head.weight"])
+    assert [n for n, p in vit.named_parameters() if p.requires_grad] == ["head.weight"]

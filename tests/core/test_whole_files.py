@@ -10,6 +10,7 @@ from torch import nn
 
 import recombine
 from recombine.runtime import tensor_file
+from scripts.tiny_models import MODELS
 from zoo import batch, build, outputs
 
 
@@ -160,3 +161,20 @@ def test_what_is_loaded_in_inference_mode_runs_there(tmp_path):
         torch.testing.assert_close(
             outputs(recombine.load(tmp_path / "whole.safetensors").eval(), batch(model)), expected
         )
+
+
+@pytest.mark.parametrize("name", ["timm ViT, relative positions", "timm EVA-02", "timm Swin v2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_whole_file_does_not_depend_on_the_default_dtype(name, dtype, tmp_path):
+    tiny = MODELS[name]
+    model, x = tiny.fresh(), tiny.inputs()
+    recombine.apply(model, recombine.Svd(), "retained_50").eval()
+    file = recombine.save(model, tmp_path / "m", whole=True)
+    torch.set_default_dtype(dtype)
+    try:
+        loaded = recombine.load(file).eval()
+        recombine.save(model, tmp_path / "again", whole=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(outputs(loaded, x), outputs(model, x))
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()

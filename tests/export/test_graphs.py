@@ -18,6 +18,7 @@ from recombine.export import folder as folders
 from recombine.export import graph, to_onnx, to_openvino, to_torch
 from scripts.model_matrix import loss, output
 from scripts.tiny_models import MODELS
+from zoo import build
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 64}
 METHODS = {
@@ -203,3 +204,9 @@ def test_what_has_no_graph_is_refused_in_one_line(extras, tmp_path, monkeypatch)
     handle.remove()
     monkeypatch.setitem(sys.modules, "openvino", None)
     assert "openvino is not installed; pip install 'recombine[openvino]'" in line(model, "openvino")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_compared_by_its_own_rounding(dtype, tmp_path):
+    model = recombine.apply(build("tiny_vit").to(dtype), recombine.Svd(factor="pivot"), "retained_50").eval()
+    assert (recombine.export(model, tmp_path / "graph", to="torch") / "inputs.json").is_file()

@@ -256,3 +256,17 @@ def test_other_forms_of_layers(name, tmp_path):
         found = AutoModel.from_pretrained(folder, trust_remote_code=True)
         with torch.no_grad():
             assert torch.equal(output(found, x), output(model, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_model_that_was_cast_after_it_was_built(dtype, tmp_path, caplog):
+    model = made("tiny_llama").to(dtype)
+    folder = recombine.export(model, tmp_path / "hf")
+    assert "inv_freq as it was before the model was cast" in caplog.text
+    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+    wanted, found = (outputs(each, batch(model)) for each in (model, again))
+    assert (found - wanted).norm() < 4 * torch.finfo(dtype).eps * wanted.norm()
+    model.model.rotary_emb.inv_freq += 0.5
+    with pytest.raises(recombine.UsageError, match="the values of model.rotary_emb.inv_freq are its own"):
+        recombine.export(model, tmp_path / "other")

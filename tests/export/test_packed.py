@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import recombine
 from helpers import before_openvino
 from recombine import Cersa, Crisp, Peft, Svd, UsageError, apply, count, export, quantize
+from recombine.export import hf_parts
 
 METHODS = {
     "plain": None,
@@ -90,3 +91,23 @@ def test_what_holds_none_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         export(quantize(folded, 4, 16), tmp_path / "dora")
     assert "12 of 12 packed tensors are exported in float" in caplog.text
+
+
+def test_small_scales_survive_half_precision_in_a_folder():
+    layer = hf_parts.matrix(32, 16, 8, 8)
+    layer.codes.random_(0, 255)
+    layer.scale.fill_(1e-7)
+    before = layer.value(torch.float32)
+    assert torch.equal(layer.half().value(torch.float32), before) and layer.scale.dtype == torch.bfloat16
+
+
+def test_a_packed_left_factor_with_a_bias_is_the_same_in_half(tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    torch.manual_seed(0)
+    packed, x = model("svd").bfloat16(), torch.randn(3, 3, 16, 16).bfloat16()
+    again = AutoModelForImageClassification.from_pretrained(
+        export(packed, tmp_path / "hf"), trust_remote_code=True, dtype="auto"
+    )
+    with torch.no_grad():
+        assert torch.equal(again.eval()(pixel_values=x).logits, packed(x))

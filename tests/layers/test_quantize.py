@@ -32,6 +32,20 @@ def test_rounding_is_that_of_integers(bits):
     assert torch.allclose(again.weight, layer.weight, atol=1e-7)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 1e-5), (torch.float16, 1), (torch.bfloat16, 1)])
+def test_half_precision_is_rounded_by_float32_scales(dtype, size, bits):
+    torch.manual_seed(0)
+    layer = nn.Linear(200, 64).to(dtype)
+    layer.weight.data = (torch.randn(64, 200) * size).to(dtype)
+    before, top = layer.weight.detach().double(), 2 ** (bits - 1) - 1
+    scale = before.abs().amax(1, keepdim=True) / top
+    wanted = ((before / scale).round() * scale).to(dtype)
+    quantize([layer], bits)
+    lost, least = ((w.double() - before).norm() for w in (layer.weight.detach(), wanted))
+    assert layer.weight.dtype == dtype and lost <= 1.01 * least
+
+
 def test_a_shared_basis_is_rounded_and_counted_once():
     model = apply(build("tiny_vit"), Crisp(chunk=16))
     layers = [model.get_submodule(name) for name in model.recombined.targets]

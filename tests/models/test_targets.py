@@ -115,3 +115,8 @@ def test_a_fresh_head_of_other_classes_comes_back(tmp_path):
         recombine.apply(model, recombine.Peft(rank=2))
         loaded = recombine.load(recombine.save(model, tmp_path / "three.safetensors"), MODELS[name].fresh())
         assert roles.classes(loaded) == 3
+
+
+def test_a_glob_may_end_in_a_question_mark(vit):
+    recombine.apply(vit, recombine.Peft(targets=("q", "blocks.*.mlp.fc?"), rank=2))
+    assert {name.rpartition(".")[2] for name in vit.recombined.targets} == {"q", "fc1", "fc2"}

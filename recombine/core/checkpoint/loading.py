@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recombine import models
 from recombine.core.checkpoint import metadata
 from recombine.core.checkpoint.filling import assign, fill, named_tensors, set_parameter
+from recombine.core.checks import check_holds_none
 from recombine.core.method import Method, method_classes
 from recombine.core.places import kept_around
 from recombine.core.quantizing import put_empty
@@ -49,6 +50,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
     if model is None:
         model = pretrained(path, meta["source"])
     wrapped, model = model, unwrapped(model)
+    check_holds_none(model)
     if hasattr(model, "recombined"):
         raise UsageError(f"{path}: give the pretrained model as it came, this one is already recombined")
     if type(model).__name__ != meta["model"]:
@@ -135,10 +137,11 @@ def shape(path: Path, model: nn.Module, meta: dict) -> None:
         rewritten = tuple(dict.fromkeys(meta["targets"].values()))
         if rewritten:
             roles.find(model, rewritten, nn.Module)  # refuses a model without these roles
-        if meta["blocks"] is None:
-            roles.open_layers(model, meta["targets"].keys())  # as the checkpoint has it
-        else:  # other blocks will have these names
-            roles.split_fused(model, rewritten)
+        with kept_around(model):
+            if meta["blocks"] is None:
+                roles.open_layers(model, meta["targets"].keys())  # as the checkpoint has it
+            else:  # other blocks will have these names
+                roles.split_fused(model, rewritten)
         model.requires_grad_(False)
         with kept_around(model):
             for name, config, layers in meta["steps"]:
