@@ -18,6 +18,7 @@ from recombine.errors import UsageError
 from recombine.result_schema import MethodPart, Result
 from recombine.runtime import budget_words, open_fields
 from recombine.runtime.atomic import atomic_write
+from recombine.runtime.inputs import changed_file
 from recombine.runtime.later import LATER
 from recombine.runtime.naming import aside
 from recombine.runtime.progress import wrapped
@@ -86,13 +87,15 @@ def load_finished(folder: Path, config: dict) -> Result | None:
         config: of the run, as `settings` gives it.
 
     Raises:
-        UsageError: it is a result of another configuration.
+        UsageError: it is a result of another configuration, or of a file of weights that has other bytes now.
     """
     if not (path := folder / "result.json").is_file():
         return None
     before = read(path, SHOWN)
     if (what := config_difference(before["config"], json.loads(dumps(config)))) is not None:
         raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")
+    if (what := changed_file(before)) is not None:
+        raise UsageError(f"{path}: {what} has changed since: move the result, or name another folder")
     return before
 
 

@@ -1,5 +1,6 @@
 """result.json: which configurations differ, and scores that are no number."""
 
+import hashlib
 import inspect
 import json
 import math
@@ -19,6 +20,7 @@ import recombine
 import run
 from helpers import CONF, ROOT
 from recombine import result_schema, results
+from recombine.errors import UsageError
 from recombine.report import records, table_data
 from recombine.result_schema import Result
 from recombine.runner import labels, pipeline, ranks, summary
@@ -275,3 +277,19 @@ def test_a_file_of_another_shape_is_no_finished_run(text, tmp_path):
     with pytest.raises(recombine.UsageError, match="result.json.*move it away") as error:
         results.load_finished(tmp_path, {})
     assert "\n" not in str(error.value)
+
+
+def test_a_result_of_a_file_that_changed_since_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "result.json").touch()
+    base = tmp_path / "base.safetensors"
+    digest = hashlib.sha256(b"one").hexdigest()
+    for part in (
+        {"config": {"stage": {"name": "evaluate", "checkpoint": str(base)}}, "sha256": {base.name: digest}},
+        {"config": {"stage": {"name": "adapt"}}, "base": {"path": str(base), "sha256": digest}},
+    ):
+        monkeypatch.setattr(results, "read", lambda *_, part=part: part)
+        base.write_bytes(b"one")
+        assert results.load_finished(tmp_path, part["config"]) is part
+        base.write_bytes(b"two")
+        with pytest.raises(UsageError, match="has changed since"):
+            results.load_finished(tmp_path, part["config"])

@@ -12,7 +12,10 @@ from hydra.types import RunMode
 
 from recombine.errors import UsageError
 
-TRAINING = ("trainer.epochs", "trainer.patience", "trainer.checkpoint_minutes")
+TRAINING = tuple(
+    f"trainer.{key}"
+    for key in ("epochs", "patience", "checkpoint_minutes", "accumulate", "compile", "gradient_checkpointing")
+)
 OPTIM = tuple(
     f"optim.{key}"
     for key in ("name", "lr", "lr_ratio", "relative", "lr_head", "weight_decay", "warmup", "schedule", "clip")
@@ -23,7 +26,7 @@ UNREAD: dict[str, tuple[str, ...]] = {  # stage -> keys and nodes that it does n
     "compress": ("optim.lr", "optim.lr_ratio", "optim.relative"),  # the classifier alone trains, at optim.lr_head
     "joint": (),
     "retrofit": NO_TRAINING,
-    "profile": (*NO_TRAINING, "harness"),
+    "profile": (*NO_TRAINING, "trainer.matmul", "harness"),
     "sample": (*NO_TRAINING, "harness", "optim", "calibration", "data@calibration.data", "method", "compressor"),
     "evaluate": (*NO_TRAINING, "optim", "calibration", "data@calibration.data", "method", "compressor"),
 }

@@ -29,6 +29,7 @@ from recombine.runner.other_data import build_calibration_data, build_transfer_d
 from recombine.runner.summary import suite_table, summary_table
 from recombine.runtime import progress
 from recombine.stages import STAGES, analysis, mix
+from recombine.stages.adapt import require_trainable
 from recombine.stages.compress import require_small_fields
 from recombine.stages.context import RunContext
 from recombine.stages.evaluate import require_head
@@ -146,6 +147,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         part.prepare_data()
         part.setup()
     limits.require_batch(module)
+    require_trainable(spec.settings, module)
     if module.num_classes and spec.base is not None:
         fresh_head(model, module.num_classes)
     elif module.num_classes and roles.classes(model) != module.num_classes:  # +model.num_classes keeps one

@@ -7,22 +7,26 @@ import sys
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from recombine.core import adapters, checkpoint
 from recombine.core.method import Method
 from recombine.core.twin import sharing
+from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.result_schema import StagePart
+from recombine.runtime.user_code import load_class
 from recombine.stages.context import RunContext
 from recombine.stages.sample import drawn_scores
+from recombine.stages.settings import RunSettings
 from recombine.training import distributed, engine, finite
 from recombine.training.callbacks import Bars, Curves, Epochs, KeepBest, Patience
 from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Objective
 from recombine.training.resume import TrainingState, loop_position
 from recombine.training.settings import OptimizerSettings
-from recombine.training.sharding import Sharded
+from recombine.training.sharding import Sharded, require_entrywise
 from recombine.training.trainer import build_trainer
 
 LABELS = {"distilled": "distillation", "best": "training"}  # what `fit` makes -> what a user sees at work
@@ -93,14 +97,28 @@ def fit(
     return lit, best
 
 
+def require_trainable(settings: RunSettings, data: DataModule) -> None:
+    """Refuses what a training will refuse, before those that come first have taken their hours.
+
+    Raises:
+        UsageError: patience without validation data, or shards with an optimizer that needs whole matrices.
+    """
+    trainer, stage = settings.trainer, settings.stage
+    if stage.name not in ("adapt", "compress", "joint"):
+        return
+    if trainer.patience and data.val is None:
+        raise UsageError(
+            f"trainer.patience={trainer.patience}: without validation data nothing says when to stop; "
+            "set trainer.patience=null, or data.select=val"
+        )
+    if not isinstance(trainer.strategy, str) and load_class(trainer.strategy.get("_target_"), Strategy, "") is Sharded:
+        for key, optim in (("optim", settings.optim), ("stage.distil", getattr(stage, "distil", settings.optim))):
+            require_entrywise(optim.name, key)
+
+
 def early_stopping(run: RunContext, monitor: str, mode: str) -> list[Patience]:
     """The callback that `trainer.patience` asks for, if it does."""
     patience = run.settings.trainer.patience
-    if patience and run.data.val is None:
-        raise UsageError(
-            f"trainer.patience={patience}: without validation data nothing says when to stop; "
-            "set trainer.patience=null, or data.select=val"
-        )
     return [Patience(monitor, mode=mode, patience=patience, check_finite=False)] if patience else []
 
 

@@ -99,13 +99,16 @@ class RunContext:
                 if name not in self.model.recombined.untouched:  # laid out as when it is loaded: equal sums
                     tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
             self.save_difference(path)
-            resume.write_manifest(path, seconds={k: v - before.get(k, 0.0) for k, v in self.seconds.items()})
+            seconds = {k: v - before.get(k, 0.0) for k, v in self.seconds.items()}
+            resume.write_manifest(path, seconds=seconds, notes=self.model.recombined.notes)
         distributed.wait()
         if done is not None or distributed.rank() > 0:
             if self.base is None:
                 self.model = checkpoint.load(path, base or self.model)
             else:
                 self.model = adapters.become(self.model, path)
+            if done is not None:
+                self.model.recombined.notes = done.get("notes", [])
             for part, seconds in (done or {}).get("seconds", {}).items():
                 self.seconds[part] = round(self.seconds.get(part, 0.0) + seconds, 3)
                 self.earlier += seconds

@@ -18,11 +18,13 @@ from recombine import results
 from recombine.core import account
 from recombine.core.account import MIB
 from recombine.core.budget import Budget
+from recombine.core.method import Method
 from recombine.core.rewrite import prepare
 from recombine.errors import UsageError
 from recombine.methods import Full
 from recombine.result_schema import StagePart
 from recombine.stages.context import RunContext
+from recombine.stages.settings import QuantizeSettings, StageSettings
 from recombine.training import objectives
 from recombine.training.settings import TrainerSettings
 from recombine.training.trainer import precision
@@ -163,14 +165,27 @@ def ratio(reference: list[float], method: list[float]) -> float | None:
     return value if value == value else None
 
 
+def require_predictable(
+    stage: StageSettings, method: Method, compressor: Method | None, quantize: QuantizeSettings
+) -> None:
+    """Refuses what the closed form does not count.
+
+    Raises:
+        UsageError: says what that is.
+    """
+    if getattr(stage, "rewrite", True):
+        return
+    if compressor is not None:
+        raise UsageError("stage.rewrite=false: a pair's second needs what the first leaves; set stage.rewrite=true")
+    if isinstance(method, Full):
+        raise UsageError("stage.rewrite=false: counts the target layers, and full trains more; set stage.rewrite=true")
+    if quantize.bits is not None:
+        why = "stage.rewrite=false counts no packed weights; set stage.rewrite=true"
+        raise UsageError(f"quantize.bits={quantize.bits}: {why}")
+
+
 def predict(run: RunContext) -> StagePart:
     """The account by the method's closed form: nothing is rewritten, so large models cost no factorisation."""
-    if run.compressor is not None:
-        raise UsageError("stage.rewrite=false: a pair's second needs what the first leaves; set stage.rewrite=true")
-    if isinstance(run.method, Full):
-        raise UsageError("stage.rewrite=false: counts the target layers, and full trains more; set stage.rewrite=true")
-    if (bits := run.settings.quantize.bits) is not None:
-        raise UsageError(f"quantize.bits={bits}: stage.rewrite=false counts no packed weights; set stage.rewrite=true")
     method = run.method.copy()
     sites = prepare(run.model, method, run.budget, run.losses, run.memory(method))
     cls = type(method)

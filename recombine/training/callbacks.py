@@ -161,6 +161,10 @@ class KeepBest(Callback):
         if self.inherited:
             lit.last_good = str(self.path)
 
+    def on_validation_start(self, trainer, lit) -> None:
+        """Has all ranks validate one model: each has running means of its own rows, and the first's are kept."""
+        distributed.follow_first(kept_buffers(lit.model).values())
+
     def on_validation_end(self, trainer, lit) -> None:
         """Keeps the weights of an epoch that is better than all before it. A divergence ends the training."""
         lit.refuse_divergence(trainer.callback_metrics)
@@ -179,10 +183,11 @@ class KeepBest(Callback):
     def keep(self, trainer, lit) -> None:
         """Copies the trained weights to the CPU, and has the first rank write the checkpoint."""
         self.inherited = False
-        if isinstance(trainer.strategy, Sharded):  # `adapt.fit` writes the file, of a model that is whole
-            self.weights = trained_weights(lit.model)
+        sharded = isinstance(trainer.strategy, Sharded)
+        tensors = trained_weights(lit.model) | kept_buffers(lit.model) if sharded else moving(lit.model)
+        self.weights = {n: t.detach().cpu().clone() for n, t in tensors.items()}
+        if sharded:  # `adapt.fit` writes the file, of a model that is whole
             return
-        self.weights = {n: t.detach().cpu().clone() for n, t in moving(lit.model).items()}
         if trainer.is_global_zero:
             checkpoint.save(lit.model, self.path, whole=False)
         lit.last_good = str(self.path)
@@ -191,6 +196,7 @@ class KeepBest(Callback):
         """Puts the best weights back into the model."""
         if self.weights is None:
             lit.refuse_divergence({})
+            distributed.follow_first(kept_buffers(lit.model).values())
             self.epoch, self.best = trainer.current_epoch - 1, math.nan
             self.keep(trainer, lit)
         if not isinstance(trainer.strategy, Sharded):
@@ -222,6 +228,10 @@ class KeepBest(Callback):
 
 def moving(model: nn.Module) -> dict[str, Tensor]:
     """What a training may change: the parameters that train, and the buffers that a file holds (BatchNorm's means)."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | kept_buffers(model)
+
+
+def kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a file holds."""
     kept = model.state_dict().keys()
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return trained | {name: b for name, b in model.named_buffers() if name in kept}
+    return {name: b for name, b in model.named_buffers() if name in kept}

@@ -6,12 +6,14 @@ differently (a factorisation, a budget) the first rank computes, and the others 
 """
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from torch import Tensor
 
 REPORT = "RECOMBINE_RANK_REPORT"  # environment: where a rank that `ranks.launch` started says how it ended
 _group = None  # of the ranks, without a time limit: the first may factorise for hours
@@ -44,6 +46,13 @@ def all_reduce_max(value: int, device: torch.device) -> int:
         return value
     dist.all_reduce(all_of := torch.tensor(value, device=device), dist.ReduceOp.MAX)
     return int(all_of)
+
+
+def follow_first(tensors: Iterable[Tensor]) -> None:
+    """Gives every rank the first one's values, in place; every rank has to call it."""
+    if several():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def gather(value: Any) -> list[Any]:

@@ -49,8 +49,7 @@ class Sharded(ModelParallelStrategy):
         Raises:
             UsageError: it needs whole matrices, or its state cannot be put together again.
         """
-        if (name := self.lightning_module.optim.name) not in SHARDED:
-            raise UsageError(f"optim.name={name}: not with trainer=fsdp; choose one of {', '.join(SHARDED)}")
+        require_entrywise(self.lightning_module.optim.name, self.lightning_module.key)
         super().setup_optimizers(trainer)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -84,6 +83,16 @@ class Sharded(ModelParallelStrategy):
                 for key, values in state["state"].items()
             }
             optimizer.load_state_dict(state | {"state": parts})
+
+
+def require_entrywise(name: str, key: str) -> None:
+    """Refuses an optimizer that shards cannot have. key: of its node.
+
+    Raises:
+        UsageError: names those that they can.
+    """
+    if name not in SHARDED:
+        raise UsageError(f"{key}.name={name}: not with trainer=fsdp; choose one of {', '.join(SHARDED)}")
 
 
 def of_parameters(checkpoint: Mapping[str, Any], module: nn.Module) -> Iterator[tuple[str, Tensor]]:

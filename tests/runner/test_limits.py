@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from helpers import CONF, refusal
 from helpers.command import CHUNK, line
 from recombine.evaluation import harness
-from recombine.runner import effects, limits, override_lines, plan
+from recombine.runner import effects, limits, override_lines, pipeline, plan
 from recombine.runner.config import resolve
 from recombine.runner.idle import idle
 from recombine.runner.sweep_settings import best_trial, require_search
@@ -117,6 +117,10 @@ def test_what_misleads_nobody_passes():
         (["stage=evaluate", "method=svd", "stage.bits=8"], []),
         (["stage=profile", "stage.rounds=0", "stage.keep=false"], ["stage.keep=false"]),
         (["stage=profile", "stage.rewrite=false", "stage.rounds=3"], ["stage.rounds=3"]),
+        (
+            ["stage=profile", "trainer.accumulate=3", "trainer.matmul=high"],
+            ["trainer.accumulate=3", "trainer.matmul=high"],
+        ),
         (["stage=compress", "optim.lr=1", "optim.lr_head=1"], ["optim.lr=1"]),
         (["stage=adapt", "optim.lr=1", "retry=true"], ["retry=true", "hydra.launcher.jobs=2"]),
     ],
@@ -227,3 +231,19 @@ def test_keys_of_launchers_are_checked_before_a_sweep_starts(typed, words, capsy
     said = line(capsys, monkeypatch, tmp_path, "seed=0,1", "-m", f"hydra.sweep.dir={tmp_path}/sweep", CHUNK, *typed)
     assert all(word in said for word in words), said
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    "typed, words",
+    [
+        (
+            ["model=tiny_bert", "data=sentences", "data.select=last", "trainer.patience=2"],
+            "trainer.patience=2: without",
+        ),
+        (["model=tiny_vit", "data.limit=8", "optim=muon", "trainer=fsdp"], "optim.name=muon: not with trainer=fsdp"),
+    ],
+    ids=["patience", "muon"],
+)
+def test_what_a_training_refuses_is_refused_before_all_work(typed, words, tmp_path):
+    typed = [*typed, "method=lora", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=1"]
+    assert words in refusal(pipeline.set_up, resolve(composed(*typed)), tmp_path)

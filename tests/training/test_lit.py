@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from recombine.training.distillation import Distillation
 from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Classification
 from recombine.training.settings import OptimizerSettings
+from recombine.training.sharding import Sharded
 
 TEXT = ["model=tiny_llama", "data=text", "data.max_length=32", "data.limit=16"]
 RATES = {  # the key that the line names first -> what `fit` makes, the optimizer's settings, the method's rate
@@ -48,6 +50,13 @@ def test_the_best_weights_come_back_with_their_running_means():
     model.train()(5 + torch.randn(8, 4)).sum().backward()
     best.restore(model)
     assert torch.equal(model.eval()(x), before)
+
+
+def test_shards_keep_running_means_too():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    best = KeepBest("val/acc", "max", None)
+    best.keep(SimpleNamespace(strategy=Sharded(), is_global_zero=True), SimpleNamespace(model=model))
+    assert best.weights.keys() == model.state_dict().keys()
 
 
 def test_balanced_accuracy_is_over_the_classes_that_occur():
