@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recombine.errors import UsageError
 from recombine.runtime import hub
-from recombine.runtime.tensor_file import file_digest
+from recombine.runtime.digest import file_digest
 
 log = logging.getLogger(__name__)
 

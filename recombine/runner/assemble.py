@@ -17,8 +17,8 @@ from recombine.models.weights import origin
 from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart
 from recombine.runner.config import RunSpec
 from recombine.runner.labels import label_of
+from recombine.runtime.digest import file_digest
 from recombine.runtime.environment import environment
-from recombine.runtime.tensor_file import file_digest
 from recombine.stages.context import RunContext
 from recombine.training import distributed
 

@@ -1,11 +1,10 @@
 """The files of weights that a run started from: whether they are still what they were."""
 
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from recombine.runtime.tensor_file import file_digest
+from recombine.runtime.digest import remembered_digest
 
 
 def changed_file(result: Mapping[str, Any]) -> str | None:
@@ -14,7 +13,7 @@ def changed_file(result: Mapping[str, Any]) -> str | None:
     One that is gone has not changed.
     """
     for key, file, digest in read_files(result):
-        if file.is_file() and digest_of(file, (now := file.stat()).st_size, now.st_mtime_ns) != digest:
+        if file.is_file() and remembered_digest(file) != digest:
             return f"{key}={file}"
     return None
 
@@ -26,9 +25,3 @@ def read_files(result: Mapping[str, Any]) -> Iterator[tuple[str, Path, str]]:
     named = (result["config"].get("stage") or {}).get("checkpoint")
     if named is not None and (digest := result.get("sha256", {}).get(Path(named).name)):
         yield "stage.checkpoint", Path(named).expanduser(), digest
-
-
-@lru_cache
-def digest_of(file: Path, size: int, modified: int) -> str:
-    """The sha256 of a file, which the cells of a sweep read once. size, modified: they tell when to read it again."""
-    return file_digest(file)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recombine.errors import UsageError
 from recombine.runtime.atomic import atomic_write
+from recombine.runtime.digest import file_digest
 
 DTYPES = {
     torch.float64: "F64",
@@ -158,9 +159,3 @@ def recorded_digest(path: Path) -> str | None:
         return result["sha256"][path.name]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-
-
-def file_digest(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

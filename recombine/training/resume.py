@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from recombine import results
 from recombine.runtime.atomic import atomic_write
+from recombine.runtime.digest import file_digest
 from recombine.training import distributed
 
 FOLDER = ".state"
@@ -45,23 +46,17 @@ def clear(out: Path) -> None:
         left.unlink()
 
 
-def digest(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(path: Path, **facts) -> None:
     """Writes the .json beside a phase's file: its sha256, and the facts to keep with it."""
     with atomic_write(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps({"sha256": digest(path), **facts}))
+        temporary.write_text(json.dumps({"sha256": file_digest(path), **facts}))
 
 
 def verified_manifest(path: Path) -> dict | None:
     """The facts of a phase whose file is whole, or None."""
     try:
         facts = json.loads(path.with_suffix(".json").read_text())
-        if digest(path) == facts["sha256"]:
+        if file_digest(path) == facts["sha256"]:
             return facts
     except FileNotFoundError:
         return None
@@ -98,7 +93,7 @@ class TrainingState(Checkpoint):
     def find(self) -> Path | None:
         """The newest training state that is whole."""
         for path in sorted(self.folder.glob(f"{self.name}-*.ckpt"), reverse=True):
-            if digest(path) == path.stem.split("-")[-1]:
+            if file_digest(path) == path.stem.split("-")[-1]:
                 return path
             damaged(path, "the state before it is used")
         return None
@@ -155,7 +150,7 @@ class TrainingState(Checkpoint):
         self.folder.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(temporary)  # of several ranks, every one takes part
         if trainer.is_global_zero:
-            os.replace(temporary, self.folder / f"{self.name}-{trainer.global_step:08}-{digest(temporary)}.ckpt")
+            os.replace(temporary, self.folder / f"{self.name}-{trainer.global_step:08}-{file_digest(temporary)}.ckpt")
             for old in sorted(self.folder.glob(f"{self.name}-*.ckpt"), reverse=True)[KEEP:]:
                 old.unlink()
         distributed.wait()

@@ -11,7 +11,7 @@ import recombine
 from helpers import refusal
 from helpers.command import CHUNK, config, execute, line
 from recombine.runner import ranks
-from recombine.runtime.tensor_file import file_digest
+from recombine.runtime.digest import file_digest
 
 HALF = ["method=crisp", CHUNK, "stage=compress", "budget=retained_50", "stage.distil.epochs=1", "trainer.epochs=1"]
 OTHER = ["data.task=dsprites_ori", "trainer.epochs=1"]

@@ -17,6 +17,7 @@ from helpers import CONF
 from helpers.command import execute
 from recombine import results
 from recombine.runner import ranks
+from recombine.runtime.digest import file_digest
 from recombine.training import resume
 from recombine.training.lit import LitRecombine
 
@@ -216,7 +217,7 @@ def test_a_state_is_not_unpickled(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"loops": Code()}, tmp_path / "state")
-    path = tmp_path / f"best-00000001-{resume.digest(tmp_path / 'state')}.ckpt"
+    path = tmp_path / f"best-00000001-{file_digest(tmp_path / 'state')}.ckpt"
     (tmp_path / "state").rename(path)
     assert resume.TrainingState(tmp_path, "best", 5).find() == path
     with pytest.raises(pickle.UnpicklingError):
