@@ -290,6 +290,6 @@ def test_a_result_of_a_file_that_changed_since_is_refused(tmp_path, monkeypatch)
         monkeypatch.setattr(results, "read", lambda *_, part=part: part)
         base.write_bytes(b"one")
         assert results.load_finished(tmp_path, part["config"]) is part
-        base.write_bytes(b"two")
+        base.write_bytes(b"another")
         with pytest.raises(UsageError, match="has changed since"):
             results.load_finished(tmp_path, part["config"])

@@ -28,8 +28,7 @@ class Account:
     retained_total: the same share of the whole model.
     bytes_weights: bytes of the weights, in memory and in a file that holds all of the model. Packed ones are integers
         and scales there; those that `stage.bits` rounded count as the integers they would be stored as. The orders of
-        pivot layers are among them, the places of SVFT's and RoSA's sparse entries and MoDeGPT's turns
-        are not.
+        pivot layers are among them, the places of SVFT's and RoSA's sparse entries and MoDeGPT's turns are not.
     bytes_gradients: bytes of the gradients of what trains.
     bytes_optimizer: bytes of AdamW's two float32 moments. Every run is counted like this, whatever its optimizer, so
         that methods can be compared.
