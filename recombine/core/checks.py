@@ -33,12 +33,11 @@ def check_call(model: nn.Module, method: Method) -> None:
         name = {name.lower(): name for name in method_classes()}.get(word.lower(), "Svd")
         what = "a class" if isinstance(method, type) else f"a {type(method).__name__}"
         raise UsageError(f"method={word} is {what}: give an object of a method, such as recombine.{name}()")
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model is a {type(model).__name__}: give a torch.nn.Module, such as timm.create_model(...)")
+    inner = unwrapped(model)
     if isinstance(model, DataParallel | DistributedDataParallel):
         why = "keeps a list of the parameters that it was made with: apply to the model first, then wrap it"
         raise UsageError(f"model is wrapped in {type(model).__name__}, which {why}")
-    check_holds_none(unwrapped(model))
+    check_holds_none(inner)
     if torch.is_inference_mode_enabled():
         raise UsageError("apply runs in torch.inference_mode, where no weight can ever train: leave it, or use no_grad")
     for name, p in model.named_parameters():

@@ -18,7 +18,7 @@ from recombine.core.rollback import unchanged_on_failure
 from recombine.core.sites import Site, parent
 from recombine.core.tied import declare_tied
 from recombine.core.untouched import Mark, remember
-from recombine.errors import UsageError
+from recombine.errors import UsageError, did_you_mean
 from recombine.layers.packed import entries
 from recombine.models import rebuild, roles
 from recombine.models.wrappers import unwrapped
@@ -235,9 +235,16 @@ def finish(model: nn.Module, method: Method, alone: bool) -> None:
 
 
 def train_only(model: nn.Module, names: set[str]) -> None:
-    """Makes exactly these parameters trainable. They no longer count as untouched in the record."""
-    model, names = unwrapped(model), set(names)
-    for name, p in model.named_parameters():
+    """Makes exactly these parameters trainable. They no longer count as untouched in the record.
+
+    Raises:
+        UsageError: the model has no parameter of such a name.
+    """
+    model, names, parameters = unwrapped(model), set(names), dict(unwrapped(model).named_parameters())
+    if name := min(names - parameters.keys(), default=None):
+        near = did_you_mean(name, [*parameters])
+        raise UsageError(f"train_only: the model has no parameter {name}; {near}see model.named_parameters()")
+    for name, p in parameters.items():
         p.requires_grad_(name in names)
     if hasattr(model, "recombined"):
         model.recombined.untouched -= names

@@ -14,6 +14,7 @@ from recombine import models
 from recombine.errors import UsageError, did_you_mean
 from recombine.export.card import card
 from recombine.models.wrappers import unwrapped
+from recombine.runtime.tensor_file import path_of
 
 FORMATS = {  # what is written, and the packages of an extra that it needs
     "hf": ("its own code, for transformers", ()),
@@ -102,9 +103,7 @@ def check(folder: str | Path, to: str, model: Any = None) -> Path:
         )
     require(to)
     require_format(unwrapped(model), to)
-    if not isinstance(folder, str | Path):
-        raise UsageError(f"folder={folder!r}: must be the path of a folder")
-    folder = Path(folder).expanduser().absolute()
+    folder = path_of(folder, "a folder; say export(model, FOLDER)").expanduser().absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder}: is there already; name a folder that is new or empty")
     return folder

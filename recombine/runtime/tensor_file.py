@@ -36,6 +36,18 @@ LONGEST = 10**8  # bytes of a header, as in safetensors itself
 DAMAGED = "use another checkpoint"
 
 
+def path_of(given: object, what: str) -> Path:
+    """The path that a caller gave of a file or folder.
+
+    Raises:
+        UsageError: what was given is no path.
+    """
+    if not isinstance(given, str | Path):
+        shown = f"a {type(given).__name__}" if hasattr(given, "forward") else repr(given)  # a model's repr is long
+        raise UsageError(f"{shown}: must be the path of {what}")
+    return Path(given)
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], meta: dict) -> None:
     """Writes tensors and metadata atomically, tensor by tensor. No second copy of them is held in memory.
 

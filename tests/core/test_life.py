@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -204,6 +205,34 @@ def test_a_model_that_cannot_be_rewritten_is_one_line():
     assert "without its graph" in refusal(recombine.apply, model, Jactus(), losses=detached)
     assert "without its graph" in refusal(recombine.apply, model, Rosa(warmup=2), losses=detached)
     assert "meta device" in refusal(recombine.apply, model.to("meta"), Crisp(chunk=8))
+
+
+FUNCTIONS = {
+    "count": recombine.count,
+    "adapters": recombine.adapters,
+    "quantize": recombine.quantize,
+    "merge": recombine.merge,
+    "save": partial(recombine.save, path="x"),
+    "save_adapter": partial(recombine.save_adapter, path="x"),
+    "load_adapter": partial(recombine.load_adapter, path="x"),
+    "set_adapter": partial(recombine.set_adapter, name="x"),
+    "train_only": partial(recombine.train_only, names=set()),
+    "export": partial(recombine.export, folder="x", to="hf"),
+}
+
+
+@pytest.mark.parametrize("given", [None, "vit_s16", nn.Linear], ids=["None", "a word", "a class"])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_what_is_no_model_is_one_line(function, given):
+    assert "give a torch.nn.Module" in refusal(function, given)
+
+
+def test_a_parameter_to_train_that_the_model_lacks_is_one_line():
+    """It would freeze everything."""
+    model = build("tiny_vit")
+    line = refusal(recombine.train_only, model, {"head.weigth"})
+    assert "no parameter head.weigth" in line and "did you mean head.weight" in line
+    assert all(p.requires_grad for p in model.parameters())
 
 
 class Reads(nn.Module):

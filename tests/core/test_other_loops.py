@@ -143,8 +143,9 @@ def test_peft_adapts_a_compressed_model(method, tmp_path):
     merged = model.merge_and_unload()
     assert torch.allclose(outputs(merged, x), after, atol=1e-4)
     assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
-    with pytest.raises(recombine.UsageError, match="LoraConfig"):
-        recombine.peft_config(IA3Config())
+    for given in (IA3Config(), LoraConfig):
+        with pytest.raises(recombine.UsageError, match="cannot be taught"):
+            recombine.peft_config(given)
 
 
 @pytest.mark.parametrize("method", [None, recombine.Svd(targets=("up", "down"))], ids=["packed", "packed factors"])

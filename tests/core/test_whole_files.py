@@ -1,6 +1,7 @@
 """Files that hold all of a model: small, exact, and loaded without the pretrained one."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -145,9 +146,14 @@ def test_a_failed_load_changes_nothing(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
-def test_the_first_argument_is_a_path():
-    with pytest.raises(recombine.UsageError, match="must be the path of a checkpoint"):
-        recombine.load(None, plain(depth=1))
+def test_a_path_that_is_none_is_one_short_line(tmp_path):
+    """A model in a path's place too: its own text has a thousand lines."""
+    model = recombine.apply(plain(depth=1), recombine.Svd(), "retained_50")
+    for call in (recombine.load, partial(recombine.save, model), partial(recombine.load_adapter, model)):
+        for given, word in ((None, "None"), (3, "3"), (model, "a VisionTransformer")):
+            with pytest.raises(recombine.UsageError, match="must be the path of") as found:
+                call(given)
+            assert str(found.value).startswith(f"{word}: ") and "\n" not in str(found.value)
 
 
 def test_what_is_loaded_in_inference_mode_runs_there(tmp_path):

@@ -57,7 +57,7 @@ def save_adapter(model: nn.Module, path: str | Path, labels: Sequence[str] | Non
     Raises:
         UsageError: the model is not recombined, or there are not as many labels as classes.
     """
-    model, path = whole(model), Path(path)
+    model, path = whole(model), tensor_file.path_of(path, "a file; say save_adapter(model, FILE)")
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: no method says what an adapter of it holds")
     forget_changed(model, record)
@@ -91,9 +91,7 @@ def read(path: str | Path, verify: bool = True) -> tuple[dict[str, Any], dict[st
     Raises:
         UsageError: there is no such file, it is damaged, or it is no adapter.
     """
-    if not isinstance(path, str | Path):
-        raise UsageError(f"load_adapter(model, {path!r}): the second argument must be the path of an adapter's file")
-    path = Path(path)
+    path = tensor_file.path_of(path, "an adapter's file; say load_adapter(model, FILE)")
     meta, tensors = tensor_file.read(path, verify)
     if not isinstance(meta, dict) or "adapter" not in meta:
         raise UsageError(f"{path}: holds no adapter; recombine.load reads whole models, save_adapter writes adapters")

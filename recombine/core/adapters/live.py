@@ -147,12 +147,11 @@ def whole(model: nn.Module) -> nn.Module:
     Raises:
         UsageError: it is no module, or is wrapped in what keeps a list of its parameters.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model is a {type(model).__name__}: give a torch.nn.Module, such as recombine.load(FILE)")
+    inner = unwrapped(model)
     if isinstance(model, DataParallel | DistributedDataParallel):
         why = "keeps a list of its parameters, which an adapter would exchange: give model.module, then wrap it"
         raise UsageError(f"model is wrapped in {type(model).__name__}, which {why}")
-    return unwrapped(model)
+    return inner
 
 
 def held(model: nn.Module, *names: str) -> tuple[nn.Module, Live]:

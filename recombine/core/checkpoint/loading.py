@@ -38,9 +38,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, verify: bool = Tru
         UsageError: there is no such file, it is damaged or no checkpoint of recombine, or it belongs to another model.
             The given model is unchanged then.
     """
-    if not isinstance(path, str | Path):
-        raise UsageError(f"load({path!r}): the first argument must be the path of a checkpoint")
-    path = Path(path)
+    path = tensor_file.path_of(path, "a checkpoint; say load(FILE) or load(FILE, model)")
     meta, tensors = tensor_file.read(path, verify)
     meta = metadata.validated(path, meta)
     if model is None and meta["architecture"] is not None:

@@ -33,7 +33,7 @@ def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
     Raises:
         UsageError: the model is not recombined, or all of it is asked for and it cannot be built again.
     """
-    model, path = unwrapped(model), Path(path)
+    model, path = unwrapped(model), tensor_file.path_of(path, "a file; say save(model, FILE)")
     if (record := getattr(model, "recombined", None)) is None:
         raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
     forget_changed(model, record)

@@ -22,8 +22,9 @@ def peft_config(config: Any) -> Any:
     Raises:
         UsageError: another configuration; peft lets no other class be taught a layer.
     """
-    if not hasattr(config, "_register_custom_module"):
-        raise UsageError(f"peft_config: {type(config).__name__} cannot be taught new layers; give a peft.LoraConfig")
+    if isinstance(config, type) or not hasattr(config, "_register_custom_module"):
+        what = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
+        raise UsageError(f"peft_config: {what} cannot be taught new layers; give a peft.LoraConfig(...)")
     from recombine.layers.peft_lora import RecombinedLora
 
     config._register_custom_module({RecombinedLinear: RecombinedLora, PackedLinear: RecombinedLora})
