@@ -32,7 +32,7 @@ from recombine.runner.plan_parts import (
     objective_of,
     shortened,
 )
-from recombine.training import distillation, engine
+from recombine.training import distillation, engine, sharding
 from recombine.training.objectives import Objective
 from recombine.training.settings import OptimizerSettings
 
@@ -61,8 +61,7 @@ class Player:
         self.kernels = lambda: Kernels(half.get(self.settings.trainer.precision), device.gpu)
         self.scored: tuple[Watch, Cost] | None = None  # a batch of the test, where the validation has told
         self.maps, self.mapped = False, 0  # weights are pages of their file; bytes that are replaced and stay mapped
-        strategy = self.settings.trainer.strategy
-        self.sharded = not isinstance(strategy, str) and strategy.get("_target_", "").endswith(".Sharded")
+        self.sharded = sharding.asked(self.settings.trainer.strategy)
 
     def play(self) -> Rehearsal:
         """All phases."""

@@ -7,7 +7,6 @@ import sys
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from recombine.core import adapters, checkpoint
@@ -15,18 +14,17 @@ from recombine.core.method import Method
 from recombine.core.twin import sharing
 from recombine.data.base import DataModule
 from recombine.errors import UsageError
+from recombine.layers.packed import BITS
 from recombine.result_schema import StagePart
-from recombine.runtime.user_code import load_class
 from recombine.stages.context import RunContext
 from recombine.stages.sample import drawn_scores
 from recombine.stages.settings import RunSettings
-from recombine.training import distributed, engine, finite
+from recombine.training import distributed, engine, finite, sharding
 from recombine.training.callbacks import Bars, Curves, Epochs, KeepBest, Patience
 from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Objective
 from recombine.training.resume import TrainingState, loop_position
 from recombine.training.settings import OptimizerSettings
-from recombine.training.sharding import Sharded, require_entrywise
 from recombine.training.trainer import build_trainer
 
 LABELS = {"distilled": "distillation", "best": "training"}  # what `fit` makes -> what a user sees at work
@@ -80,7 +78,7 @@ def fit(
     trainer = run_trainer(run, LABELS[name], epochs, callbacks, optim.clip, logger, settings.accumulate)
     resume_from = state.find()
     run.data.resume_at(*(loop_position(resume_from) if resume_from else (0, 0)))
-    sharded = isinstance(trainer.strategy, Sharded)  # in place
+    sharded = isinstance(trainer.strategy, sharding.Sharded)  # in place
     whole = sharing(run.model, buffers=True) if sharded else None
     with run.timed(f"train_{name}"), engine.engaged(run.model, settings):
         trainer.fit(lit, run.data, ckpt_path=resume_from, weights_only=True)
@@ -101,7 +99,8 @@ def require_trainable(settings: RunSettings, data: DataModule) -> None:
     """Refuses what a training will refuse, before those that come first have taken their hours.
 
     Raises:
-        UsageError: patience without validation data, or shards with an optimizer that needs whole matrices.
+        UsageError: patience without validation data, or shards with packed weights or with an optimizer that needs
+            whole matrices.
     """
     trainer, stage = settings.trainer, settings.stage
     if stage.name not in ("adapt", "compress", "joint"):
@@ -111,9 +110,12 @@ def require_trainable(settings: RunSettings, data: DataModule) -> None:
             f"trainer.patience={trainer.patience}: without validation data nothing says when to stop; "
             "set trainer.patience=null, or data.select=val"
         )
-    if not isinstance(trainer.strategy, str) and load_class(trainer.strategy.get("_target_"), Strategy, "") is Sharded:
+    if sharding.asked(trainer.strategy):
         for key, optim in (("optim", settings.optim), ("stage.distil", getattr(stage, "distil", settings.optim))):
-            require_entrywise(optim.name, key)
+            sharding.require_entrywise(optim.name, key)
+        trains = stage.name != "compress" or data.num_classes  # after the packing, which in a distillation is to come
+        if settings.quantize.bits in BITS and trains and getattr(stage, "order", None) != "adapt_first":
+            raise UsageError(f"quantize.bits={settings.quantize.bits}: {sharding.PACKED}")
 
 
 def early_stopping(run: RunContext, monitor: str, mode: str) -> list[Patience]:

@@ -20,6 +20,7 @@ from recombine.layers.packed import packed_in
 from recombine.models import roles
 
 SHARDED = ("adamw", "adam", "sgd")  # optimizers that go entry by entry
+PACKED = "packed weights are not divided among ranks; set trainer=ddp"
 
 
 class Sharded(ModelParallelStrategy):
@@ -85,6 +86,11 @@ class Sharded(ModelParallelStrategy):
             optimizer.load_state_dict(state | {"state": parts})
 
 
+def asked(strategy: str | Mapping[str, Any]) -> bool:
+    """Whether trainer.strategy is the one of shards."""
+    return not isinstance(strategy, str) and strategy.get("_target_") == f"{__name__}.{Sharded.__name__}"
+
+
 def require_entrywise(name: str, key: str) -> None:
     """Refuses an optimizer that shards cannot have. key: of its node.
 
@@ -112,7 +118,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
         UsageError: a weight without a dimension trains, or weights are packed; FSDP2 cannot divide these.
     """
     if packed_in(model):
-        raise UsageError("quantize.bits: packed weights are not divided among ranks; set trainer=ddp")
+        raise UsageError(f"quantize.bits: {PACKED}")
     scalars = {p for p in model.parameters() if p.ndim == 0}
     if name := next((name for name, p in model.named_parameters() if p in scalars and p.requires_grad), None):
         raise UsageError(f"trainer.strategy: {name} is one number, which cannot be sharded; set trainer=ddp")

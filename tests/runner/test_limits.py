@@ -241,8 +241,13 @@ def test_keys_of_launchers_are_checked_before_a_sweep_starts(typed, words, capsy
             "trainer.patience=2: without",
         ),
         (["model=tiny_vit", "data.limit=8", "optim=muon", "trainer=fsdp"], "optim.name=muon: not with trainer=fsdp"),
+        (
+            ["model=tiny_vit", "data.limit=8", "stage=joint", "method@compressor=svd", "budget=retained_50"]
+            + ["quantize.bits=8", "trainer=fsdp"],
+            "quantize.bits=8: packed weights are not divided",
+        ),
     ],
-    ids=["patience", "muon"],
+    ids=["patience", "muon", "packed"],
 )
 def test_what_a_training_refuses_is_refused_before_all_work(typed, words, tmp_path):
     typed = [*typed, "method=lora", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=1"]
