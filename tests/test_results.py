@@ -286,6 +286,8 @@ def test_a_result_of_a_file_that_changed_since_is_refused(tmp_path, monkeypatch)
     for part in (
         {"config": {"stage": {"name": "evaluate", "checkpoint": str(base)}}, "sha256": {base.name: digest}},
         {"config": {"stage": {"name": "adapt"}}, "base": {"path": str(base), "sha256": digest}},
+        {"config": {"model": {"checkpoint": str(base)}}, "weights": {"sha256": {base.name: digest}}},
+        {"config": {"model": {"checkpoint": str(tmp_path)}}, "weights": {"sha256": {base.name: digest}}},
     ):
         monkeypatch.setattr(results, "read", lambda *_, part=part: part)
         base.write_bytes(b"one")
