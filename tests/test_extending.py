@@ -6,13 +6,16 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from helpers import ROOT
+import recombine
+from helpers import ROOT, refusal
+from recombine import Layout
 from recombine.models import lookup, roles
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -112,6 +115,26 @@ def test_a_family_is_one_object(monkeypatch):
     for part, expected in zip("qkv", (q, k, v), strict=True):
         torch.testing.assert_close(getattr(parts, part)(x), expected.flatten(2))
     assert roles.head(model) is model.top and len(roles.blocks(model)) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong", [Layout(2, (16, 16, 8)), Layout(5, (6, 6, 7)), Layout(1, (48, 48)), (1, (32,) * 3), None]
+)
+def test_a_wrong_layout_is_one_line(monkeypatch, wrong):
+    monkeypatch.setattr(lookup, "REGISTERED", [])
+    told = {}
+    exec(BLOCKS["my_family.py"], told)
+    monkeypatch.setattr(lookup, "REGISTERED", [replace(lookup.REGISTERED[0], layout=lambda holder, fused: wrong)])
+    model = told["Net"]()
+    line = refusal(recombine.apply, model, recombine.Svd(targets=("q", "v")), "retained_50")
+    assert "Family.layout gives" in line and "which has 96 outputs" in line
+    assert type(model.stack[0].mixed) is nn.Linear
+
+
+def test_a_wrong_family_is_one_line():
+    row = recombine.Family(classes="Net", roles={"o": "x"}, blocks="y")
+    assert "Family.roles=['o']: give a dict" in refusal(recombine.register, replace(row, roles=["o"]))
+    assert "give a function" in refusal(recombine.register, replace(row, layout=Layout(1, (1, 1, 1))))
 
 
 def test_a_model_is_a_yaml(clone, tmp_path):

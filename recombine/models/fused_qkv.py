@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from recombine.errors import UsageError
+
 READS = "qkv_bias_separate"  # timm's switch: True calls the fused layer and adds the bias afterwards
 OPENED = "while recombined"  # its value here, which is true and tells it from what the model came with
 TRANSPOSED = "recombined_conv1d"  # attribute of a module: names of its children that were Conv1D
@@ -82,7 +84,6 @@ class SplitLinear(nn.Module):
 
     def __init__(self, fused: nn.Linear, parts: tuple[str, ...], layout: Layout):
         super().__init__()
-        assert fused.out_features == layout.groups * sum(layout.widths), (fused, layout)
         self.in_features, self.out_features = fused.in_features, fused.out_features
         self.parts, self.layout, self.kind = parts, layout, type(fused)
         for i, name in enumerate(parts):
@@ -97,6 +98,22 @@ class SplitLinear(nn.Module):
         return torch.cat([y.unflatten(-1, (groups, -1)) for y in outputs], dim=-1).flatten(-2)
 
 
+def order_of(layout: Callable | None, holder: nn.Module, fused: nn.Module, parts: tuple[str, ...], name: str) -> Layout:
+    """The order of a fused layer's outputs, by a family's own `layout` where it has one.
+
+    Raises:
+        UsageError: the family's does not describe this layer, whose name this is.
+    """
+    if layout is None:
+        return layout_of(holder, fused, parts)
+    order = layout(holder, fused)
+    fits = isinstance(order, Layout) and len(order.widths) == len(parts)
+    if not fits or order.groups * sum(order.widths) != fused.out_features:
+        fix = f"return a recombine.Layout(groups, (widths of {', '.join(parts)})) with groups times all widths of them"
+        raise UsageError(f"Family.layout gives {order!r} for {name}, which has {fused.out_features} outputs: {fix}")
+    return order
+
+
 def split(
     model: nn.Module, names: Iterable[str], parts: tuple[str, ...] = ("q", "k", "v"), layout: Callable | None = None
 ) -> None:
@@ -107,7 +124,7 @@ def split(
     """
     for name in names:
         fused, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
-        order = layout(owner, fused) if layout else layout_of(owner, fused, parts)
+        order = order_of(layout, owner, fused, parts, name)
         model.set_submodule(name, SplitLinear(fused, parts, order))
 
 

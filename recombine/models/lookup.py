@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -25,10 +26,17 @@ def register(family: Family) -> Family:
     It goes before the families that are known already, the last one first.
 
     Raises:
-        UsageError: it is no Family, or one of its patterns is no regular expression.
+        UsageError: it is no Family, its roles are no dict, its layout is no function, or one of its patterns is no
+            regular expression.
     """
     if not isinstance(family, Family):
         raise UsageError(f"register({family!r}): give a recombine.Family(classes=..., roles={{...}}, blocks=...)")
+    if not isinstance(family.roles, Mapping):
+        raise UsageError(f"Family.roles={family.roles!r}: give a dict, {{role: regular expression}}")
+    if not (family.layout is None or callable(family.layout)):
+        raise UsageError(
+            f"Family.layout={family.layout!r}: give a function (holder, fused) -> recombine.Layout, or None"
+        )
     patterns = {"classes": family.classes, "blocks": family.blocks, "head": family.head}
     for field, pattern in (patterns | {f"roles[{role!r}]": text for role, text in family.roles.items()}).items():
         try:

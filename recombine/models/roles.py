@@ -103,8 +103,8 @@ def layer_at(model: nn.Module, name: str) -> nn.Module:
         if isinstance(fused, PackedLinear):
             why = "as packed integers, which are not taken apart; name the whole layer, or apply the method first and"
             raise UsageError(f"{owner} holds {', '.join(parts)} {why} quantize then")
-        fused, holder, layout = as_linear(fused), model.get_submodule(owner.rpartition(".")[0]), family(model).layout
-        order = layout(holder, fused) if layout else fused_qkv.layout_of(holder, fused, parts)
+        fused, holder = as_linear(fused), model.get_submodule(owner.rpartition(".")[0])
+        order = fused_qkv.order_of(family(model).layout, holder, fused, parts, owner)
         return fused_qkv.part_of(fused, parts, part, order)
     return as_linear(model.get_submodule(name))
 

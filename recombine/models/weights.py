@@ -1,14 +1,12 @@
 """Reads weights, from a file or timm's hub, and loads them strictly: every tensor, or one line that says which not."""
 
 import logging
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import huggingface_hub
 import torch
 from safetensors.torch import load_file
 from timm.models import get_pretrained_cfg
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from recombine.errors import UsageError
 from recombine.runtime import hub
-from recombine.runtime.digest import file_digest
+from recombine.runtime.digest import remembered_digest
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +39,8 @@ def hub_file(name: str, arch_tag: str) -> Path:
     repo = f"{config.hf_hub_id}{arch_tag}" if config.hf_hub_id.endswith("/") else config.hf_hub_id
     files = [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES
     for file in files:
-        cached = huggingface_hub.try_to_load_from_cache(repo, file)
-        if isinstance(cached, str):
-            return Path(cached)
+        if (cached := hub.cached_file(repo, file)) is not None:
+            return cached
     try:
         folder = hub.snapshot(repo, None, lambda names: [file for file in files if file in names][:1])
     except UsageError as error:
@@ -70,21 +67,15 @@ def hub_folder(
 def origin(path: Path) -> dict:
     """Where the weights in a file or a folder come from: the hub's repository and commit, and the sha256 of each file.
 
-    The hub's cache calls a large file by its sha256, which is taken from there. Other files are read.
+    A file is read for it, once in a process: the hub's cache has its sha256 as its name, which a damaged file has too.
     """
     folder = path if path.is_dir() else path.parent
     forms = ("model*.safetensors", "pytorch_model.bin", "*/*.safetensors", "*/*.bin")  # the last two: of several parts
     files = [path] if path.is_file() else next(filter(None, (sorted(path.glob(form)) for form in forms)), [])
-    part = {"sha256": {str(file.relative_to(folder)): _sha256(file) for file in files}}
+    part = {"sha256": {str(file.relative_to(folder)): remembered_digest(file) for file in files}}
     if folder.parent.name == "snapshots" and (repository := folder.parents[1].name).startswith("models--"):
         part = {"hub": repository.removeprefix("models--").replace("--", "/"), "commit": folder.name} | part
     return part
-
-
-def _sha256(path: Path) -> str:
-    if re.fullmatch(r"[0-9a-f]{64}", known := path.resolve().name):
-        return known
-    return file_digest(path)
 
 
 def first_line(error: Exception) -> str:

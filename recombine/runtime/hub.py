@@ -13,10 +13,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.request import getproxies
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_token, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     FileMetadataError,
@@ -83,11 +84,8 @@ def snapshot(repository: str, revision: str | None, wanted: Wanted, kind: str = 
     """
     at = commit(repository, revision, kind)
     folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}", "snapshots", at)
-    try:
-        listed = [file.path for file in get_cached_repo_tree(repository, repo_type=kind, revision=at)]
-    except (CachedRepoTreeNotFoundError, ValueError):  # another client's cache, or none, or no name of a repository
-        listed = None
-    if listed is not None and (names := wanted(listed)) and all((folder / name).is_file() for name in names):
+    listed = cached_sizes(repository, at, kind)
+    if listed is not None and (names := wanted([*listed])) and all(is_whole(folder / n, listed[n]) for n in names):
         return folder
     if trouble := unreachable():
         there = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
@@ -102,6 +100,29 @@ def snapshot(repository: str, revision: str | None, wanted: Wanted, kind: str = 
         raise UsageError(reason(error, repository, kind)) from error
 
 
+def cached_file(repository: str, name: str) -> Path | None:
+    """A file of a model as the cache has it, without a request; None: it is not there, or not with all its bytes."""
+    if not isinstance(found := try_to_load_from_cache(repository, name), str):
+        return None
+    path = Path(found)
+    sizes = cached_sizes(repository, path.parent.name, "model") or {}
+    return path if is_whole(path, sizes.get(name, path.stat().st_size)) else None
+
+
+def cached_sizes(repository: str, at: str, kind: str) -> dict[str, int] | None:
+    """The files of a commit and their bytes, as the cache has noted them; None: another client's cache, or none."""
+    try:
+        tree = get_cached_repo_tree(repository, repo_type=kind, revision=at)
+    except (CachedRepoTreeNotFoundError, ValueError):  # the latter: no name of a repository
+        return None
+    return {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+
+
+def is_whole(path: Path, size: int) -> bool:
+    """Whether a file is there with all its bytes: a copied cache, or a machine that lost its power, may have a part."""
+    return path.is_file() and path.stat().st_size == size
+
+
 def download(repository: str, at: str, wanted: Wanted, kind: str, folder: Path) -> Path:
     """Fetches what the folder of a commit lacks of the wanted files. It says how much that is."""
     tree = HfApi().list_repo_tree(repository, recursive=True, revision=at, repo_type=kind)
@@ -109,13 +130,19 @@ def download(repository: str, at: str, wanted: Wanted, kind: str, folder: Path) 
     names = wanted(list(sizes))
     if not names:
         raise UsageError(f"{repository} at {at[:8]} holds none of the files that are needed")
-    lacking = {name: sizes[name] for name in names if not (folder / name).is_file()}
+    lacking = {name: sizes[name] for name in names if not is_whole(folder / name, sizes[name])}
     count, amount = f"{len(lacking)} file{'s' * (len(lacking) != 1)}", in_bytes(sum(lacking.values()))
     require_room(sum(lacking.values()))
     if progress.is_shown():
         print(f"fetching {repository} at {at[:8]}: {count}, {amount}", file=sys.stderr, flush=True)
     with bars(f"fetching {repository}, {amount}"):
-        return Path(snapshot_download(repository, repo_type=kind, revision=at, allow_patterns=names))
+        fetch = partial(snapshot_download, repository, repo_type=kind, revision=at, allow_patterns=names)
+        fetch()
+        if cut := [folder / name for name in names if not is_whole(folder / name, sizes[name])]:
+            for path in cut:  # the client links what its cache has, whatever its size
+                path.resolve().unlink()
+            fetch()
+    return folder
 
 
 def in_bytes(count: int) -> str:

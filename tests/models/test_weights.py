@@ -1,6 +1,8 @@
 """A model's checkpoint file: what fills the model, and what is refused."""
 
+import hashlib
 import logging
+import os
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import save_file
 
 from helpers import ROOT, config
 from helpers.vision_models import refused
-from recombine.models import build
+from recombine.models import build, weights
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
@@ -76,3 +78,16 @@ def test_settings_that_do_not_exist_are_refused():
     )
     assert "wings=2" in refused(**config("tiny_vit"), wings=2)
     assert "num_heads=5" in refused(**config("tiny_vit", num_heads=5))
+
+
+def test_the_sha256_of_weights_is_that_of_what_was_read(tmp_path):
+    """The hub's cache calls a file by the sha256 that it should have."""
+    blob = tmp_path / "blobs" / hashlib.sha256(b"whole").hexdigest()
+    folder = tmp_path / "snapshots" / "0"
+    for part in (blob.parent, folder):
+        part.mkdir(parents=True)
+    (folder / "model.safetensors").symlink_to(blob)
+    for content in (b"whole", b"other"):
+        blob.write_bytes(content)
+        os.utime(blob, ns=(0, content[0]))
+        assert weights.origin(folder)["sha256"] == {"model.safetensors": hashlib.sha256(content).hexdigest()}

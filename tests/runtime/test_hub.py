@@ -48,6 +48,33 @@ def test_a_commit_is_asked_for_once(hub, capsys):
     assert (folder / "other/x.parquet").is_file()
 
 
+def test_a_file_that_lost_its_end_is_fetched_again(hub):
+    """As in a cache that was copied half. The client itself links what it has, whatever its size."""
+    name, content = "model-00001-of-00002.safetensors", WEIGHTS["model-00001-of-00002.safetensors"]
+    hub.add("models", "some/model", WEIGHTS, commit=PINNED)
+    path = client.snapshot("some/model", PINNED, model_files) / name
+    blob = path.resolve()
+    for has_link in (True, False):
+        blob.write_bytes(content[:100])
+        if not has_link:
+            path.unlink()
+        assert client.snapshot("some/model", PINNED, model_files) / name == path and path.read_bytes() == content
+    hub.stop()
+    blob.write_bytes(content[:100])
+    assert f"no connection to {hub.address}" in refusal(client.snapshot, "some/model", PINNED, model_files)
+
+
+def test_a_cached_file_is_whole(hub):
+    hub.add("models", "some/model", WEIGHTS)
+    name = "model-00001-of-00002.safetensors"
+    assert client.cached_file("some/model", name) is None
+    path = client.snapshot("some/model", None, model_files) / name
+    asked(hub)
+    assert client.cached_file("some/model", name) == path and asked(hub) == []
+    path.resolve().write_bytes(b"1")
+    assert client.cached_file("some/model", name) is None
+
+
 def test_a_branch_is_remembered(hub, monkeypatch):
     first = hub.add("datasets", "some/set", PARTS, branch="refs/convert/parquet")
     args = ("some/set", "refs/convert/parquet", wanted, "dataset")

@@ -28,7 +28,8 @@ def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
 
     Args:
         whole: store all of the model; None: where it holds fewer parameters than before, or packed ones. A model that
-            cannot be built again without its weights is then saved as a difference, with a warning.
+            cannot be built again without its weights is then saved as a difference, with a warning. One that recombine
+            built with random weights is stored whole in any case, since nobody has them.
 
     Raises:
         UsageError: the model is not recombined, or all of it is asked for and it cannot be built again.
@@ -38,7 +39,7 @@ def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
         raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
     forget_changed(model, record)
     smaller = sum(entries(model).values()) < record.total or bool(packed_in(model))
-    if whole or whole is None and smaller:
+    if whole or whole is None and smaller or starts_at_random(model):
         try:
             tensor_file.write(path, *everything(model, record))
             return path
@@ -48,6 +49,12 @@ def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
             log.warning("%s: holds the difference to the pretrained model only, since %s", path, error)
     tensor_file.write(path, *difference(model, record))
     return path
+
+
+def starts_at_random(model: nn.Module) -> bool:
+    """Whether recombine built the model with random weights."""
+    source = getattr(model, "recombine_source", None) or {}
+    return source.get("pretrained") is False and source.get("checkpoint") is None
 
 
 def everything(model: nn.Module, record: Record) -> tuple[dict[str, Tensor], dict]:

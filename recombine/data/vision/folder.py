@@ -188,7 +188,7 @@ def pictures(folder: Path, classes: list[str]) -> Part:
 
 def _files(folder: Path) -> Iterator[Path]:
     for parent, _, names in os.walk(folder):
-        yield from (Path(parent, name) for name in names)
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def stamp(parts: dict[str, Part], others: Iterable[Path] = ()) -> str:

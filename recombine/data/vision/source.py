@@ -87,6 +87,12 @@ def decode(item: Path | tuple[str, bytes], upright: bool = False) -> np.ndarray:
     where, file = (item, item) if isinstance(item, Path) else (item[0], io.BytesIO(item[1]))
     try:
         with Image.open(file) as image:
+            if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # `convert` would cut at 255
+            if image.mode in ("I", "F"):
+                raise ValueError(
+                    f"its greys (Pillow's mode {image.mode}) have no known range; save it with 8 or 16 bits"
+                )
             return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on bad files
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)

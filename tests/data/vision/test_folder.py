@@ -10,6 +10,7 @@ from PIL import Image
 from helpers import ready, refusal
 from recombine import data
 from recombine.data.vision.folder import LISTS, lists
+from recombine.data.vision.source import decode
 from recombine.errors import UsageError
 
 
@@ -93,6 +94,25 @@ def test_an_edited_picture_is_read_again(cache, tmp_path):
     folder(tmp_path / "d")
     Image.fromarray(np.full((20, 20, 3), 250, np.uint8)).save(tmp_path / "d/train/ant/0.png")
     assert folder(tmp_path / "d").train.images[0, 0, 0, 0] == 250
+
+
+def test_greys_of_16_bits_are_no_white(cache, tmp_path):
+    """Pillow's own conversion cuts every value above 255."""
+    greys = np.linspace(0, 65535, 54).reshape(6, 9)
+    Image.fromarray(greys.astype(np.uint16)).save(tmp_path / "x.png")
+    (tmp_path / "x.pgm").write_bytes(b"P5 9 6 65535\n" + greys.astype(">u2").tobytes())
+    for name in ("x.png", "x.pgm"):
+        assert (decode(tmp_path / name) == (greys.astype(np.uint16) >> 8)[..., None]).all()
+    for kind in (np.int32, np.float32):
+        Image.fromarray(greys.astype(kind)).save(tmp_path / "x.tif")
+        assert "save it with 8 or 16 bits" in refusal(decode, tmp_path / "x.tif")
+
+
+def test_hidden_files_are_no_pictures(cache, tmp_path):
+    """Such as those that macOS leaves on a foreign disk."""
+    tree(tmp_path)
+    (tmp_path / "train" / "ant" / "._0.png").write_bytes(b"Mac OS X")
+    assert len(folder(tmp_path).train) == 20
 
 
 def test_folder_errors_are_one_line(cache, tmp_path):
