@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from recombine.core.account import ADAM, MIB, head_size, held, orders
+from recombine.core.account import head_size, held, orders, predict
 from recombine.core.method import Method, Site
 from recombine.core.packing import MIX, Packing, saving, sizes_beside
 from recombine.errors import UsageError
@@ -192,11 +192,6 @@ def measures(method: Method, model: nn.Module, sites: list[Site], budget: Budget
     size, dense = sites[0].module.weight.element_size(), sum(site.module.weight.numel() for site in sites)
     total = sum(p.numel() for p in model.parameters())
     rest, head = total - held(site.module for site in sites), head_size(model)
-
-    def memory() -> float:
-        stored, trained = method.sizes(sites)
-        return (size * (rest + stored) + (size + ADAM) * (trained + head)) / MIB
-
     beside = orders(method, sites) / size  # as so many weights
     saved = (lambda: 0.0) if budget.packing is None else saving(method, model, sites, budget.packing)
     return {
@@ -205,5 +200,5 @@ def measures(method: Method, model: nn.Module, sites: list[Site], budget: Budget
             (rest - head + method.retained_weights(sites) + budget.reserve + beside - saved()) / (total - head)
         ),
         "trainable": lambda: method.sizes(sites)[1],
-        "memory": memory,
+        "memory": lambda: predict(method, model, sites).memory_mib,
     }[budget.kind]

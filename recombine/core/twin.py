@@ -1,23 +1,20 @@
 """Copies of a model that hold no second copy of its weights."""
 
 import copy
-from collections.abc import Collection
 
 from torch import Tensor, nn
 
 
-def sharing(model: nn.Module, apart: Collection[str] = (), buffers: bool = False) -> nn.Module:
+def sharing(model: nn.Module, buffers: bool = False) -> nn.Module:
     """A copy of the modules that holds the same parameters.
 
     What replaces layers or parameters of one leaves the other alone; what writes into a parameter, or sets its
     `requires_grad`, does not.
 
     Args:
-        apart: names of modules whose parameters are copied too.
         buffers: they are the same too; otherwise they are copied.
     """
-    own = {id(p) for name in apart for p in model.get_submodule(name).parameters()}
-    same = [p for p in model.parameters() if id(p) not in own] + (list(model.buffers()) if buffers else [])
+    same = [*model.parameters(), *(model.buffers() if buffers else ())]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in same})
 
 

@@ -16,7 +16,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
 
     Every epoch is drawn from (seed, epoch); without `set_epoch` the epochs follow each other. Each batch is divided:
     rank r takes rows r, r + world, ... of it, so `data.batch_size` is that of the run and no row comes twice. Where a
-    batch has fewer rows than there are ranks, those left empty-handed get its first row, and `void` says so.
+    batch has fewer rows than there are ranks, those left empty-handed get its first row, and `empty_shard` says so.
 
     Args:
         inner: yields the row numbers of the whole run's batches.

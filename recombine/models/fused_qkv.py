@@ -2,7 +2,7 @@
 transposed (GPT-2's Conv1D), or as a weight that attention reads instead of calling the layer (timm's Beit, Eva).
 
 The rows of a fused weight are a number of groups, each with rows of q, then of k, then of v (`Layout`). Nothing here
-happens by itself: `open_layers` and `close_layers` are called by who rewrites.
+happens by itself: `roles.open_layers` and `close` are called by who rewrites.
 """
 
 import sys

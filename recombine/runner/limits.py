@@ -8,17 +8,13 @@ import torch.distributed as dist
 
 from recombine.data.base import DataModule
 from recombine.errors import UsageError
+from recombine.runtime.threads import cores
 from recombine.training import distributed
 
 LEAST_RANKS = 2  # that any machine may run, to try it
 WORKERS_A_CORE = 4  # processes that load data; more only wait for each other
 GIB = 2**30
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # the share of the memory that a container has
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> int:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from recombine.errors import UsageError
 from recombine.runner import effects, pool
 from recombine.runner.ledger import Ledger
+from recombine.runtime.threads import cores
 
 
 def launch(
@@ -36,7 +37,7 @@ def launch(
         fix = "say trainer.devices=N, or fewer jobs"
         raise UsageError(f"hydra.launcher.jobs={workers}: {len(gpus)} GPUs, trainer.devices={devices} a run; {fix}")
     ranks = max(1, ranks)
-    threads = str(max(1, len(os.sched_getaffinity(0)) // (workers * ranks)))
+    threads = str(max(1, cores() // (workers * ranks)))
 
     if left := len(ledger.folders) - len(ledger.ended):
         runs = f"{left} run{'s' * (left > 1)}, {workers} at a time"

@@ -29,6 +29,7 @@ from recombine.errors import EXPECTED, UsageError, one_line
 from recombine.runner import limits, pipeline, plan_table
 from recombine.runtime.logs import quiet_libraries
 from recombine.runtime.schema import typed
+from recombine.runtime.threads import cores
 from recombine.training import distributed
 from recombine.training.settings import TrainerSettings
 from recombine.training.trainer import build_trainer, require_possible
@@ -152,7 +153,7 @@ def environment(count: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(count),
         "NODE_RANK": "0",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // count)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // count)),
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
     }
 

@@ -7,7 +7,6 @@ where the error line says. ``python -m recombine.runtime.assets`` lists what the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from recombine.errors import UsageError
 from recombine.runtime import progress
+from recombine.runtime.digest import file_digest
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _verify(asset: Asset, path: Path) -> None:
     seal = f"{asset.sha256} {stat.st_size} {stat.st_mtime_ns}"
     if marker.is_file() and marker.read_text() == seal:
         return
-    digest = _sha256(path)
+    digest = file_digest(path)
     if digest != asset.sha256:
         with writing(path.parent):
             path.unlink()
@@ -175,14 +175,6 @@ def _verify(asset: Asset, path: Path) -> None:
         )
     with suppress(OSError):  # a read-only cache is fine to read from: the file is hashed again next time
         marker.write_text(seal)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def main(names: list[str]) -> int:

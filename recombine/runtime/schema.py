@@ -3,7 +3,7 @@
 A schema is a settings class (a dataclass), or the keyword arguments of a function or a class. Its annotations are
 kinds: ``lr: Rate | None = None``. pydantic checks values against them strictly: true is no number, 3.0 no whole number,
 an infinity nothing at all. A class with a method ``contradiction(key)`` also says which of its values do not go
-together. `model_json_schema` of `pydantic_model` is what scripts/fuzz.py draws values from.
+together.
 """
 
 import math

@@ -23,12 +23,16 @@ def settle() -> str | None:
     """
     if "torch" in sys.modules or any(name in os.environ for name in ANSWERED):
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    taken = cores - (free := max(1, cores - others_running(cores)))
-    if not taken:
+    count = cores()
+    if (free := max(1, count - others_running(count))) == count:
         return None
     os.environ |= {"OMP_NUM_THREADS": str(free), "OMP_WAIT_POLICY": "passive"}
-    return f"{free} of {cores} cores, as other work runs"
+    return f"{free} of {count} cores, as other work runs"
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def others_running(cores: int) -> int:

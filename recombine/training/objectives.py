@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+
+from recombine.data.text.metrics import collection
 
 NOT_INPUTS = ("labels", "part")
 
@@ -99,14 +100,6 @@ class Objective(nn.Module):
         return scores
 
 
-class Balanced(MulticlassAccuracy):
-    """The mean over the classes that occur among the labels; others have no accuracy."""
-
-    def compute(self) -> Tensor:
-        support = self.tp + self.fn
-        return (self.tp / support.clamp(min=1)).sum() / (support > 0).sum()
-
-
 class Classification(Objective):
     """Cross-entropy; accuracy over samples and, where classes are uneven, the mean over classes."""
 
@@ -123,12 +116,7 @@ class Classification(Objective):
         return share * F.cross_entropy(logits.float(), labels_of(batch), label_smoothing=smoothing), logits
 
     def metrics(self) -> MetricCollection:
-        return MetricCollection(
-            {
-                "acc": MulticlassAccuracy(self.num_classes, average="micro"),
-                "balanced_acc": Balanced(self.num_classes, average="none"),
-            }
-        )
+        return collection(("acc", "balanced_acc"), self.num_classes)
 
 
 class Regression(Objective):

@@ -110,3 +110,10 @@ def test_bytes_of_a_pair_include_the_adapter(adapter):
     assert without < recombine.count(alone).stored_without_head, (pair, one)
     assert budget_of(adapter, model, Budget.parse("trainable_5k"), compressor, adapter).kind == "trainable"
     assert budget_of(compressor, model, Budget.parse("trainable_5k"), compressor, adapter).kind == "none"
+
+
+@pytest.mark.parametrize("asked", [0.25, 0.28, 0.319])
+def test_a_memory_is_kept_to_with_the_rows_of_pivots(asked):
+    """Which rows they are takes bytes too."""
+    model = recombine.apply(build("tiny_vit"), recombine.Svd(factor="pivot"), f"memory_{asked}mb")
+    assert 0.9 * asked < recombine.count(model).memory_mib <= asked

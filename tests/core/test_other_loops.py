@@ -63,8 +63,13 @@ def test_transformers_trainer_saves_and_resumes(method, tmp_path):
 
 
 def test_a_loaded_model_saves_in_transformers_too(tmp_path):
+    from transformers import AutoModelForCausalLM
+
     file = recombine.save(compressed(SHARED["crisp"]), tmp_path / "crisp.safetensors")
-    recombine.load(file, build("tiny_llama")).save_pretrained(tmp_path / "folder")
+    model = recombine.load(file, build("tiny_llama")).eval()
+    model.save_pretrained(tmp_path / "folder")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", trust_remote_code=True).eval()
+    assert torch.equal(outputs(again, batch(model)), outputs(model, batch(model)))
 
 
 def test_accelerate_saves_and_loads(tmp_path):

@@ -47,7 +47,7 @@ def refusal(name="toy") -> str:
 
 def test_fetches_once_and_hashes_once(client, monkeypatch):
     assert assets.fetch("toy").read_bytes() == BODY
-    monkeypatch.setattr(assets, "_sha256", None)  # the marker vouches for the file from now on
+    monkeypatch.setattr(assets, "file_digest", None)  # the marker vouches for the file from now on
     assert assets.fetch("toy") == client.path and client.calls == 1
     assert sorted(p.name for p in client.path.parent.iterdir()) == [TOY.file, TOY.file + ".ok"]
 

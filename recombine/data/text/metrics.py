@@ -11,6 +11,14 @@ from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorr
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
 
+class Balanced(MulticlassAccuracy):
+    """The mean over the classes that occur among the labels; others have no accuracy."""
+
+    def compute(self) -> Tensor:
+        support = self.tp + self.fn
+        return (self.tp / support.clamp(min=1)).sum() / (support > 0).sum()
+
+
 class PositiveF1(BinaryF1Score):
     """F1 of class 1 from the logits of two classes."""
 
@@ -49,7 +57,7 @@ METRICS = {  # name -> metric of logits (B, classes), or of values (B,), and lab
     "acc_m": lambda classes: PartAccuracy(0),
     "acc_mm": lambda classes: PartAccuracy(1),
     "m+mm": lambda classes: PartAccuracy(),
-    "balanced_acc": lambda classes: MulticlassAccuracy(classes, average="macro"),
+    "balanced_acc": lambda classes: Balanced(classes, average="none"),
     "mcc": lambda classes: MulticlassMatthewsCorrCoef(classes),
     "f1": lambda classes: PositiveF1(),
     "pearson": lambda classes: PearsonCorrCoef(),

@@ -42,10 +42,6 @@ class Truncated(LowRank, abstract=True):
     def budget_values(self, field: str, sites: list[Site]) -> list[float]:
         return [i / 1000 for i in range(1, 1001)]
 
-    def groups(self, sites: list[Site]) -> list[list[Site]]:
-        """The layers that are factored together, group by group."""
-        return [[site] for site in sites]
-
     def group_rank(self, group: list[Site]) -> int:
         """The rank k of a group's matrix."""
         m, n = shape(group)
