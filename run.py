@@ -8,16 +8,18 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import recombine.runtime.naming  # noqa: F401  resolvers that conf/config.yaml uses
-from recombine.errors import EXPECTED, UsageError, one_line
+from recombine.errors import EXPECTED, UsageError, as_text, one_line
 from recombine.runner import arguments, effects, typed_keys
 from recombine.runner.announce import say_what_loads
 from recombine.runtime import budget_words, help, logs, threads
 
 DEBUG = "HYDRA_FULL_ERROR" in os.environ  # a user who wants traces gets them
 failures: list[Exception] = []
+stopped: list[str] = []  # the folder of a run that Ctrl-C ended
 cores: list[str | None] = [None]  # how many torch takes, in words; None: all
 
 
@@ -33,11 +35,16 @@ def main(cfg: DictConfig) -> float:
     except EXPECTED as error:  # Hydra would print lines of its own
         failures.append(error)
         return float("nan")
+    except KeyboardInterrupt:
+        if HydraConfig.get().mode == RunMode.RUN:
+            stopped.append(HydraConfig.get().run.dir)  # Hydra forgets it on the way out
+        raise
 
 
 def cli() -> int:
     """Runs the command line. Bad input is one line on stderr and exit code 2."""
     failures.clear()
+    stopped.clear()
     given = sys.argv[1:]
     if any(flag in given for flag in help.FLAGS):
         return show_help(given)
@@ -70,8 +77,8 @@ def cli() -> int:
 
 
 def going_on() -> str:
-    """How a run or a sweep that was stopped goes on. A sweep has said its folder, and Hydra has forgotten it."""
-    folder = f"hydra.run.dir={HydraConfig.get().run.dir}" if HydraConfig.initialized() else "the same folder"
+    """How a run or a sweep that was stopped goes on. A sweep has said its folder."""
+    folder = as_text("hydra.run.dir", stopped[0]) if stopped else "the same folder"
     return f"the same command with {folder} goes on"
 
 

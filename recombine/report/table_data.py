@@ -26,8 +26,10 @@ class Measure:
     def of(self, record: Record) -> float | None:
         """The number of a run; None where its result has none, or one that is not finite."""
         value = record.get(self.key)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return value * self.scale if number else None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        number = float(value) if abs(value) < 1e300 else math.inf  # an integer may be larger than any float
+        return number * self.scale if math.isfinite(number) else None
 
     def error(self, record: Record) -> float | None:
         """The standard error of a run's number that the size of its test set gives; None where it is not known.

@@ -24,6 +24,7 @@ from recombine.runtime import conf
 from recombine.runtime.kinds import Place, Seed, Word, shown
 from recombine.runtime.schema import annotations, checked, group, typed
 from recombine.stages import STAGES, mix
+from recombine.stages.compress import require_compressor
 from recombine.stages.profile import require_predictable
 from recombine.stages.settings import (
     STAGE_SETTINGS,
@@ -116,6 +117,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
         raise UsageError(f"analyse.elsewhere={shown(transfer_tasks)}: {why}")
     quantize = typed(QuantizeSettings, plain["quantize"], "quantize")
     mix.require(quantize, stage, budget, plain.get("base"))
+    require_compressor(stage, method, compressor, labels["method"])
     require_predictable(stage, method, compressor, quantize)
     data = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
     data_sets.check(**data | {"seed": cfg.seed})

@@ -25,7 +25,7 @@ from recombine.training.lit import LitRecombine
 from recombine.training.objectives import Objective
 from recombine.training.resume import TrainingState, loop_position
 from recombine.training.settings import OptimizerSettings
-from recombine.training.trainer import build_trainer
+from recombine.training.trainer import build_trainer, interruptible
 
 LABELS = {"distilled": "distillation", "best": "training"}  # what `fit` makes -> what a user sees at work
 KEYS = {"distilled": "stage.distil", "best": "optim"}  # -> where its optimizer stands in the configuration
@@ -55,7 +55,10 @@ def train_and_test(run: RunContext, whole: bool = False) -> StagePart:
     if not any(p.requires_grad for p in run.model.parameters()):  # compressed, without a head: there is nothing to fit
         path = run.out / "best.safetensors"
         if distributed.rank() == 0:
-            checkpoint.save(run.model, path, whole=whole)
+            if whole:
+                checkpoint.save(run.model, path, whole=True)
+            else:
+                checkpoint.save_best(run.model, path)
         lit = LitRecombine(run.model, run.method, objective)
         return {"val": validate(run, lit)} | test(run, lit) | {"checkpoint": str(path)}
     lit, best = fit(run, objective, optim, run.settings.trainer.epochs, "best", run.method)
@@ -80,13 +83,13 @@ def fit(
     run.data.resume_at(*(loop_position(resume_from) if resume_from else (0, 0)))
     sharded = isinstance(trainer.strategy, sharding.Sharded)  # in place
     whole = sharing(run.model, buffers=True) if sharded else None
-    with run.timed(f"train_{name}"), engine.engaged(run.model, settings):
+    with run.timed(f"train_{name}"), engine.engaged(run.model, settings), interruptible():
         trainer.fit(lit, run.data, ckpt_path=resume_from, weights_only=True)
     if whole is not None:
         best.restore(whole)
         run.model = lit.model = whole
         if distributed.rank() == 0:
-            checkpoint.save(whole, best.path, whole=False)
+            checkpoint.save_best(whole, best.path)
     run.seconds[f"train_{name}"] += round(state.before, 3)
     run.earlier += state.before
     run.curves[name] = history.curves
@@ -128,14 +131,15 @@ def validate(run: RunContext, lit: LitRecombine) -> dict[str, float]:
     """The score on the validation set by which weights are chosen; empty without one."""
     if run.data.val is None:
         return {}
-    (scores,) = run_trainer(run, "validation", 1, [], None).validate(lit, run.data, verbose=False)
+    with interruptible():
+        (scores,) = run_trainer(run, "validation", 1, [], None).validate(lit, run.data, verbose=False)
     return {lit.objective.metric: scores[f"val/{lit.objective.metric}"]}
 
 
 def test(run: RunContext, lit: LitRecombine) -> StagePart:
     """Scores the model on the test set, a language model also on the harness's tasks, one that draws by pictures."""
     device = run.device
-    with run.timed("test"), engine.products(run.settings.trainer.matmul):
+    with run.timed("test"), engine.products(run.settings.trainer.matmul), interruptible():
         (scores,) = run_trainer(run, "test", 1, [], None).test(lit, run.data, verbose=False)
     run.model.to(device)  # Lightning leaves it on the CPU
     if not math.isfinite(scores["test/loss"]):

@@ -19,6 +19,7 @@ from recombine.result_schema import StagePart
 from recombine.stages.adapt import fit, train_and_test
 from recombine.stages.context import RunContext
 from recombine.stages.retrofit import weight_errors
+from recombine.stages.settings import StageSettings
 from recombine.training.distillation import Distillation
 
 
@@ -47,10 +48,8 @@ def adapted_first(run: RunContext) -> StagePart:
     """Adapt and merge, then compress and distil from the adapted model, with its head as it is.
 
     Raises:
-        UsageError: there is no compressor, or what comes out cannot be kept.
+        UsageError: what comes out cannot be kept.
     """
-    if run.compressor is None:
-        raise UsageError("stage.order=adapt_first: nothing compresses after the method; add method@compressor=svd_llm")
     if getattr(run.model, "needs_folder", False):
         why = "all of the model is kept then, and this one draws with parts that lie in its folder"
         raise UsageError(f"stage.order=adapt_first: {why}; leave it out")
@@ -70,16 +69,8 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
 
     Returns:
         Its part of the result, and the original model.
-
-    Raises:
-        UsageError: the method does not compress.
     """
     method, settings = run.first_method, run.settings.stage.distil
-    if not method.compresses:
-        raise UsageError(
-            f"stage={run.settings.stage.name}: {run.labels['method']} does not compress; use svd or crisp, "
-            "or put a compressor before it: method@compressor=svd"
-        )
     one = run.settings.trainer.strategy == "auto"  # others may shard, and no parameter can be in two shards
     teacher = sharing(run.model) if one else copy.deepcopy(run.model)
     run.checkpointed_step("rewritten", lambda: run.rewrite(method))
@@ -100,6 +91,24 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
     method.on_distillation_step(run.model, 1.0)
     finish(run.model, method, alone=run.compressor is None)
     return part, teacher
+
+
+def require_compressor(stage: StageSettings, method: Method, compressor: Method | None, label: str) -> None:
+    """Refuses a stage whose first method does not compress.
+
+    Args:
+        label: what the method is called.
+
+    Raises:
+        UsageError: names the way out.
+    """
+    if stage.name not in ("compress", "joint"):
+        return
+    if compressor is None and getattr(stage, "order", None) == "adapt_first":
+        raise UsageError("stage.order=adapt_first: nothing compresses after the method; add method@compressor=svd_llm")
+    if not (compressor or method).compresses:
+        fix = "use svd or crisp, or put a compressor before it: method@compressor=svd"
+        raise UsageError(f"stage={stage.name}: {label} does not compress; {fix}")
 
 
 def require_small_fields(model: nn.Module, method: Method, budget: Budget, stage: str) -> None:

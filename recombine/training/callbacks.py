@@ -189,7 +189,7 @@ class KeepBest(Callback):
         if sharded:  # `adapt.fit` writes the file, of a model that is whole
             return
         if trainer.is_global_zero:
-            checkpoint.save(lit.model, self.path, whole=False)
+            checkpoint.save_best(lit.model, self.path)
         lit.last_good = str(self.path)
 
     def on_fit_end(self, trainer, lit) -> None:
@@ -202,7 +202,7 @@ class KeepBest(Callback):
         if not isinstance(trainer.strategy, Sharded):
             self.restore(lit.model)
             if self.inherited and trainer.is_global_zero:
-                checkpoint.save(lit.model, self.path, whole=False)
+                checkpoint.save_best(lit.model, self.path)
 
     def restore(self, model: nn.Module) -> None:
         """The kept weights into the model, or into one like it."""

@@ -10,6 +10,7 @@ weights_only. A damaged one is named, and the one before it is used. Everything 
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from recombine import results
@@ -185,6 +187,21 @@ class TrainingState(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             while self.handlers:
                 signal.signal(*self.handlers.popitem())
+
+
+class StateFile(TorchCheckpointIO):
+    """Writes training states beside their place. Lightning's own goes through TMPDIR, which may be small."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        """Writes a state whole or not at all.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        buffer = io.BytesIO()  # torch itself ends a full disk with a RuntimeError
+        torch.save(checkpoint, buffer)
+        with atomic_write(Path(path)) as file:
+            file.write_bytes(buffer.getbuffer())
 
 
 def loop_position(path: Path) -> tuple[int, int]:

@@ -1,5 +1,9 @@
 """Lightning's Trainer, as the configuration asks for it."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import lightning as L
 import torch
 from hydra.errors import HydraException
@@ -10,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from recombine.errors import UsageError, did_you_mean
 from recombine.runtime.kinds import shown
 from recombine.runtime.user_code import load_class
-from recombine.training import distributed, engine
+from recombine.training import distributed, engine, resume
 from recombine.training.settings import TrainerSettings
 
 
@@ -49,7 +53,7 @@ def build_trainer(settings: TrainerSettings, **arguments) -> L.Trainer:
             num_nodes=settings.num_nodes,
             strategy=strategy if isinstance(strategy, str) else instantiate(strategy),
             precision=precision(settings.precision, settings.accelerator),
-            plugins=distributed.cluster(),
+            plugins=[distributed.cluster(), resume.StateFile()],
             use_distributed_sampler=False,  # recombine/data/batch_sampler.py divides, and pads nothing
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -61,6 +65,21 @@ def build_trainer(settings: TrainerSettings, **arguments) -> L.Trainer:
     # Lightning's own has ranks wait for each other, and ends with exit code 0: recombine/training/resume.py has ours
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C while a Trainer works is a KeyboardInterrupt again: Lightning makes it an exit with code 1, and then no
+    other is heard.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
 
 
 def precision(wanted: str, accelerator: str) -> str:

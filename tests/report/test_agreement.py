@@ -71,6 +71,7 @@ def test_the_error_of_a_test_set_is_binomial():
     assert share.error(Record({}, result, "x")) == pytest.approx(2.8, abs=0.05)
     assert share.error(Record({}, result | {"data": {}}, "x")) is None
     assert Measure("x", "test.x").error(Record({}, result, "x")) is None
+    assert Measure("x", "test.x").of(Record({}, {"test": {"x": 10**400}}, "x")) is None
     harness = {"test": {"arc/acc": 0.5, "arc/acc_stderr": 0.07}}
     assert Measure("arc", "test.arc/acc", 100.0).error(Record({}, harness, "x")) == pytest.approx(7)
 

@@ -1,14 +1,18 @@
 """Every bad input is one line; a finished run is not run again; --help teaches."""
 
+import shlex
 import subprocess
 import sys
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 import recombine
+import run
 from helpers import ROOT
 from helpers.command import CHUNK, execute, line
 from recombine import results
+from recombine.errors import as_text
 
 
 @pytest.mark.parametrize(
@@ -128,3 +132,20 @@ def test_help_teaches():
     for group in ("method: ", "model: ", "data: ", "budget: ", "stage: "):
         assert group in out
     assert out.count("python run.py") >= 5 and "result.json" in out
+
+
+def test_a_run_that_ctrl_c_ended_says_its_folder(capsys, monkeypatch, tmp_path):
+    """What it says can be typed, whatever is in the folder's name."""
+    told = []
+
+    def stop(cfg):
+        told.append(HydraConfig.get().runtime.output_dir)
+        if len(told) == 1:
+            raise KeyboardInterrupt
+        return 0.0
+
+    monkeypatch.setattr("recombine.runner.ranks.task", stop)
+    word = as_text("hydra.run.dir", f"{tmp_path}/a, b=c")
+    monkeypatch.setattr(sys, "argv", ["run.py", "model=tiny_vit", *shlex.split(word)])
+    assert run.cli() == 130 and f"the same command with {word} goes on" in capsys.readouterr().err
+    assert run.cli() == 0 and told == [f"{tmp_path}/a, b=c"] * 2

@@ -99,7 +99,6 @@ def test_refusals(base, adapted, tmp_path, capsys, monkeypatch):
         "budget=retained_50: method=crisp trains what base=": [here, "budget=retained_50"],
         "was made from model=tiny_vit": [here, "model=tiny_swin"],
         "say model.image_size=32": [here, "model.image_size=64"],
-        "differs from the backbone": [here, "seed=5"],
     }
     half = tmp_path / "half"
     shutil.copytree(base[0], half)

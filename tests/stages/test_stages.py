@@ -2,6 +2,7 @@
 
 import base64
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from recombine.layers import DeltaLinear
 from recombine.layers.quantize import quantize
 from recombine.runner import ranks
 from recombine.stages.retrofit import relative_error, weight_errors
+from recombine.training.lit import LitRecombine
 from zoo import batch, build, losses, outputs
 
 
@@ -140,3 +142,25 @@ def test_adapting_first_merges_and_compresses_what_was_adapted(tmp_path):
 def test_adapting_first_needs_a_compressor(tmp_path):
     said = refusal(execute, tmp_path, "method=svd", "stage=joint", "budget=retained_50", "stage.order=adapt_first")
     assert said.startswith("stage.order=adapt_first: nothing compresses after the method")
+
+
+def test_ctrl_c_outside_of_training_is_no_exit(tmp_path, monkeypatch):
+    """Lightning ends the process with code 1, and ignores whatever comes then."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(LitRecombine, "test_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        execute(tmp_path, "method=lora", "trainer.epochs=1", "probe=false")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_the_checkpoint_of_a_model_that_started_at_random_needs_no_seed(tmp_path):
+    result = execute(tmp_path, "method=lora", "trainer.epochs=1", "probe=false", "seed=3")
+    torch.manual_seed(7)
+    model = recombine.load(tmp_path / "best.safetensors")
+    assert recombine.count(model).trained == result["account"]["trained"]
+    again = execute(tmp_path / "b", "stage=evaluate", f"stage.checkpoint={tmp_path}/best.safetensors", "seed=9")
+    assert again["test_right"] == result["test_right"]

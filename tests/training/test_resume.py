@@ -7,6 +7,7 @@ import pickle
 import random
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from hydra import compose, initialize_config_dir
 from helpers import CONF
 from helpers.command import execute
 from recombine import results
+from recombine.errors import UsageError
 from recombine.runner import ranks
 from recombine.runtime.digest import file_digest
 from recombine.training import resume
 from recombine.training.lit import LitRecombine
+from recombine.training.settings import TrainerSettings
+from recombine.training.trainer import build_trainer
 
 TINY = [
     *("model=tiny_vit", "trainer=cpu", "trainer.progress=false", "data.limit=64", "data.batch_size=8"),
@@ -130,6 +134,16 @@ def test_killed_anywhere(case, whole, tmp_path):
     assert run(broken, *CASES[case]) == 0, log(broken)
     assert outcome(broken) == outcome(expected)
     assert not [p for p in broken.iterdir() if p.name.startswith(".")]
+
+
+def test_a_training_state_needs_no_room_elsewhere(tmp_path, monkeypatch):
+    """Lightning writes it into TMPDIR first, which may be a small disk."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    trainer = build_trainer(TrainerSettings(accelerator="cpu"), logger=False, max_epochs=1)
+    trainer.strategy.checkpoint_io.save_checkpoint({"x": torch.ones(3)}, tmp_path / "state")
+    assert torch.equal(torch.load(tmp_path / "state", weights_only=True)["x"], torch.ones(3))
+    with pytest.raises(UsageError, match="state/in: cannot be written"):
+        trainer.strategy.checkpoint_io.save_checkpoint({}, tmp_path / "state" / "in")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])

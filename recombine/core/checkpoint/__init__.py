@@ -7,6 +7,6 @@ against `metadata` before it reaches any library.
 
 from recombine.core.checkpoint.loading import load
 from recombine.core.checkpoint.merging import merge, merged, merged_copy
-from recombine.core.checkpoint.saving import save
+from recombine.core.checkpoint.saving import save, save_best
 
-__all__ = ["load", "merge", "merged", "merged_copy", "save"]
+__all__ = ["load", "merge", "merged", "merged_copy", "save", "save_best"]

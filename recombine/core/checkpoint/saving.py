@@ -27,9 +27,9 @@ def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
     torch.compile or DistributedDataParallel is saved as itself.
 
     Args:
-        whole: store all of the model; None: where it holds fewer parameters than before, or packed ones. A model that
-            cannot be built again without its weights is then saved as a difference, with a warning. One that recombine
-            built with random weights is stored whole in any case, since nobody has them.
+        whole: store all of the model; None: where it holds fewer parameters than before, or packed ones, or where
+            recombine built it with random weights, which nobody has. A model that cannot be built again without its
+            weights is then saved as a difference, with a warning.
 
     Raises:
         UsageError: the model is not recombined, or all of it is asked for and it cannot be built again.
@@ -39,7 +39,7 @@ def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
         raise UsageError(f"this {type(model).__name__} is not recombined: save its state_dict instead")
     forget_changed(model, record)
     smaller = sum(entries(model).values()) < record.total or bool(packed_in(model))
-    if whole or whole is None and smaller or starts_at_random(model):
+    if whole or whole is None and (smaller or starts_at_random(model)):
         try:
             tensor_file.write(path, *everything(model, record))
             return path
@@ -49,6 +49,11 @@ def save(model: nn.Module, path: str | Path, whole: bool | None = None) -> Path:
             log.warning("%s: holds the difference to the pretrained model only, since %s", path, error)
     tensor_file.write(path, *difference(model, record))
     return path
+
+
+def save_best(model: nn.Module, path: Path) -> None:
+    """`save` as a run keeps its weights: what the pretrained model has not; all of a model that started at random."""
+    save(model, path, whole=None if starts_at_random(model) else False)
 
 
 def starts_at_random(model: nn.Module) -> bool:

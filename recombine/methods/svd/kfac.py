@@ -80,7 +80,8 @@ class KfacSvd(WeightedSvd):
         root, scale = self.root(stats)
         turned = root @ site.module.weight.detach().double()
         u, s = weighted_svd(turned, shrunk(stats.inputs.xx, self.shrink_inputs))
-        return *self.turned_back(root, u[:, : self.largest(site)], turned), s * scale.sqrt()
+        tokens = stats.tokens if self.allocation == "error" else 1  # layers compare by the sum over theirs
+        return *self.turned_back(root, u[:, : self.largest(site)], turned), s * (scale * tokens).sqrt()
 
     def turned_back(self, root: Tensor, u: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
         """left (m, k) and right (k, n) of A^-1 u u^T (A W)."""

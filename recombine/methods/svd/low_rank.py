@@ -82,9 +82,8 @@ class LowRank(Spectral, abstract=True):
 
     def whole_rank(self, m: int, n: int, share: float) -> int:
         """The largest rank that stores at most this share of m n weights, but at least 1."""
-        k = int(self.form.rank(m, n, share * m * n))
-        if self.factor == "pivot":  # a root: rounding may have crossed a whole number
-            k += self.form.weights(m, n, k + 1) <= share * m * n and k < min(m, n)
+        k, most = int(self.form.rank(m, n, share * m * n)), share * m * n * (1 + 1e-12)
+        k += k < min(m, n) and self.form.weights(m, n, k + 1) <= most  # rounding may have crossed a whole number
         return max(1, k)
 
     def max_rank(self, site: Site) -> int:

@@ -44,6 +44,17 @@ def roots(method, stats):
     return found
 
 
+def test_errors_of_layers_are_sums_over_their_tokens():
+    """Swin has fewer in every stage: by a mean the first one would be sixteen times too cheap."""
+    site, stats = one_layer(6, 8, "random", "random", "random", 0)
+    stats[site.name].tokens, found = 196, {}
+    for allocation in ("uniform", "error"):
+        method = KfacSvd(allocation=allocation)
+        method.stats = stats
+        found[allocation] = method.optimum(site)[2].numpy()
+    assert np.allclose(found["error"], 14 * found["uniform"])
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), WEIGHTS, INPUTS, INPUTS, st.integers(0, 99), st.data())
 def test_the_weight_is_the_two_sided_optimum(m, n, kind, inputs, outputs, seed, data):
