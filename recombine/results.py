@@ -5,6 +5,7 @@ Its keys are declared in result_schema.py.
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from recombine.result_schema import MethodPart, Result
 from recombine.runtime import budget_words, open_fields
 from recombine.runtime.atomic import atomic_write
 from recombine.runtime.inputs import changed_file
-from recombine.runtime.later import LATER
+from recombine.runtime.later import LATER, added
 from recombine.runtime.naming import aside
 from recombine.runtime.progress import wrapped
 from recombine.runtime.shapes import first_wrong
@@ -80,11 +81,12 @@ def running(folder: Path) -> bool:
         return False
 
 
-def load_finished(folder: Path, config: dict) -> Result | None:
+def load_finished(folder: Path, config: dict, typed: Sequence[str]) -> Result | None:
     """The result that the folder of a run holds already, or None.
 
     Args:
         config: of the run, as `settings` gives it.
+        typed: its overrides.
 
     Raises:
         UsageError: it is a result of another configuration, or of a file of weights that has other bytes now.
@@ -92,7 +94,9 @@ def load_finished(folder: Path, config: dict) -> Result | None:
     if not (path := folder / "result.json").is_file():
         return None
     before = read(path, SHOWN)
-    if (what := config_difference(before["config"], json.loads(dumps(config)))) is not None:
+    what = config_difference(before["config"], config := json.loads(dumps(config)))
+    one_sided = flat(before["config"]).keys() ^ flat(config).keys()
+    if what or (what := added(one_sided, [*shlex.split(before["command"]), *typed])):
         raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")
     if (what := changed_file(before)) is not None:
         raise UsageError(f"{path}: {what} has changed since: move the result, or name another folder")

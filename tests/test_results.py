@@ -261,7 +261,7 @@ def test_a_finished_run_with_infinities_is_found_and_shown(tmp_path, capsys):
     assert "finished before" in out and "accuracy inf %" in out
     config = {"optim": {"clip": math.inf}}
     results.write(tmp_path / "with" / "result.json", result | {"config": config})
-    assert results.load_finished(tmp_path / "with", config)["config"] == config
+    assert results.load_finished(tmp_path / "with", config, [])["config"] == config
     record = records.Record({}, results.read(tmp_path / "result.json"), "cell")
     (line,) = records.dump([record]).splitlines()
     assert json.loads(line, parse_constant=pytest.fail)["val"]["acc"] == math.inf
@@ -275,7 +275,7 @@ def test_a_finished_run_with_infinities_is_found_and_shown(tmp_path, capsys):
 def test_a_file_of_another_shape_is_no_finished_run(text, tmp_path):
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(recombine.UsageError, match="result.json.*move it away") as error:
-        results.load_finished(tmp_path, {})
+        results.load_finished(tmp_path, {}, [])
     assert "\n" not in str(error.value)
 
 
@@ -289,9 +289,24 @@ def test_a_result_of_a_file_that_changed_since_is_refused(tmp_path, monkeypatch)
         {"config": {"model": {"checkpoint": str(base)}}, "weights": {"sha256": {base.name: digest}}},
         {"config": {"model": {"checkpoint": str(tmp_path)}}, "weights": {"sha256": {base.name: digest}}},
     ):
-        monkeypatch.setattr(results, "read", lambda *_, part=part: part)
+        monkeypatch.setattr(results, "read", lambda *_, part=part: {"command": ""} | part)
         base.write_bytes(b"one")
-        assert results.load_finished(tmp_path, part["config"]) is part
+        assert results.load_finished(tmp_path, part["config"], [])["config"] is part["config"]
         base.write_bytes(b"another")
         with pytest.raises(UsageError, match="has changed since"):
-            results.load_finished(tmp_path, part["config"])
+            results.load_finished(tmp_path, part["config"], [])
+
+
+def test_a_key_that_was_added_for_one_run_is_another_configuration(tmp_path, capsys, monkeypatch):
+    """A key that one of two results lacks may have come with a version; one that was typed with a plus has not."""
+    plain = [*VIT, "method=lora", "probe=false", f"hydra.run.dir={tmp_path}"]
+    for words, code in ((plain, 0), ([*plain, "+model.drop_rate=0.5"], 2), (plain, 0)):
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        assert run.cli() == code
+        said = capsys.readouterr()
+        assert ("another configuration (only one of them has model.drop_rate)" in said.err) == (code == 2)
+    assert "finished before" in said.out
+    (tmp_path / "result.json").unlink()
+    for words, code in (([*plain, "+model.drop_rate=0.5"], 0), (plain, 2)):
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        assert run.cli() == code

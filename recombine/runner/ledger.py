@@ -63,8 +63,9 @@ class Ledger:
         A run that has yet to write what `export` asks for is taken by no one: it goes on.
         """
         try:
-            config = results.settings(self.compose(job))
-            found = results.load_finished(folder, config)
+            composed = self.compose(job)
+            config = results.settings(composed)
+            found = results.load_finished(folder, config, composed.hydra.overrides.task)
             if not results.missing_exports(config.get("export"), found):
                 self.ended[job] = results.score(found), None
         except EXPECTED as error:

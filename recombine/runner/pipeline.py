@@ -77,7 +77,8 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
     """One run, and its result. What is there already is not computed again."""
     spec = resolve(cfg)
     path = out / "result.json"
-    if (result := results.load_finished(out, spec.config)) is not None:
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    if (result := results.load_finished(out, spec.config, typed)) is not None:
         print(f"{path}: finished before\n{summary_table(result, path)}")
         if distributed.rank() == 0:
             exports.make_up(spec.export, out, result)

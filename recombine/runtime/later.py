@@ -1,5 +1,7 @@
 """Keys of the configuration that came after the first results, so that results of all versions compare."""
 
+from collections.abc import Iterable
+
 LATER = {  # key -> what it was by then
     "base": None,
     "calibration.memory": "auto",
@@ -41,3 +43,15 @@ LATER = {  # key -> what it was by then
         "mimicry.clip": None,
     }.items()
 }
+
+
+def added(one_sided: Iterable[str], typed: Iterable[str]) -> str | None:
+    """A key that no version brought: it was typed with a plus for one of two runs. None: there is none.
+
+    Args:
+        one_sided: the keys that one configuration has and the other lacks.
+        typed: the overrides of both.
+    """
+    plus = {word.lstrip("+").partition("=")[0] for word in typed if word.startswith("+")}
+    found = (key for key in sorted(one_sided) for own in plus if f"{key}.".startswith(f"{own}."))
+    return next((f"only one of them has {key}" for key in found), None)
