@@ -124,3 +124,8 @@ def did_you_mean(wrong: str, known: list[str]) -> str:
     """
     close = get_close_matches(wrong, known, 1)
     return f"did you mean {close[0]}? " if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 160 characters, without its full stop; its type without one."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")[:160]

@@ -59,6 +59,11 @@ class DataModule(lightning.LightningDataModule):
     test: Dataset
     _start = (0, 0)
 
+    @property
+    def task_of_model(self) -> str:
+        """What it asks of a model that can be several: lm (the next token), or classes of a text or an image."""
+        return "lm" if self.objective == "lm" else "text" if isinstance(self, TokenModule) else "image"
+
     # What a subclass writes
 
     def attach_model(self, source: Mapping, objective: str, tokenizer: Callable[[], Any] | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 
 
 def arrow_table(path: Path) -> pa.Table:
@@ -76,11 +76,6 @@ def lines(path: Path) -> Iterator[str]:
         raise UsageError(f"no {path}: put it there") from None
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UsageError(f"cannot read {path}: {first_line(error)}; download it again") from error
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's message; its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _rows(path: Path) -> list[dict]:

@@ -23,8 +23,7 @@ from torch import nn
 from recombine.data.language import choices, instructions, prompts
 from recombine.data.language.prompts import COMMONSENSE
 from recombine.data.readers import table
-from recombine.errors import UsageError
-from recombine.models.weights import first_line
+from recombine.errors import UsageError, first_line
 from recombine.runtime import progress
 from recombine.training import objectives
 

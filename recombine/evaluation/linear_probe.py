@@ -1,5 +1,6 @@
 """The linear probe: logistic (or ridge) regression on the frozen features in front of the head's last layer."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from recombine.core.calibration import BACKWARD
+from recombine.core.method import Method
 from recombine.errors import UsageError
 from recombine.models import roles
 from recombine.runtime import progress
@@ -39,17 +42,22 @@ class Probe:
             head.bias.copy_(self.bias)
 
 
-def asked(probe: bool, stage: Any, starts: bool) -> tuple[bool, bool]:
-    """Whether a run fits a probe, and whether it scores it on the test set.
+def asked(settings: Any, parts: Iterable[Method | None]) -> tuple[bool, bool, bool]:
+    """Whether a run fits a probe, whether it scores it on the test set, and whether the head starts from it.
+
+    It starts from it where the head has to be good: where the original model teaches, where a method reads the task's
+    loss, and with optim.head=probe. A retrofit or a profile reports no probe, and reads the test set only for scores of
+    its own.
 
     Args:
-        probe: the run is to report one.
-        stage: the settings of its stage. A retrofit or a profile reports none, and reads the test set only for scores
-            of its own.
-        starts: the head starts from it.
+        settings: of the run.
+        parts: its compressor and its method.
     """
+    stage = settings.stage
+    reads = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts if part is not None)
+    starts = stage.name in ("compress", "joint") or reads or settings.optim.head == "probe"
     reports = stage.name not in ("retrofit", "profile")
-    return starts or (probe and reports), reports or getattr(stage, "test", False)
+    return starts or (settings.probe and reports), reports or getattr(stage, "test", False), starts
 
 
 def load_or_fit(path: Path, model: nn.Module, data, test: bool = True) -> Probe:

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recombine import models
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 from recombine.models.hf_folder import UNREADABLE
-from recombine.models.weights import first_line, hub_folder, silence
+from recombine.models.weights import hub_folder, silence
 
 SIDE = 98  # pixels, of DINOv2
 AT_ONCE = 32  # pictures

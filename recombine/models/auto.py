@@ -25,12 +25,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 from recombine.models import causal_lm, encoders, roles
 from recombine.models.allowed import config_values
 from recombine.models.hf_folder import UNREADABLE, folder, read_tokenizer, refuse_damaged
 from recombine.models.recompute import recompute
-from recombine.models.weights import first_line, silence
+from recombine.models.weights import silence
 from recombine.runtime.kinds import Colours, Deviations, Name, Pixels, Place, Whole
 
 TASKS = {

@@ -19,11 +19,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 from recombine.models.allowed import config_values
 from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged
 from recombine.models.recompute import recompute
-from recombine.models.weights import first_line, silence
+from recombine.models.weights import silence
 from recombine.runtime.kinds import Name, Place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

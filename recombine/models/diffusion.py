@@ -20,12 +20,11 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from pydantic import Field
 from torch import Tensor, nn
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 from recombine.models.allowed import LARGEST, refuse
 from recombine.models.diffusion_folder import folder, read_config, read_unet, written
 from recombine.models.diffusion_parts import Frozen, Parts, Prompts, configured
 from recombine.models.drawing import draw
-from recombine.models.weights import first_line
 from recombine.runtime.kinds import Name, Pixels, Place
 
 SCHEDULE = {"beta_schedule", "prediction_type", "num_train_timesteps"}  # of a model without a folder

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 from recombine.models.hf_folder import UNREADABLE, refuse_damaged
-from recombine.models.weights import first_line, hub_folder, silence
+from recombine.models.weights import hub_folder, silence
 from recombine.runtime.assets import cache_dir
 
 FOLDERS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 from recombine.models import packaged
 from recombine.models.allowed import config_values
 from recombine.models.diffusion_folder import frozen, read_config
 from recombine.models.encoders import byte_tokenizer
 from recombine.models.hf_folder import UNREADABLE
-from recombine.models.weights import first_line, silence
+from recombine.models.weights import silence
 
 LONGEST = 24  # tokens of a prompt, where no folder says so
 LIBRARYS_OWN = ("transformers_version", "architectures", "model_type", "dtype", "torch_dtype")

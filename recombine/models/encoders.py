@@ -32,11 +32,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 from recombine.models import roles
 from recombine.models.allowed import config_values
 from recombine.models.hf_folder import UNREADABLE, bytes_only, folder, read_tokenizer, refuse_damaged
-from recombine.models.weights import first_line, silence
+from recombine.models.weights import silence
 from recombine.runtime.kinds import Name, Place, Whole
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 from recombine.models import packaged
-from recombine.models.weights import first_line, hub_folder, silence
+from recombine.models.weights import hub_folder, silence
 from recombine.runtime.mapped import release
 
 UNREADABLE = (OSError, SafetensorError, UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError)

@@ -78,11 +78,6 @@ def origin(path: Path) -> dict:
     return part
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 160 characters, without its full stop."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(". ")[:160]
-
-
 def load(model: nn.Module, path: Path, num_classes: int) -> int:
     """Fills a timm model from a file, with position embeddings resampled as timm does; only the classifier may differ.
 

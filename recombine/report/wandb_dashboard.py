@@ -18,7 +18,7 @@ from typing import NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from recombine import data
-from recombine.errors import EXPECTED, UsageError, one_line
+from recombine.errors import EXPECTED, UsageError, first_line, one_line
 from recombine.report import words
 from recombine.runner import grid
 from recombine.runtime.atomic import atomic_write
@@ -195,7 +195,7 @@ def save(dashboard) -> str:
     try:
         return dashboard.save().url
     except Exception as error:  # the client's own errors and its transport's
-        raise UsageError(f"--save: W&B fails ({str(error).splitlines()[0]}); the JSON is written") from error
+        raise UsageError(f"--save: W&B fails ({first_line(error)}); the JSON is written") from error
 
 
 if __name__ == "__main__":

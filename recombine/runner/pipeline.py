@@ -11,10 +11,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from recombine import data, models, results
-from recombine.core.calibration import BACKWARD
 from recombine.core.method import Method
 from recombine.core.rewrite import find_sites
-from recombine.data.base import DataModule, TokenModule
+from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.evaluation import harness, linear_probe
 from recombine.export.folder import require_format
@@ -130,7 +129,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     require_harness(spec, module)
     require_prompts(module, spec.settings)
     native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
-    model = models.build(**native | models.for_task(spec.model, task_of(module)))
+    model = models.build(**native | models.for_task(spec.model, module.task_of_model))
     for to in spec.export:
         require_format(model, to)
     source, stage = model.recombine_source, spec.settings.stage
@@ -198,23 +197,12 @@ def require_harness(spec: RunSpec, module: DataModule) -> None:
         harness.fetch(spec.settings.harness.names(module.harness), module.root)
 
 
-def task_of(module: DataModule) -> str:
-    """What the data ask of a model that can be several: lm (the next token), or classes of a text or an image."""
-    return "lm" if module.objective == "lm" else "text" if isinstance(module, TokenModule) else "image"
-
-
 def fit_head(run: RunContext) -> None:
-    """Fits the linear probe, which the result reports, and starts the head from it where the head has to be good.
-
-    That is so where the original model teaches, where a method reads its gradients, and with optim.head=probe.
-    """
+    """Fits the linear probe, which the result reports, and starts the head from it where it has to."""
     stage, head = run.settings.stage.name, roles.head(run.model)
     if head is None or run.data.num_classes is None or stage == "evaluate" or models.has_own_head(run.model):
         return
-    parts = filter(None, (run.compressor, run.method))
-    trained = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts)
-    starts = stage in ("compress", "joint") or trained or run.settings.optim.head == "probe"
-    fitted, test = linear_probe.asked(run.settings.probe, run.settings.stage, starts)
+    fitted, test, starts = linear_probe.asked(run.settings, (run.compressor, run.method))
     if fitted:
         with run.timed("probe"):
             run.probe = linear_probe.load_or_fit(run.state / "probe.safetensors", run.model, run.data, test)

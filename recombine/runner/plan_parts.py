@@ -82,8 +82,7 @@ def build(spec: RunSpec, module: DataModule) -> nn.Module:
     Raises:
         UsageError: there is no such model.
     """
-    task = "lm" if module.objective == "lm" else "text" if isinstance(module, TokenModule) else "image"
-    config = models.for_task(spec.model, task) | {"pretrained": False, "checkpoint": None}
+    config = models.for_task(spec.model, module.task_of_model) | {"pretrained": False, "checkpoint": None}
     with torch.device("meta"):
         model = models.build(**config)
         if module.objective == "denoising":

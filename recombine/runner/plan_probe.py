@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from recombine.core import footprint
-from recombine.core.calibration import BACKWARD
 from recombine.evaluation import linear_probe
 from recombine.models import roles
 from recombine.runner.plan_devices import Cost
@@ -21,10 +20,7 @@ def probe(player: "Player") -> None:
     stage, head, classes = player.stage, roles.head(player.model), player.module.num_classes
     if head is None or not classes or stage.name == "evaluate":
         return
-    parts = list(filter(None, (player.spec.compressor, player.spec.method)))
-    trained = any(part.needs_trained_head or part.statistics_needed() & BACKWARD for part in parts)
-    starts = stage.name in ("compress", "joint") or trained or player.settings.optim.head == "probe"
-    fitted, test = linear_probe.asked(player.settings.probe, stage, starts)
+    fitted, test, _ = linear_probe.asked(player.settings, (player.spec.compressor, player.spec.method))
     if not fitted:
         return
     watch, per = player.forward(64)

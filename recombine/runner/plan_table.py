@@ -6,8 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from recombine import data, results
-from recombine.errors import EXPECTED, UsageError, one_line
-from recombine.models.weights import first_line
+from recombine.errors import EXPECTED, UsageError, first_line, one_line
 from recombine.runner import grid, override_lines
 from recombine.runner.config import resolve
 from recombine.runner.ledger import duration

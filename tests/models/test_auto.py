@@ -109,10 +109,9 @@ def test_what_cannot_be_is_one_line(roberta):
 @pytest.mark.parametrize("data, task", [("text", "lm"), ("glue", "text"), ("offline", "image")])
 def test_the_data_say_what_the_model_is_for(data, task):
     from recombine import data as sets
-    from recombine.runner.pipeline import task_of
 
     module = sets.build(**{k: v for k, v in whole_config(f"data={data}").data.items()})
-    assert task_of(module) == task
+    assert module.task_of_model == task
     assert models.for_task(hf(name="x"), task)["task"] == task
     assert models.for_task(hf(name="x", task="lm"), task)["task"] == "lm" and "task" not in models.for_task(
         config("tiny_vit"), task

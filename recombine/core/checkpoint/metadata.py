@@ -142,7 +142,7 @@ class Metadata(Strict):
 
     format: Literal[2]
     model: Identifier
-    source: dict[str, Plain] | None = None
+    source: Source | None = None
     architecture: Annotated[Architecture, Field(discriminator="library")] | None = None
     steps: Annotated[list[Step], Field(max_length=100)]
     classes: Classes | None
@@ -170,8 +170,6 @@ def validated(path: Path, meta: object) -> dict[str, Any]:
         raise UsageError(f"{path}: not a checkpoint of recombine; model.checkpoint=FILE loads a plain model's weights")
     try:
         Metadata.model_validate(meta)
-        if meta.get("source") is not None:
-            Source.model_validate(meta["source"])
     except (ValidationError, RecursionError) as error:
         raise UsageError(f"{path}: its metadata are malformed ({first(error)}); use another checkpoint") from error
     return {"architecture": None, "blocks": None, "source": None, "packed": {}, "bits": {}} | meta

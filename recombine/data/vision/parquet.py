@@ -22,9 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recombine.data.readers import first_line
 from recombine.data.vision.source import Part
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 
 SPLIT = re.compile(r"(?<![a-z0-9])(train|validation|valid|val|test)(?:800|200)?(?![a-z0-9])")
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})")

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from recombine.data.readers import first_line
 from recombine.data.sampling import stratified
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 
 SIZES = {"train": 800, "val": 200, "test": 1000}  # VTAB-1K's form; test sets may be smaller
 

@@ -31,7 +31,7 @@ from recombine.data.vision import folder
 from recombine.data.vision.cache import require_disk_space
 from recombine.data.vision.source import Part, decode
 from recombine.data.vision.suite_base import Row, Suite
-from recombine.errors import UsageError
+from recombine.errors import UsageError, first_line
 from recombine.runtime import progress
 from recombine.runtime.assets import cache_dir, writing
 from recombine.runtime.kinds import Word
@@ -145,7 +145,7 @@ def unpack(archive: Path, root: Path, tasks: Collection[str] = tuple(Vtab.rows))
                         os.replace(Path(scratch, inside[task]), root / task)
                     moved.append(task)
         except (zipfile.BadZipFile, zlib.error, EOFError, FileNotFoundError) as error:
-            raise UsageError(f"cannot unpack {archive}: {str(error).splitlines()[0]}; fetch it again") from error
+            raise UsageError(f"cannot unpack {archive}: {first_line(error)}; fetch it again") from error
     return sorted(moved)
 
 
