@@ -54,8 +54,9 @@ def export(
         UsageError: the model is not recombined or cannot be written so, the format is unknown or lacks its extra, or
             the folder is full.
     """
-    model, folder = unwrapped(model), check(folder, to, model)
-    if not isinstance(model, nn.Module) or not hasattr(model, "recombined"):
+    model, folder = unwrapped(model), check(folder, to)
+    require_format(model, to)
+    if not hasattr(model, "recombined"):
         raise UsageError(f"this {type(model).__name__} is not recombined: save it as its own library does")
     if to != "lora" and (base, rank, energy) != (None, None, None):
         raise UsageError(f'base, rank and energy are for to="lora", not for {to!r}: leave them out')
@@ -91,8 +92,8 @@ def write(model: nn.Module, folder: Path, to: str) -> None:
         import_module(f"recombine.export.{to}").write(model, folder)
 
 
-def check(folder: str | Path, to: str, model: Any = None) -> Path:
-    """The folder as a path, once it is free, and the format is known, installed and one that can hold the model.
+def check(folder: str | Path, to: str) -> Path:
+    """The folder as a path, once it is free, and the format is known and installed.
 
     Raises:
         UsageError: it is not.
@@ -102,7 +103,6 @@ def check(folder: str | Path, to: str, model: Any = None) -> Path:
             f"to={to!r}: no such format; {did_you_mean(str(to), [*FORMATS])}choose from {', '.join(FORMATS)}"
         )
     require(to)
-    require_format(unwrapped(model), to)
     folder = path_of(folder, "a folder; say export(model, FOLDER)").expanduser().absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder}: is there already; name a folder that is new or empty")
