@@ -94,7 +94,8 @@ def load_finished(folder: Path, config: dict, typed: Sequence[str]) -> Result | 
     if not (path := folder / "result.json").is_file():
         return None
     before = read(path, SHOWN)
-    what = config_difference(before["config"], config := json.loads(dumps(config)))
+    config = json.loads(dumps(config))
+    what = config_difference(before["config"], config)
     one_sided = flat(before["config"]).keys() ^ flat(config).keys()
     if what or (what := added(one_sided, [*shlex.split(before["command"]), *typed])):
         raise UsageError(f"{path} is the result of another configuration ({what}): move it, or name another folder")

@@ -116,7 +116,7 @@ def require_trainable(settings: RunSettings, data: DataModule) -> None:
     if sharding.asked(trainer.strategy):
         for key, optim in (("optim", settings.optim), ("stage.distil", getattr(stage, "distil", settings.optim))):
             sharding.require_entrywise(optim.name, key)
-        trains = stage.name != "compress" or data.num_classes  # after the packing, which in a distillation is to come
+        trains = stage.name != "compress" or data.num_classes  # a fit follows once the weights are packed
         if settings.quantize.bits in BITS and trains and getattr(stage, "order", None) != "adapt_first":
             raise UsageError(f"quantize.bits={settings.quantize.bits}: {sharding.PACKED}")
 

@@ -14,7 +14,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from recombine.data.text.metrics import collection
+from recombine.data.metrics import collection
 
 NOT_INPUTS = ("labels", "part")
 

@@ -28,8 +28,8 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from torchmetrics import MetricCollection
 
 from recombine.data.base import SPLITS, CachedModule, TokenModule, log_once
+from recombine.data.metrics import collection
 from recombine.data.sampling import shuffled, stratified
-from recombine.data.text.metrics import collection
 from recombine.data.text.tokenised import Buckets, Row, Texts, description, encode, fingerprint, join, write
 from recombine.errors import UsageError
 from recombine.runtime.assets import cache_dir

@@ -1,4 +1,4 @@
-"""What sentence tasks are scored by: GLUE's metrics, of logits (B, classes) or values (B,) and labels (B,)."""
+"""What classes and values are scored by, of logits (B, classes) or values (B,) and labels (B,); GLUE's among them."""
 
 from __future__ import annotations
 
