@@ -38,7 +38,6 @@ from recombine.runtime import conf
 from recombine.training import objectives
 
 ROOT = Path(__file__).parents[1]
-BATCH = 4  # samples at once
 CLASSES = 100
 POSITIONAL = ("how", "model", "methods")
 
@@ -51,6 +50,7 @@ def main() -> None:
     parser.add_argument("--memory", default="auto")
     parser.add_argument("--budget", default="retained_70")
     parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=4, help="samples at once")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--folder", type=Path, help="apply: of the weights, in files")
     parser.add_argument("--blocks", type=int, help="apply: as many blocks instead of all; not of Swin")
@@ -73,7 +73,7 @@ def command(args: argparse.Namespace, method: str) -> list[str]:
         options = [f"--{key}={value}" for key, value in vars(args).items() if key not in POSITIONAL and value]
         return [sys.executable, __file__, "child", args.model, method, *options]
     data = ["data=text", f"data.max_length={args.tokens}", f"calibration.samples={args.samples}"]
-    more = [f"calibration.batch_size={BATCH}", f"calibration.memory={args.memory}", f"budget={args.budget}"]
+    more = [f"calibration.batch_size={args.batch}", f"calibration.memory={args.memory}", f"budget={args.budget}"]
     keys = [f"model={args.model}", f"method={method}", "stage=retrofit", *data, *more]
     return [sys.executable, str(ROOT / "run.py"), *keys, f"hydra.run.dir={tempfile.mkdtemp(prefix='memory-')}"]
 
@@ -138,7 +138,7 @@ def losses_of(model: nn.Module, args: argparse.Namespace) -> Losses:
         batch = (x, y) if x.is_floating_point() else {"input_ids": x, "attention_mask": torch.ones_like(x)}
         return F.cross_entropy(objectives.call(model, batch), y)
 
-    return lambda: (loss(*batch) for batch in zip(samples.split(BATCH), labels.split(BATCH), strict=True))
+    return lambda: (loss(*batch) for batch in zip(samples.split(args.batch), labels.split(args.batch), strict=True))
 
 
 def write_random(known: dict, folder: Path) -> None:
