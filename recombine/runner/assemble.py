@@ -17,7 +17,7 @@ from recombine.models.weights import origin
 from recombine.result_schema import AnalysisPart, MethodPart, Result, RunPart, StagePart
 from recombine.runner.config import RunSpec
 from recombine.runner.labels import label_of
-from recombine.runtime.digest import file_digest
+from recombine.runtime.digest import file_digest, remembered_digest
 from recombine.runtime.environment import environment
 from recombine.stages.context import RunContext
 from recombine.training import distributed
@@ -41,7 +41,7 @@ def assemble_result(spec: RunSpec, run: RunContext, stage: StagePart, analysis: 
         "environment": environment(),
     }
     if run.base is not None:
-        runner["base"] = {"path": str(run.base), "sha256": file_digest(run.base)}
+        runner["base"] = {"path": str(run.base), "sha256": remembered_digest(run.base)}
     runner |= quantized(run, runner["layers"])
     if record and (tokens := run.calibration_sha256()) is not None:
         runner["calibration_sha256"] = tokens

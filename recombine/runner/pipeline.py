@@ -19,6 +19,7 @@ from recombine.evaluation import harness, linear_probe
 from recombine.export.folder import require_format
 from recombine.models import roles
 from recombine.models.sizes import require_image_size
+from recombine.models.weights import origin
 from recombine.runner import effects, exports, limits, plan
 from recombine.runner.assemble import assemble_result
 from recombine.runner.base import fresh_head, put_on_base
@@ -27,6 +28,7 @@ from recombine.runner.idle import idle
 from recombine.runner.other_data import build_calibration_data, build_transfer_data
 from recombine.runner.summary import suite_table, summary_table
 from recombine.runtime import progress
+from recombine.runtime.digest import remembered_digest
 from recombine.stages import STAGES, analysis, mix
 from recombine.stages.adapt import require_trainable
 from recombine.stages.compress import require_small_fields
@@ -156,7 +158,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         model.cuda()
     for part in filter(None, (module, calibration)):
         part.ask(model)
-    state = resume.state_folder(out, spec.config)
+    state = resume.state_folder(out, spec.config, named_weights(spec, model))
     pieces = {
         "compressor": spec.compressor,
         "calibration_data": calibration,
@@ -169,6 +171,12 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     if spec.settings.calibration.sha256 is not None:
         run.calibration_sha256()
     return run
+
+
+def named_weights(spec: RunSpec, model: nn.Module) -> dict[str, str]:
+    """The sha256 of the files of weights that the user named, by the file's name, or "base"."""
+    found = {} if spec.model.get("checkpoint") is None else origin(model.recombine_weights)["sha256"]
+    return found if spec.base is None else found | {"base": remembered_digest(spec.base)}
 
 
 def start(spec: RunSpec, model: nn.Module) -> tuple[Method, bool]:

@@ -10,7 +10,6 @@ weights_only. A damaged one is named, and the one before it is used. Everything 
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,9 +35,14 @@ SHARE = 20  # an epoch's end writes a state if that takes less than a 20th of th
 EVERY = 10  # batches between two agreements of several ranks
 
 
-def state_folder(out: Path, config: dict) -> Path:
-    """Where the run of that configuration, as plain values, keeps its state."""
+def state_folder(out: Path, config: dict, read: Mapping[str, str] | None = None) -> Path:
+    """Where the run of that configuration, as plain values, keeps its state.
+
+    Args:
+        read: the sha256 of the files of weights that the user named, since their bytes may change.
+    """
     same = {k: v for k, v in results.canonical(config).items() if k not in results.ELSEWHERE}
+    same |= {"read": dict(read)} if read else {}
     return out / FOLDER / hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -198,10 +203,11 @@ class StateFile(TorchCheckpointIO):
         Raises:
             UsageError: the file cannot be written.
         """
-        buffer = io.BytesIO()  # torch itself ends a full disk with a RuntimeError
-        torch.save(checkpoint, buffer)
-        with atomic_write(Path(path)) as file:
-            file.write_bytes(buffer.getbuffer())
+        with atomic_write(Path(path)) as file, file.open("wb") as out:
+            try:
+                torch.save(checkpoint, out)
+            except RuntimeError as error:  # torch does not say why it cannot write
+                raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def loop_position(path: Path) -> tuple[int, int]:

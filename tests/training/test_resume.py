@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -13,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors.torch import save_file
 
 from helpers import CONF
 from helpers.command import execute
-from recombine import results
+from recombine import models, results
 from recombine.errors import UsageError
 from recombine.runner import ranks
+from recombine.runtime import conf
 from recombine.runtime.digest import file_digest
 from recombine.training import resume
 from recombine.training.lit import LitRecombine
@@ -146,6 +149,18 @@ def test_a_training_state_needs_no_room_elsewhere(tmp_path, monkeypatch):
         trainer.strategy.checkpoint_io.save_checkpoint({}, tmp_path / "state" / "in")
 
 
+def test_a_full_disk_is_named_where_a_training_state_is_written(tmp_path):
+    """torch's own error says only that a position is unexpected."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most[1]))
+    try:
+        with pytest.raises(UsageError, match="state: cannot be written .*; free some space"):
+            resume.StateFile().save_checkpoint({"x": torch.ones(100_000)}, tmp_path / "state")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_leaves_a_state_of_the_very_step(number, whole, tmp_path):
     expected, _ = whole("joint")
@@ -216,6 +231,18 @@ def test_another_configuration_begins_anew(tmp_path):
         for words in (["seed=1"], ["seed=2"], ["seed=1", "trainer.devices=2", "trainer.progress=true"])
     )
     assert first == same != other
+
+
+def test_other_weights_in_the_file_that_was_named_begin_anew(tmp_path):
+    """A run that was killed in its second epoch does not go on with what the old weights became."""
+    file = tmp_path / "weights.safetensors"
+    words = ["method=lora", "method.rank=4", "probe=false", f"model.checkpoint={file}"]
+    for seed, kill in ((0, ("best-", 9, signal.SIGKILL)), (1, None)):
+        torch.manual_seed(seed)
+        save_file(models.build(**conf.load("model", "tiny_vit") | {"num_classes": 16}).state_dict(), file)
+        assert run(tmp_path / "run", *words, kill=kill) == (-signal.SIGKILL if kill else 0), log(tmp_path / "run")
+    assert run(tmp_path / "whole", *words) == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 def configured(*overrides):
