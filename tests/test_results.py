@@ -305,6 +305,7 @@ def test_a_key_that_was_added_for_one_run_is_another_configuration(tmp_path, cap
         assert run.cli() == code
         said = capsys.readouterr()
         assert ("another configuration (only one of them has model.drop_rate)" in said.err) == (code == 2)
+        assert "drop_rate" not in (tmp_path / ".hydra" / "config.yaml").read_text()  # of the run that is there
     assert "finished before" in said.out
     (tmp_path / "result.json").unlink()
     for words, code in (([*plain, "+model.drop_rate=0.5"], 0), (plain, 2)):

@@ -126,10 +126,12 @@ def pretrained(model: nn.Module) -> nn.Module:
     """The model that a recombined one was made from, by its note.
 
     Raises:
-        UsageError: it has none.
+        UsageError: it has none, or weights that were drawn.
     """
     if (source := getattr(model, "recombine_source", None)) is None:
         raise UsageError("this model was your own: give base=, the same model with the weights of before")
+    if not (source.get("pretrained") or source.get("checkpoint")):
+        raise UsageError("this model started at random: give base=, the same model with the weights of before")
     base, classes = models.build(**source), roles.classes(model)
     if classes and roles.classes(base) != classes:
         models.reset_head(base, classes)

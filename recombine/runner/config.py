@@ -37,7 +37,7 @@ from recombine.stages.settings import (
     StageSettings,
 )
 from recombine.training.loggers import LoggerSettings
-from recombine.training.settings import OptimizerSettings, TrainerSettings
+from recombine.training.settings import TaskSettings, TrainerSettings
 
 Format = Literal["hf", "dense", "lora", "torch", "onnx", "openvino"]  # of recombine/export
 
@@ -59,7 +59,7 @@ class RootKeys:
 
 NODES = {  # node -> the schema of its keys, where it is always the same
     "": RootKeys,
-    "optim": OptimizerSettings,
+    "optim": TaskSettings,
     "trainer": TrainerSettings,
     "calibration": CalibrationSettings,
     "analyse": AnalysisSettings,
@@ -127,7 +127,7 @@ def resolve(cfg: DictConfig) -> RunSpec:
         settings=RunSettings(
             seed=cfg.seed,
             stage=stage,
-            optim=typed(OptimizerSettings, plain["optim"], "optim"),
+            optim=typed(TaskSettings, plain["optim"], "optim"),
             trainer=typed(TrainerSettings, plain["trainer"], "trainer"),
             calibration=typed(CalibrationSettings, calibration, "calibration"),
             analyse=typed(AnalysisSettings, analyse, "analyse"),

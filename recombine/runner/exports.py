@@ -9,8 +9,28 @@ from torch import nn
 from recombine import results
 from recombine.core.checkpoint import load
 from recombine.errors import UsageError
-from recombine.export.folder import export
+from recombine.export.folder import export, require_format
 from recombine.result_schema import Result
+
+
+def require_possible(formats: Sequence[str], model: nn.Module, bits: int | str | None) -> None:
+    """Refuses, before the run, a format that cannot hold what it will make.
+
+    Args:
+        model: the pretrained one.
+        bits: of `quantize`.
+
+    Raises:
+        UsageError: names the format, and why.
+    """
+    for to in formats:
+        require_format(model, to)
+    if "lora" in formats:
+        fix = "say export=hf"
+        if model.recombine_weights is None:
+            raise UsageError(f"export=lora: is the difference to pretrained weights, and there are none; {fix}")
+        if bits is not None:
+            raise UsageError(f"export=lora: cannot hold how quantize.bits={bits} rounds; {fix}, or quantize.bits=null")
 
 
 def write(formats: Sequence[str], model: nn.Module, out: Path, result: Result) -> None:

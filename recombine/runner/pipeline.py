@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from recombine import data, models, results
@@ -16,11 +16,10 @@ from recombine.core.rewrite import find_sites
 from recombine.data.base import DataModule
 from recombine.errors import UsageError
 from recombine.evaluation import harness, linear_probe
-from recombine.export.folder import require_format
 from recombine.models import roles
 from recombine.models.sizes import require_image_size
 from recombine.models.weights import origin
-from recombine.runner import effects, exports, limits, plan
+from recombine.runner import effects, exports, folder, limits, plan
 from recombine.runner.assemble import assemble_result
 from recombine.runner.base import fresh_head, put_on_base
 from recombine.runner.config import RunSpec, resolve
@@ -88,6 +87,7 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
     limits.require_workers(spec.data.get("num_workers", 0))
     plan.at_start(spec)
     with results.lock_folder(out) if distributed.rank() == 0 else nullcontext():
+        folder.keep_configuration(cfg, out)
         return execute(spec, out)
 
 
@@ -132,8 +132,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
     require_prompts(module, spec.settings)
     native = {"num_classes": module.num_classes} if module.uses_pretrained_classes else {}  # may keep its own head
     model = models.build(**native | models.for_task(spec.model, module.task_of_model))
-    for to in spec.export:
-        require_format(model, to)
+    exports.require_possible(spec.export, model, spec.settings.quantize.bits)
     source, stage = model.recombine_source, spec.settings.stage
     module.attach_model(**models.for_data(source))
     require_image_size(model, getattr(module, "image_size", None))
@@ -223,20 +222,4 @@ def watched(spec: RunSpec, run: RunContext) -> loggers.Watched:
     labels = run.labels | {"model": spec.model["name"], "task": run.data.task or run.data.name}
     labels |= {} if run.budget.kind == "none" else {"budget": str(run.budget)}
     out = run.out
-    name = f"{out.parent.name}/{out.name}" if of_suite(out) else out.name
-    return loggers.Watched(out, name[-128:], group(out), spec.settings.stage.name, spec.config, labels)
-
-
-def of_suite(out: Path) -> bool:
-    """Whether the folder is that of one task of a suite."""
-    return HydraConfig.initialized() and out != Path(HydraConfig.get().runtime.output_dir)
-
-
-def group(out: Path) -> str | None:
-    """What a run is one of: its experiment, the folder of its sweep, or its suite; None of a single run."""
-    if not HydraConfig.initialized():
-        return None
-    hydra = HydraConfig.get()
-    if not OmegaConf.is_missing(hydra.job, "num"):  # numbered: one of several
-        return hydra.runtime.choices.get("experiment") or "/".join(Path(hydra.runtime.output_dir).parts[-3:-1])
-    return out.parent.name if of_suite(out) else None
+    return loggers.Watched(out, folder.name(out), folder.group(out), spec.settings.stage.name, spec.config, labels)

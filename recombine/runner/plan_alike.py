@@ -10,7 +10,6 @@ from recombine.runner.plan_devices import Device
 from recombine.stages.settings import AnalysisSettings, HarnessSettings
 from recombine.training.settings import OptimizerSettings
 
-KEPT = ("name", "head")  # of an optimizer: whose state it is, and whether a probe comes first; the rest is rates
 TOLD = ("objective", "num_classes", "image_size", "max_length", "batch_size", "foreseen", "prior_count")  # by the data
 
 
@@ -19,13 +18,13 @@ def key(spec: RunSpec, module: DataModule, device: Device) -> str:
 
     Tasks of one data set are alike where the numbers of their samples and classes are.
     """
-    rates = {field.name: field.default for field in fields(OptimizerSettings) if field.name not in KEPT}
+    rates = {field.name: field.default for field in fields(OptimizerSettings) if field.name != "name"}
     settings, stage = spec.settings, spec.settings.stage
     if hasattr(stage, "distil"):
         stage = replace(stage, distil=replace(stage.distil, **rates))
     if hasattr(stage, "reference"):
         stage = replace(stage, reference=None)
-    settings = replace(settings, seed=0, stage=stage, optim=replace(settings.optim, **rates))
+    settings = replace(settings, seed=0, stage=stage, optim=replace(settings.optim, label_smoothing=0.0, **rates))
     settings = replace(settings, analyse=AnalysisSettings(), harness=HarnessSettings())
     task = () if isinstance(module, PromptedData) else ("task",)
     given = [plain(values, "seed", *task) for values in (spec.data, spec.calibration_data or {})]

@@ -34,9 +34,6 @@ KEYS = {"distilled": "stage.distil", "best": "optim"}  # -> where its optimizer 
 def adapt(run: RunContext) -> StagePart:
     """Rewrite, then train what the method trains and the classifier."""
     run.checkpointed_step("rewritten", run.rewrite_all)
-    if not run.method.on_distillation_step(run.model, 0.0):
-        name = run.labels["method"]
-        raise UsageError(f"stage=adapt: {name} takes its form in a distillation; set stage=joint or stage=compress")
     part = train_and_test(run)
     if run.base is not None and distributed.rank() == 0:
         labels = getattr(run.data, "classes", None)

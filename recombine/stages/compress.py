@@ -94,7 +94,7 @@ def distil(run: RunContext) -> tuple[StagePart, nn.Module]:
 
 
 def require_compressor(stage: StageSettings, method: Method, compressor: Method | None, label: str) -> None:
-    """Refuses a stage whose first method does not compress.
+    """Refuses a stage whose first method does not compress, and one without the distillation that a method needs.
 
     Args:
         label: what the method is called.
@@ -102,6 +102,10 @@ def require_compressor(stage: StageSettings, method: Method, compressor: Method 
     Raises:
         UsageError: names the way out.
     """
+    for part in filter(None, (compressor, method)):
+        if stage.name == "adapt" and type(part).on_distillation_step is not Method.on_distillation_step:
+            fix = "set stage=joint or stage=compress"
+            raise UsageError(f"stage=adapt: {part.label} takes its form in a distillation; {fix}")
     if stage.name not in ("compress", "joint"):
         return
     if compressor is None and getattr(stage, "order", None) == "adapt_first":

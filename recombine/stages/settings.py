@@ -10,7 +10,7 @@ from pydantic import Field
 
 from recombine.core.method import Method
 from recombine.runtime.kinds import BatchSize, Bits, Bytes, Count, Group, Name, Place, PositiveShare, Seed, Weight, Word
-from recombine.training.settings import DistillationSettings, OptimizerSettings, TrainerSettings
+from recombine.training.settings import DistillationSettings, TaskSettings, TrainerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ class RunSettings:
 
     seed: Seed = 0
     stage: StageSettings = field(default_factory=StageSettings)
-    optim: OptimizerSettings = field(default_factory=OptimizerSettings)
+    optim: TaskSettings = field(default_factory=TaskSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
     analyse: AnalysisSettings = field(default_factory=AnalysisSettings)

@@ -207,7 +207,9 @@ class StateFile(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, out)
             except RuntimeError as error:  # torch does not say why it cannot write
-                raise error.__context__ if isinstance(error.__context__, OSError) else error
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 def loop_position(path: Path) -> tuple[int, int]:

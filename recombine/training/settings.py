@@ -30,8 +30,6 @@ class OptimizerSettings:
     warmup: share of the steps over which the rates rise linearly from 0.
     schedule: cosine or linear, down to 0; or constant.
     clip: largest norm of the gradient; None: no limit.
-    label_smoothing: of the cross-entropy, in training.
-    head: where the classification head starts: random, or probe (the linear probe on the same data).
     """
 
     name: Literal["adamw", "adam", "sgd", "adamw_8bit", "muon"] = "adamw"
@@ -43,8 +41,6 @@ class OptimizerSettings:
     warmup: Share = 0.1
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     clip: Positive | None = 1.0
-    label_smoothing: LabelSmoothing = 0.0
-    head: Literal["random", "probe"] = "random"
 
     def contradiction(self, key: str) -> str | None:
         """Why the values do not go together; None: they do. key: of the node."""
@@ -55,6 +51,18 @@ class OptimizerSettings:
         if self.relative and self.name == "sgd":
             return f"{key}.relative=true: a step of sgd is as large as the gradient; say {key}.name=adamw, or drop it"
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings(OptimizerSettings):
+    """The training on the task.
+
+    label_smoothing: of the cross-entropy, in training.
+    head: where the classification head starts: random, or probe (the linear probe on the same data).
+    """
+
+    label_smoothing: LabelSmoothing = 0.0
+    head: Literal["random", "probe"] = "random"
 
 
 @dataclass(frozen=True, kw_only=True)

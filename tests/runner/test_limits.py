@@ -163,7 +163,7 @@ def test_keys_that_the_data_do_not_read():
     assert idle(spec, SimpleNamespace(objective="lm", num_classes=None)) == {
         *("probe", "optim.head", "optim.label_smoothing", "sample"),
         *(f"stage.distil.{key}" for key in conf.load("stage", "compress")["distil"] if key != "epochs"),
-        *("stage.distil.name", "stage.distil.head", "stage.distil.label_smoothing", "stage.distil.lr_ratio"),
+        *("stage.distil.name", "stage.distil.lr_ratio"),
     }
 
 

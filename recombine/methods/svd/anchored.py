@@ -48,8 +48,8 @@ def target(weight: Tensor, moments: Moments, bounds: tuple[float, float], rank: 
 def share(weight: Tensor, step: Tensor, moments: Moments, bounds: tuple[float, float], rank: int) -> float:
     """b of SAES-SVD (Eq. 19): the share of the target's energy outside of frozen subspaces of rank k is least.
 
-    With M = W + b C, S = W H^1/2 = U Sigma V^T and G = C H^1/2 that share is |P (S + b G) Q|^2 / |S + b G|^2, P and Q the
-    projections away from the first k left and right singular vectors of S. No root of H is formed.
+    With M = W + b C, S = W H^1/2 = U Sigma V^T and G = C H^1/2 that share is |P (S + b G) Q|^2 / |S + b G|^2, P and Q
+    the projections away from the first k left and right singular vectors of S. No root of H is formed.
 
     Args:
         step: C = W D H^+, as `correction` gives it.
