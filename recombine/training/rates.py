@@ -25,7 +25,7 @@ SCHEDULES = {  # share of the steps after the warm-up that is left -> factor of 
     "linear": lambda left: left,
     "constant": lambda left: 1.0,
 }
-RELATIVE = 0.1  # the rate where none is given
+RELATIVE = 0.08  # the rate where none is given
 NO_MATRIX = ("norm", "embed")  # roles of layers that no input times a matrix is
 DIFFERENCE = 1e-2  # of a step, to each side; the layers that need it are linear in each of their tensors
 PROBES = 64  # random inputs by which a weight's norm is told

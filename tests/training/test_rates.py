@@ -114,7 +114,7 @@ def test_the_optimizer_has_a_group_for_each_movement_and_the_head_its_own():
     assert found == {name: pytest.approx(0.02 / value) for name, value in moves.items()}
     plain = LitRecombine(model, method, Classification(5), OptimizerSettings(lr=0.02)).rates
     assert sorted(plain.of(kind) for kind in grouped(model, plain)) == [5e-3, 5e-3, 0.02]
-    assert LitRecombine(model, method, Classification(5), OptimizerSettings(relative=True)).lr == 0.1
+    assert LitRecombine(model, method, Classification(5), OptimizerSettings(relative=True)).lr == 0.08
 
 
 def test_a_model_is_as_it_was():
