@@ -18,6 +18,8 @@ from recombine.runtime import progress
 from recombine.runtime.atomic import atomic_write
 from recombine.training import distributed, finite, objectives, resume
 
+FITTED: dict[str, "Probe"] = {}  # the newest SHARED of this process, whose runs may be those of a sweep
+SHARED = 32
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # L2 on standardised features; validation chooses
 
 
@@ -60,19 +62,36 @@ def asked(settings: Any, parts: Iterable[Method | None]) -> tuple[bool, bool, bo
     return starts or (settings.probe and reports), reports or getattr(stage, "test", False), starts
 
 
-def load_or_fit(path: Path, model: nn.Module, data, test: bool = True) -> Probe:
+def load_or_fit(path: Path, model: nn.Module, data, test: bool, key: str) -> Probe:
     """The probe out of the file where there is one, or else fitted and written there.
 
     The first rank fits, the others wait for its file. A resumed run finds the file of an earlier process.
+
+    Args:
+        key: as in `shared`.
     """
     if distributed.rank() == 0 and resume.verified_manifest(path) is None:
-        probe = fit(model, data, test)
+        probe = shared(key, model, data, test)
         with atomic_write(path) as temporary:
             save_file({"weight": probe.weight.contiguous(), "bias": probe.bias.contiguous()}, temporary)
         resume.write_manifest(path, decay=probe.decay, val=probe.val, test=probe.test)
     distributed.wait()
     facts = resume.verified_manifest(path)
     return Probe(**load_file(path), **{key: facts[key] for key in ("decay", "val", "test")})
+
+
+def shared(key: str, model: nn.Module, data, test: bool = True) -> Probe:
+    """The probe of an original model, fitted once in a process: the runs of a sweep differ in what they do to it.
+
+    Args:
+        key: the same for equal models with equal data.
+    """
+    key = f"{key} {test}"
+    if key not in FITTED:
+        FITTED[key] = fit(model, data, test)
+        if len(FITTED) > SHARED:
+            del FITTED[next(iter(FITTED))]
+    return FITTED[key]
 
 
 @torch.no_grad()

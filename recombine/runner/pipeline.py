@@ -157,7 +157,8 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         model.cuda()
     for part in filter(None, (module, calibration)):
         part.ask(model)
-    state = resume.state_folder(out, spec.config, named_weights(spec, model))
+    read = named_weights(spec, model)
+    state = resume.state_folder(out, spec.config, read)
     pieces = {
         "compressor": spec.compressor,
         "calibration_data": calibration,
@@ -165,6 +166,7 @@ def set_up(spec: RunSpec, out: Path) -> RunContext:
         "base": spec.base,
         "continued": continued,
         "labels": spec.labels,
+        "original": repr((spec.model, read, spec.data, next(model.parameters()).device)),
     }
     run = RunContext(spec.settings, out, state, model, method, spec.budget, module, **pieces)
     if spec.settings.calibration.sha256 is not None:
@@ -212,7 +214,9 @@ def fit_head(run: RunContext) -> None:
     fitted, test, starts = linear_probe.asked(run.settings, (run.compressor, run.method))
     if fitted:
         with run.timed("probe"):
-            run.probe = linear_probe.load_or_fit(run.state / "probe.safetensors", run.model, run.data, test)
+            run.probe = linear_probe.load_or_fit(
+                run.state / "probe.safetensors", run.model, run.data, test, run.original
+            )
             if starts:
                 run.probe.init_head(roles.output_layer(run.model))
 

@@ -43,10 +43,10 @@ def after(run: RunContext, original: nn.Module | None) -> AnalysisPart:
     if asked.subspaces or asked.maps:
         part["subspaces"] = subspaces(original, run.model, asked.subspaces or 1.0, asked.maps)
     if run.transfer_data and run.data.objective != "lm":
-        was, now = (
-            {task: linear_probe.fit(model, data).test for task, data in run.transfer_data.items()}
-            for model in (original, run.model)
-        )
+        was, now = {}, {}
+        for task, data in run.transfer_data.items():
+            was[task] = linear_probe.shared(f"{run.original} {task}", original, data).test
+            now[task] = linear_probe.fit(run.model, data).test
         part["elsewhere"] = {"before": was, "after": now, "forgetting": forgetting(was, now)}
     return part
 

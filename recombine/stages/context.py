@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class RunContext:
     base: the file of the compressed checkpoint that `model` came from; None: it is the pretrained one.
     continued: the method is the one that made the base, so that it trains what is there.
     merged: what the method did, where it was merged before the compressor came.
+    original: the same word for runs that start from equal models with equal data.
     labels: what the user called the compressor and the method, by "compressor" and "method".
     pictures: what was drawn for each prompt, as files in `out`.
     seconds, curves: fill up as parts of the run finish. earlier: those of the seconds that earlier processes took.
@@ -55,6 +57,7 @@ class RunContext:
     base: Path | None = None
     continued: bool = False
     merged: rewrite.Step | None = None
+    original: str = field(default_factory=token_hex)
     labels: dict[str, str] = field(default_factory=dict)
     probe: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
