@@ -50,16 +50,20 @@ def ungate(basis: Tensor, gated: Tensor, gate: str, gauge: str) -> tuple[Tensor,
     Args:
         gate: silu, gelu or none.
         gauge: svd scales every row by itself, balanced all rows by the square root of their singular value and then by
-            one factor.
+            one factor; rotated turns those by a random orthogonal matrix, the same for every r.
     """
     size = gated.norm(dim=1, keepdim=True)
     top = gated.gather(1, gated.abs().argmax(1, keepdim=True))
     scale = torch.where(size > 0, 1 / size, 1.0) * torch.where(top < 0, -1.0, 1.0)  # largest entry of each row positive
-    if gauge == "balanced":  # rows in proportion to the square root of their singular value
+    if gauge != "svd":  # rows in proportion to the square root of their singular value
         power = basis.norm(dim=0)[:, None] * size
         scale = scale * (power / power.max().clamp(min=1e-300)).clamp(min=1e-6).sqrt()
+    if gauge == "rotated":
+        turn = torch.empty(len(gated), len(gated), dtype=gated.dtype)
+        turn = nn.init.orthogonal_(turn, generator=torch.Generator().manual_seed(len(gated))).to(gated.device)
+        basis, gated, scale = basis / scale.T @ turn.T, turn @ (gated * scale), torch.ones_like(scale)
     low, high = (gated * scale).amin(1, keepdim=True), (gated * scale).amax(1, keepdim=True)
-    if gauge == "balanced":
+    if gauge != "svd":
         low, high = low.amin(), high.amax()
     scale = scale * torch.minimum(LOWEST[gate] / low.clamp(max=-1e-12), HIGHEST[gate] / high.clamp(min=1e-12))
     return basis / scale.T, INVERSES[gate](gated * scale)

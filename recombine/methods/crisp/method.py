@@ -90,7 +90,7 @@ PARTS = {"cluster": Cluster, "mimicry": Mimicry, "refine": Refine}
 CHOICES = {
     "gate": GATES,
     "placement": PLACEMENTS,
-    "gauge": ("svd", "balanced"),
+    "gauge": ("svd", "balanced", "rotated"),
     "fit": FITS,
     "regulariser": ("none", *PENALTIES),
 }
@@ -106,7 +106,7 @@ class Crisp(SharedBases):
         gate: silu, gelu, relu or none. relu has no inverse, so only fit=mimicry takes it.
         placement: of the gate: pre (Eq. 4), post or temp (Fig. 6). Only fit=mimicry takes the last two.
         gauge: how rows of G are scaled before the gate is inverted: svd, each by itself, so that B's columns differ in
-            norm; balanced, by the square root of their singular value and one factor.
+            norm; balanced, by the square root of their singular value and one factor; rotated, those at random.
         fit: closed, the truncated SVD; aware, least squares on the layers' outputs (needs calibration data); cluster,
             Alg. 5; random, orthogonal factors at the weights' scale (Tab. 8, without SVD); mimicry, gradient descent
             (Alg. 2). None: aware where a budget limits what is stored and there is calibration data, else closed.

@@ -31,7 +31,7 @@ def test_crisp_is_the_eckart_young_optimum(shape, chunk, g, kind, seed, data):
     stacked = np.concatenate([s.module.weight.detach().numpy().reshape(-1, chunk) for s in group], 1)
     s = scipy.linalg.svdvals(stacked)
     optimum, scale = np.sqrt((s[rank:] ** 2).sum()), max(s[0], 1e-300)
-    for gauge in ("svd", "balanced"):
+    for gauge in ("svd", "balanced", "rotated"):
         for gate in ("silu", "none"):
             basis, mixers = ungate(*truncate(stack(group, chunk), rank), gate, gauge)
             layers = [SharedBasisLinear(basis, a, n, gate) for a in mixers.split(chunk, 1)]
@@ -40,7 +40,9 @@ def test_crisp_is_the_eckart_young_optimum(shape, chunk, g, kind, seed, data):
             assert abs(np.linalg.norm(stacked - built) - optimum) <= 1e-6 * scale
 
 
-@pytest.mark.parametrize("gate, gauge", list(itertools.product(["silu", "gelu", "none"], ["svd", "balanced"])))
+@pytest.mark.parametrize(
+    "gate, gauge", list(itertools.product(["silu", "gelu", "none"], ["svd", "balanced", "rotated"]))
+)
 def test_a_gauge_changes_nothing_but_the_gauge(gate, gauge):
     """For any rows, not only orthogonal ones; dead and constant ones too."""
     basis, gated = randn(20, 5), 100 * randn(5, 8, seed=1)
@@ -59,7 +61,7 @@ def test_what_has_no_inverse_needs_mimicry(fit, gate, placement):
 @pytest.mark.parametrize("rank", [1, 5, 12])
 def test_a_truncated_teacher_is_the_compressed_weight(rank):
     """What CRISP calls the top eigenvectors of the teacher's A and B, in a form that no gauge changes."""
-    for gauge, chunk in itertools.product(("svd", "balanced"), (8, 16)):
+    for gauge, chunk in itertools.product(("svd", "balanced", "rotated"), (8, 16)):
         teacher = recombine.apply(build("tiny_vit").double(), Crisp(chunk=chunk, gauge=gauge))  # exact
         student = recombine.apply(recombine.merge(teacher), Crisp(chunk=8, basis_rank=rank))
         direct = recombine.apply(build("tiny_vit").double(), Crisp(chunk=8, basis_rank=rank))
@@ -78,3 +80,16 @@ def test_random_start_has_the_scale_and_nothing_else():
     method = Crisp(chunk=8, fit="random")
     one, two = (recombine.apply(build("tiny_vit"), method).state_dict() for _ in range(2))
     assert all(torch.equal(one[k], two[k]) for k in one)  # the run's seed and nothing else
+
+
+def test_a_rotation_mixes_the_singular_vectors_and_keeps_their_share():
+    """G of the balanced gauge has orthogonal rows, and of the rotated one others of the same singular values."""
+    _, m = group()
+    grams = []
+    for gauge in ("balanced", "rotated"):
+        mixers = GATES["silu"](ungate(*truncate(m, 5), "silu", gauge)[1])
+        grams.append(mixers @ mixers.T / mixers.square().sum())
+    straight, turned = grams
+    assert torch.allclose(straight, straight.diagonal().diag(), atol=1e-9)
+    assert not torch.allclose(turned, turned.diagonal().diag(), atol=1e-2)
+    assert torch.allclose(*(torch.linalg.eigvalsh(gram) for gram in grams), atol=1e-9)
