@@ -64,8 +64,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: filelock takes no lock of a file that is gone
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def running(folder: Path) -> bool:

@@ -279,6 +279,34 @@ def test_a_file_of_another_shape_is_no_finished_run(text, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_nobody_takes_the_lock_of_a_folder_while_it_is_given_back(tmp_path, monkeypatch):
+    """Another process that asks as the lock's file goes is refused; whoever comes later has it alone."""
+    remove, asked = Path.unlink, []
+
+    def unlink(path, **options):
+        if path.name == results.LOCK and not asked:
+            asked.append(path)
+            with pytest.raises(UsageError, match="another process"), results.lock_folder(tmp_path):
+                pass
+        return remove(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with results.lock_folder(tmp_path):
+        pass
+    assert asked and not asked[0].exists()
+    with results.lock_folder(tmp_path):
+        assert results.running(tmp_path)
+
+
+def test_a_result_that_came_since_the_run_was_looked_at_is_not_overwritten(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline.plan, "at_start", lambda spec: (tmp_path / "result.json").write_text("theirs"))
+    words = [*VIT, "method=lora", "probe=false", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
+    assert run.cli() == 2
+    assert "another process has just written it" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["theirs"]
+
+
 def test_a_result_of_a_file_that_changed_since_is_refused(tmp_path, monkeypatch):
     (tmp_path / "result.json").touch()
     base = tmp_path / "base.safetensors"

@@ -77,6 +77,12 @@ def save(report: Report) -> list[Path]:
         raise UsageError(
             f"--save: {report.experiment.name} has no results yet; python run.py experiment=... makes them"
         )
+    kept = {record["cell"] for record in records.lines(report.folder / RUNS)}
+    for cell, why in {**report.runs.unread, **report.runs.other}.items():
+        path = report.experiment.folder / cell / "result.json"
+        if cell in kept and path.is_file():
+            lost = "the committed result of that cell would be lost"
+            raise UsageError(f"--save: {path} is left out ({why}), and {lost}; move it")
     from recombine.report import contact_sheet, plots  # matplotlib takes a second
 
     texts = {

@@ -46,6 +46,8 @@ def main(typed: list[str] | None = None) -> int:
                 "no experiment is named; name a file of conf/experiment, for example cersa/tab09, or give --page"
             )
         _, overrides = arguments.prepared(given.overrides)
+        if moved := [line for line in given.overrides if line.startswith(("hydra.sweep.dir=", "hydra.run.dir="))]:
+            raise UsageError(f"{moved[0]}: results are read from outputs/{given.experiment}; leave it out")
         report = load(given.experiment, [line for line in overrides if not line.startswith("hydra")])
         if given.format == "text":
             width = shutil.get_terminal_size((160, 0)).columns

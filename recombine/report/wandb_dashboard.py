@@ -169,7 +169,6 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         dashboard = workspace(given.experiment, given.entity, given.project)
         path = given.out or grid.load(given.experiment).folder / "dashboard.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(definition(dashboard), indent=1))
         print(path)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, open_dict
 
 from recombine import results
 from recombine.errors import EXPECTED, UsageError, one_line
+from recombine.runtime.atomic import atomic_write
 from recombine.runtime.naming import run_folder
 
 FAILED = "failed.txt"  # one line: why
@@ -98,8 +99,12 @@ class Ledger:
         self.ran += 1
         folder = self.folders[job]
         if error is not None and not results.running(folder):  # another sweep's run is not a failure
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / FAILED).write_text(error + "\n")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with atomic_write(folder / FAILED) as temporary:  # none rather than an empty one
+                    temporary.write_text(error + "\n")
+            except (OSError, UsageError) as lost:  # the other runs go on
+                error += f" ({folder / FAILED} cannot be written: {one_line(lost)})"
         failed, left = sum(e is not None for _, e in self.ended.values()), len(self.folders) - len(self.ended)
         soon = f", {duration((time.monotonic() - self.start) / self.ran * left)} to go" if left else ""
         scored = isinstance(value, float) and not math.isnan(value)

@@ -87,6 +87,8 @@ def run_task(cfg: DictConfig, out: Path) -> dict:
     limits.require_workers(spec.data.get("num_workers", 0))
     plan.at_start(spec)
     with results.lock_folder(out) if distributed.rank() == 0 else nullcontext():
+        if path.is_file():  # of a process that ended here since
+            raise UsageError(f"{path}: another process has just written it; start again, or name another folder")
         folder.keep_configuration(cfg, out)
         return execute(spec, out)
 

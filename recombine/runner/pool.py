@@ -113,12 +113,15 @@ def work(pipe: Connection) -> None:
         except EOFError:
             return
         value, error = None, None
-        with logged(log):
-            try:
-                value = function(argument)
-            except Exception as failure:  # the run's, not the worker's
-                traceback.print_exc()
-                error = one_line(failure)
+        try:
+            with logged(log):
+                try:
+                    value = function(argument)
+                except Exception as failure:  # the run's, not the worker's
+                    error = one_line(failure)
+                    traceback.print_exc()
+        except OSError as failure:  # a full disk, or a file where the folder should be
+            error = error or f"{log}: cannot be written ({failure.strerror}); free some space, or move what is there"
         try:
             pipe.send((value, error))
         except BrokenPipeError:  # the sweep was killed: its next call finds what this run left

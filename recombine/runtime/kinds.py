@@ -36,6 +36,7 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 PartialShare = Annotated[float, Field(ge=0, lt=1)]
 Word = Annotated[str, BeforeValidator(lambda x: str(x) if type(x) in (int, float) else x)]  # a task may be called 80
 Name = Annotated[Word, Field(min_length=1)]
+Project = Annotated[Word, Field(pattern=r"^[^/\\#?%:]{1,128}$"), "1 to 128 characters without / \\ # ? % :"]
 Place = Annotated[Name | Path, "the path of a folder or file"]
 Bytes = Annotated[str, Field(pattern=PATTERN), "a size such as 8gb or 500mb, or auto"]
 Colours = Annotated[tuple[float, float, float], "three numbers, one of each colour"]

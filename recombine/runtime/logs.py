@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LIBRARIES = (
-    "alembic", "datasets", "filelock", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub", "timm",
-    "urllib3",
+    "alembic", "datasets", "filelock", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface_hub",
+    "onnx_ir", "onnxscript", "timm", "urllib3",
 )  # fmt: skip
 ASKING = ("huggingface_hub.file_download", "huggingface_hub.utils._http")  # whose warnings name addresses
 KERNELS = ("torchao", "torch.utils._pytree")  # which tell what this machine has no kernels for, at their import

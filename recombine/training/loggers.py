@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from recombine import results
 from recombine.errors import UsageError
 from recombine.runtime.environment import environment
-from recombine.runtime.kinds import Positive, Word
+from recombine.runtime.kinds import Positive, Project, Word
 from recombine.training import distributed
 from recombine.training.logged_values import images, layer_table, media, numbers
 from recombine.training.wandb_record import INTERVAL, Rows, set_up
@@ -40,7 +40,7 @@ class LoggerSettings:
     """
 
     name: Literal["none", "wandb", "tensorboard"] = "none"
-    project: Word = "recombine"
+    project: Project = "recombine"
     entity: Word | None = None
     group: Word | None = None
     mode: Literal["online", "offline"] | None = None

@@ -134,3 +134,17 @@ def test_a_file_for_a_folder_is_refused_in_one_line(tmp_path):
     for write in (recombine.save, recombine.save_adapter, recombine.export):
         with pytest.raises(recombine.UsageError, match="cannot be written"):
             write(vit, tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_entries_too_small_for_half_precision_are_still_those_of_the_backbone(dtype, tmp_path):
+    """float16 has one digit at 1e-7; timm's class tokens start at 1e-6."""
+    model = zoo.build("tiny_vit")
+    with torch.no_grad():
+        model.cls_token.copy_(torch.randn_like(model.cls_token) * 1e-7)
+    recombine.save(recombine.apply(copy.deepcopy(model), recombine.Crisp(chunk=8)), tmp_path / "a", whole=False)
+    recombine.load(tmp_path / "a", copy.deepcopy(model).to(dtype))
+    with torch.no_grad():
+        model.cls_token += 1e-2
+    with pytest.raises(recombine.UsageError, match="cls_token differs from the backbone"):
+        recombine.load(tmp_path / "a", model.to(dtype))

@@ -75,6 +75,12 @@ def test_from_runs_to_evidence_and_back(here):
     written = report.save(made)
     names = {"runs.jsonl", "config.json", "table.md", "table.tex", "table.csv", "ranks.svg", "losses.svg", "memory.svg"}
     assert {p.name for p in written} == names == {p.name for p in (here / "experiments/tiny").iterdir()}
+    path = experiment.folder / experiment.cells[0].folder / "result.json"
+    whole = path.read_text()
+    path.write_text('{"a": 1')
+    with pytest.raises(UsageError, match=r"--save: .*result.json is left out .* committed result of that cell"):
+        report.save(report.build(experiment))
+    path.write_text(whole)
     slim = records.lines(here / "experiments/tiny/runs.jsonl")[0]
     dense = next(r for n, r in results.items() if slim["method"]["name"] == r["method"]["name"])
     assert slim["layers"]["q"]["rank"] == [row["rank"] for row in dense["layers"] if row["role"] == "q"]

@@ -65,6 +65,7 @@ from recombine.errors import as_text
         (["optim.name=sdg", CHUNK], ["sdg", "adamw, adam, sgd"]),
         (["method.targets=[gate]", CHUNK], ["gate", "qkv"]),
         (["stage=joint", "method=lora"], ["joint", "does not compress"]),
+        (["logger=wandb", "logger.project=a/b"], ["logger.project=a/b", "characters without /"]),
         (["method=pc_lora"], ["stage=adapt: pc_lora takes its form in a distillation", "stage=joint"]),
         (["method@compressor=pc_lora", "method=lora"], ["stage=adapt: pc_lora takes its form in a distillation"]),
         (["method=lora", "export=lora"], ["export=lora", "pretrained weights", "export=hf"]),

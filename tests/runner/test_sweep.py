@@ -128,6 +128,13 @@ def test_a_run_that_another_process_works_on_has_not_failed(tmp_path):
     assert code == 0
 
 
+def test_a_cell_whose_folder_cannot_be_fails_alone(tmp_path):
+    (tmp_path / run_folder([*TINY[:-1], "seed=0"])).touch()
+    code, out = sweep(tmp_path, "seed=0,1")
+    assert code == 2 and "[1 done, 1 failed, 0 left]" in out and "Traceback" not in out
+    assert "log.txt: cannot be written (Not a directory)" in out and "failed.txt cannot be written" in out
+
+
 def test_a_search_lives_with_trials_that_miss_the_budget(tmp_path):
     pytest.importorskip("optuna")
     space = ["method=svd", "method.targets=choice([q,v],[o])", "budget=choice(retained_0.0001,retained_50)"]

@@ -13,7 +13,7 @@ from recombine.core.checkpoint.loading import shape, try_on, without_memory
 from recombine.core.rewrite import Record, Step
 from recombine.core.rollback import HELD, unchanged
 from recombine.core.tied import declare_tied
-from recombine.core.untouched import Mark, probe, total
+from recombine.core.untouched import Mark, near, total
 from recombine.errors import UsageError
 from recombine.models import rebuild
 
@@ -164,7 +164,7 @@ def compare_with_base(path: Path, model: nn.Module, live: Live, own: dict[str, M
 def same(live: Live, p: Tensor, mark: Mark) -> bool:
     """`untouched.same`, which reads a tensor once for all adapters."""
     if p.dtype != mark.dtype:
-        return torch.allclose(torch.tensor(probe(p)), torch.tensor(mark.entries), rtol=1e-2)
+        return near(p, mark.entries, 1e-2)
     before = live.totals.get(id(p))
     if before is None or before[0] is not p or before[1] != p._version:
         before = live.totals[id(p)] = (p, p._version, total(p))

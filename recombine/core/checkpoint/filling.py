@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from recombine.core.untouched import probe
+from recombine.core.untouched import near
 from recombine.errors import UsageError
 
 
@@ -22,7 +22,7 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor], meta: dict) -
             raise UsageError(f"{path}: {name} of the given model is on the meta device; give a model with weights")
     for name, expected in meta["own"].items():
         tolerance = 1e-5 if present[name].dtype == torch.float32 else 1e-2
-        if not torch.allclose(torch.tensor(probe(present[name])), torch.tensor(expected), rtol=tolerance):
+        if not near(present[name], expected, tolerance):
             raise UsageError(
                 f"{path}: {name} differs from the backbone it was saved with; load the same pretrained one"
             )
