@@ -100,11 +100,10 @@ class Ledger:
         folder = self.folders[job]
         if error is not None and not results.running(folder):  # another sweep's run is not a failure
             try:
-                folder.mkdir(parents=True, exist_ok=True)
                 with atomic_write(folder / FAILED) as temporary:  # none rather than an empty one
                     temporary.write_text(error + "\n")
-            except (OSError, UsageError) as lost:  # the other runs go on
-                error += f" ({folder / FAILED} cannot be written: {one_line(lost)})"
+            except UsageError as lost:  # the other runs go on
+                error += f" ({lost})"
         failed, left = sum(e is not None for _, e in self.ended.values()), len(self.folders) - len(self.ended)
         soon = f", {duration((time.monotonic() - self.start) / self.ran * left)} to go" if left else ""
         scored = isinstance(value, float) and not math.isnan(value)

@@ -132,7 +132,7 @@ def test_a_cell_whose_folder_cannot_be_fails_alone(tmp_path):
     (tmp_path / run_folder([*TINY[:-1], "seed=0"])).touch()
     code, out = sweep(tmp_path, "seed=0,1")
     assert code == 2 and "[1 done, 1 failed, 0 left]" in out and "Traceback" not in out
-    assert "log.txt: cannot be written (Not a directory)" in out and "failed.txt cannot be written" in out
+    assert "log.txt: cannot be written (File exists)" in out and "failed.txt: cannot be written" in out
 
 
 def test_a_search_lives_with_trials_that_miss_the_budget(tmp_path):
