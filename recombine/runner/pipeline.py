@@ -216,9 +216,8 @@ def fit_head(run: RunContext) -> None:
     fitted, test, starts = linear_probe.asked(run.settings, (run.compressor, run.method))
     if fitted:
         with run.timed("probe"):
-            run.probe = linear_probe.load_or_fit(
-                run.state / "probe.safetensors", run.model, run.data, test, run.original
-            )
+            path = run.state / "probe.safetensors"
+            run.probe = linear_probe.load_or_fit(path, run.model, run.data, test, run.original)
             if starts:
                 run.probe.init_head(roles.output_layer(run.model))
 

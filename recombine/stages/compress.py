@@ -102,8 +102,8 @@ def require_compressor(stage: StageSettings, method: Method, compressor: Method 
     Raises:
         UsageError: names the way out.
     """
-    for part in filter(None, (compressor, method)):
-        if stage.name == "adapt" and type(part).on_distillation_step is not Method.on_distillation_step:
+    for part in filter(None, (compressor, method)) if stage.name == "adapt" else ():
+        if type(part).on_distillation_step is not Method.on_distillation_step:
             fix = "set stage=joint or stage=compress"
             raise UsageError(f"stage=adapt: {part.label} takes its form in a distillation; {fix}")
     if stage.name not in ("compress", "joint"):

@@ -128,6 +128,8 @@ def test_no_torch_for_a_table():
 def test_the_command_refuses_in_one_line(capsys):
     assert command.main(["nonsense"]) == 2
     assert capsys.readouterr().err.startswith("report: experiment=nonsense: there is none")
+    assert command.main(["offline/crisp_tab05", "hydra.sweep.dir=elsewhere"]) == 2  # it would read others in silence
+    assert capsys.readouterr().err.startswith("report: hydra.sweep.dir=elsewhere: results are read from outputs/")
 
 
 def test_a_result_of_another_shape_is_named_and_the_rest_is_shown(here):
