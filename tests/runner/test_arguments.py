@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import run
-from helpers import TINY, refusal
+from helpers import CONF, TINY, refusal
 from helpers.command import line
-from recombine.runner import arguments, grid, override_lines, quoting, typed_keys
+from recombine.runner import arguments, folder, grid, override_lines, quoting, typed_keys
 from recombine.runtime import help
 
 
@@ -183,12 +185,22 @@ def test_hydras_advice_to_add_a_key_is_gone(capsys, monkeypatch, tmp_path):
 
 def test_a_run_with_names_from_life(capsys, monkeypatch, tmp_path):
     """A folder that Hydra's grammar cannot read holds the result, whose command line can be given to a shell."""
-    folder = tmp_path / "日本 it's (1)"
-    typed = [*TINY, "stage=retrofit", "method=svd", "optim.lr=0.1", f"hydra.run.dir={folder}", "method.targets=[q,v]"]
+    place = tmp_path / "日本 it's (1)"
+    typed = [*TINY, "stage=retrofit", "method=svd", "optim.lr=0.1", f"hydra.run.dir={place}", "method.targets=[q,v]"]
     monkeypatch.setattr(sys, "argv", ["run.py", *typed])
     assert run.cli() == 0
     said = capsys.readouterr().err.splitlines()
     assert said == ["note: not read in this run (stage=retrofit, no sweep): trainer.epochs=2 probe=false optim.lr=0.1"]
-    result = json.loads((Path(folder) / "result.json").read_text())
+    result = json.loads((place / "result.json").read_text())
     again = shlex.split(result["command"])[2:]
     assert set(again) == {override for override in typed if not override.startswith("hydra.")}
+
+
+@pytest.mark.parametrize("typed, named", [(["experiment=start"], "start"), (["method=lora"], None)])
+def test_a_single_run_of_an_experiment_is_of_its_group(typed, named, monkeypatch):
+    """The dashboard of the experiment shows what has its name."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", typed, return_hydra_config=True)
+    cfg.hydra.runtime.output_dir = "here"
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+    assert folder.group(Path("here")) == named
